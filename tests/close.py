@@ -1,0 +1,37 @@
+"""How close is close: a result may err at most `slack` times as much as torch itself errs in the same dtype.
+
+Truth is the reference run in float64.  Two norms: the rms catches a fault spread over everything (accumulation in
+bf16), the worst element catches a fault in one place (a stale column).  There is no table of tolerances.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Errors(NamedTuple):
+    rms: float
+    worst: float
+
+
+def errors(out: Tensor, truth: Tensor) -> Errors:
+    """Relative errors in fp64; elements smaller than the tensor's rms are measured against that rms."""
+    if truth.numel() == 0:
+        return Errors(0.0, 0.0)
+    truth = truth.double()
+    diff = (out.double() - truth).abs()
+    rms = truth.square().mean().sqrt().clamp_min(1e-30)
+    return Errors((diff.square().mean().sqrt() / rms).item(), (diff / truth.abs().maximum(rms)).max().item())
+
+
+def assert_no_worse(out: Tensor, ref: Tensor, truth: Tensor, slack: float = 2.0, floor: float = 1e-6) -> None:
+    """`ref` is what torch computes in the dtype under test, `truth` the same in fp64."""
+    assert out.shape == truth.shape, f"{out.shape=} {truth.shape=}"
+    assert out.dtype == ref.dtype, f"{out.dtype=} {ref.dtype=}"
+    assert torch.isfinite(out).all(), (
+        f"{int((~torch.isfinite(out)).sum())} of {out.numel()} values are not finite"
+    )
+    for norm, got, own in zip(Errors._fields, errors(out, truth), errors(ref, truth), strict=True):
+        allowed = max(slack * own, floor)
+        assert got <= allowed, f"{norm} error {got:.1e} > {allowed:.1e} (torch itself: {own:.1e})"

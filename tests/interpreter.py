@@ -1,0 +1,157 @@
+"""Makes Triton's interpreter compute what a GPU computes, so that kernels can be judged without one.
+
+Triton 3.6 keeps bf16 and fp8 values as bare bit patterns there: it adds and multiplies them as integers, truncates
+casts to them, and under numpy >= 2.4 cannot run a loop whose bound is known at run time only.  After `repair()` such
+values pass through float32 and torch's own casts (nearest even; fp8 saturates, as on sm_89 and later).
+Not repaired, so not to be used in our kernels: libdevice, tl.dot_scaled, inline assembly, autotune.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+TORCH_DTYPE = {
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.bfloat16: torch.bfloat16,
+    tl.float16: torch.float16,
+    tl.float32: torch.float32,
+    tl.float64: torch.float64,
+}
+# the types numpy does not know: held as unsigned integers of the same width
+HELD_AS_BITS = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
+SATURATES = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
+BITS = {
+    1: (torch.uint8, np.uint8),
+    2: (torch.int16, np.uint16),
+    4: (torch.int32, np.uint32),
+    8: (torch.int64, np.uint64),
+}
+
+
+def convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: Any = None) -> np.ndarray:
+    """The bits of `data` (an array that holds `source` values) as `target` values; the shape stays."""
+    data = np.asarray(data)
+    raw = np.array(data, order="C").view(f"i{data.dtype.itemsize}")
+    values = torch.from_numpy(raw).view(TORCH_DTYPE[source])
+    if target in SATURATES:
+        limit = SATURATES[target]
+        values = values.float()
+        values = torch.where(values.isnan(), values, values.clamp(-limit, limit))
+    values = values.to(TORCH_DTYPE[target])
+    torch_bits, numpy_bits = BITS[values.element_size()]
+    return values.view(torch_bits).numpy().view(numpy_bits).reshape(data.shape)
+
+
+def widen(handle: TensorHandle) -> np.ndarray:
+    """The float32 values of a handle."""
+    if handle.dtype.scalar not in HELD_AS_BITS:
+        return handle.data.astype(np.float32)
+    return convert_float(handle.data, handle.dtype.scalar, tl.float32).view(np.float32)
+
+
+def narrow(values: np.ndarray, dtype: tl.dtype) -> TensorHandle:
+    return TensorHandle(convert_float(np.asarray(values, np.float32), tl.float32, dtype), dtype)
+
+
+def held_as_bits(*handles: TensorHandle) -> bool:
+    return any(handle.dtype.scalar in HELD_AS_BITS for handle in handles)
+
+
+class Repaired:
+    """The builder methods to replace; each falls back to the stock one for the types numpy knows."""
+
+    stock_binary = InterpreterBuilder.binary_op
+    stock_unary = InterpreterBuilder.unary_op
+    stock_fma = InterpreterBuilder.create_fma
+    stock_clamp = InterpreterBuilder.create_clampf
+    stock_dot = InterpreterBuilder.create_dot
+    stock_cast = InterpreterBuilder.cast_impl
+
+    def binary_op(self, lhs, rhs, op):
+        if not (held_as_bits(lhs) and held_as_bits(rhs)):
+            return Repaired.stock_binary(self, lhs, rhs, op)
+        result = op(widen(lhs), widen(rhs))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else narrow(result, lhs.dtype.scalar)
+
+    def unary_op(self, arg, op):
+        if not held_as_bits(arg):
+            return Repaired.stock_unary(self, arg, op)
+        return narrow(op(widen(arg)), arg.dtype.scalar)
+
+    def create_fma(self, x, y, z):
+        if not held_as_bits(x):
+            return Repaired.stock_fma(self, x, y, z)
+        return narrow(widen(x) * widen(y) + widen(z), x.dtype.scalar)
+
+    def create_clampf(self, arg, low, high, propagate_nans):
+        if not held_as_bits(arg):
+            return Repaired.stock_clamp(self, arg, low, high, propagate_nans)
+        return narrow(np.clip(widen(arg), widen(low), widen(high)), arg.dtype.scalar)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if held_as_bits(a, b):
+            product = np.matmul(widen(a), widen(b)).astype(d.data.dtype)
+        elif a.data.dtype == np.int8:
+            # exact: every partial sum stays far below 2^53, and the float64 BLAS is 50x faster than numpy's int loop
+            product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(d.data.dtype)
+        else:
+            return Repaired.stock_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    def cast_impl(self, src, dst_type):
+        target = dst_type.scalar
+        if target in HELD_AS_BITS:
+            if src.dtype.scalar in TORCH_DTYPE:
+                return TensorHandle(convert_float(src.data, src.dtype.scalar, target), target)
+            return narrow(src.data.astype(np.float32), target)
+        if held_as_bits(src):
+            return TensorHandle(widen(src).astype(interpreter._get_np_dtype(dst_type)), target)
+        return Repaired.stock_cast(self, src, dst_type)
+
+    def get_bf16(self, value):
+        return narrow(np.array([value]), tl.bfloat16)
+
+
+REPLACED = ("binary_op", "unary_op", "create_fma", "create_clampf", "create_dot", "cast_impl", "get_bf16")
+
+
+def through_float32(stock):
+    """A reduction that widens its operand first and narrows its values (not its indices) afterwards."""
+
+    def reduce(self, operand, *args, **kwargs):
+        x = operand[0] if isinstance(operand, tuple) else operand
+        if x.dtype not in HELD_AS_BITS:
+            return stock(self, operand, *args, **kwargs)
+        wide = tl.core.tensor(
+            TensorHandle(widen(x.handle), tl.float32), tl.block_type(tl.float32, list(x.shape))
+        )
+        result = stock(self, wide, *args, **kwargs)
+        if isinstance(result, tuple):
+            return self.to_tensor(narrow(result[0].handle.data, x.dtype).data, x.dtype), result[1]
+        return self.to_tensor(narrow(result.handle.data, x.dtype).data, x.dtype)
+
+    return reduce
+
+
+def repair() -> None:
+    """Patches triton.runtime.interpreter in place; a second call changes nothing."""
+    if interpreter._convert_float is convert_float:
+        return
+    interpreter._convert_float = convert_float
+    for name in REPLACED:
+        setattr(InterpreterBuilder, name, Repaired.__dict__[name])
+    ReduceOps.sum = through_float32(ReduceOps.sum)
+    ReduceOps.min_max = through_float32(ReduceOps.min_max)
+    stock_patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        stock_patch(tensor, scope)
+        # numpy >= 2.4 refuses int() of a one-element array, which is what every scalar is here
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
