@@ -1,0 +1,131 @@
+"""The repaired interpreter against torch, bit for bit; all but the plain float16 and int8 cases fail on the stock one."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.skipif("torch.cuda.is_available()", reason="on a GPU the kernels are compiled"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+]
+
+
+@triton.jit
+def _cast_kernel(out, x, N: tl.constexpr):
+    o_n = tl.arange(0, N)
+    tl.store(out + o_n, tl.load(x + o_n).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _arithmetic_kernel(total, scaled, quotient, larger, less, x, y, N: tl.constexpr):
+    o_n = tl.arange(0, N)
+    b_x = tl.load(x + o_n)
+    b_y = tl.load(y + o_n)
+    tl.store(total + o_n, b_x + b_y)
+    tl.store(scaled + o_n, b_x * 3.0)
+    tl.store(quotient + o_n, b_x * b_y)
+    tl.store(larger + o_n, tl.maximum(b_x, b_y))
+    tl.store(less + o_n, (b_x < b_y).to(tl.int8))
+
+
+@triton.jit
+def _reduce_kernel(total, largest, x, M: tl.constexpr, N: tl.constexpr):
+    b_x = tl.load(x + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :])
+    tl.store(total + tl.arange(0, M), tl.sum(b_x, 1))
+    tl.store(largest + tl.arange(0, M), tl.max(b_x, 1))
+
+
+@triton.jit
+def _dot_kernel(out, a, b, M: tl.constexpr, K: tl.constexpr):
+    o_m = tl.arange(0, M)
+    o_k = tl.arange(0, K)
+    b_a = tl.load(a + o_m[:, None] * K + o_k[None, :])
+    b_b = tl.load(b + o_m[:, None] * K + o_k[None, :])
+    tl.store(out + o_m[:, None] * M + o_m[None, :], tl.dot(b_a, tl.trans(b_b)))
+
+
+@triton.jit
+def _count_kernel(out, n, STEP: tl.constexpr):
+    count = 0
+    for i in tl.range(0, n, STEP):
+        for _ in range(tl.load(out)):
+            count += i
+    tl.store(out, count)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def every_float(dtype: torch.dtype) -> Tensor:
+    """All finite 16-bit patterns of `dtype`; for fp32 random ones of every exponent, ties of bf16 among them."""
+    if dtype != torch.float32:
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        return torch.where(x.isfinite(), x, 0)
+    x = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0)).int()
+    x[::4] = x[::4] & ~0xFFFF | 0x8000
+    x = x.view(torch.float32)
+    x[1::4] = torch.randn(2**14, generator=torch.Generator().manual_seed(1))
+    return torch.where(x.isfinite(), x, 0)
+
+
+@pytest.mark.parametrize(
+    "target", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_casts_between_floats(source, target):
+    x = every_float(source)
+    out = torch.empty(x.shape, dtype=target)
+    _cast_kernel[(1,)](out, x, N=len(x))
+    expected = x
+    if target.itemsize == 1:
+        limit = torch.finfo(target).max
+        expected = x.float().clamp(-limit, limit)
+    expected = expected.to(target)
+    assert torch.equal(bits(out), bits(expected))
+
+
+def test_casts_of_integers():
+    x = torch.arange(-128, 128, dtype=torch.int8)
+    out, back = torch.empty(256, dtype=torch.bfloat16), torch.empty(256, dtype=torch.int8)
+    _cast_kernel[(1,)](out, x, N=256)
+    assert torch.equal(out, x.bfloat16())
+    _cast_kernel[(1,)](back, out, N=256)
+    assert torch.equal(back, x)
+
+
+def test_arithmetic_in_bf16():
+    x, y = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total, scaled, product, larger = torch.empty(4, 4096, dtype=torch.bfloat16)
+    less = torch.empty(4096, dtype=torch.int8)
+    _arithmetic_kernel[(1,)](total, scaled, product, larger, less, x, y, N=4096)
+    for got, expected in ((total, x + y), (scaled, x * 3.0), (product, x * y), (larger, torch.maximum(x, y))):
+        assert torch.equal(bits(got), bits(expected))
+    assert torch.equal(less.bool(), x < y)
+
+
+def test_reductions_in_bf16():
+    # multiples of 1/8 below 4: every partial sum is exact, so the order of the additions cannot matter
+    x = (torch.randint(-8, 9, (4, 16), generator=torch.Generator().manual_seed(0)) / 8).bfloat16()
+    total, largest = torch.empty(2, 4, dtype=torch.bfloat16)
+    _reduce_kernel[(1,)](total, largest, x, M=4, N=16)
+    assert torch.equal(total, x.sum(1))
+    assert torch.equal(largest, x.amax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
+def test_dot(dtype):
+    # small integers: exact in every type, whatever the order
+    a, b = torch.randint(-8, 9, (2, 16, 32), generator=torch.Generator().manual_seed(0)).float()
+    integer = not dtype.is_floating_point
+    out = torch.empty(16, 16, dtype=torch.int32 if integer else torch.float32)
+    _dot_kernel[(1,)](out, a.to(dtype), b.to(dtype), M=16, K=32)
+    assert torch.equal(out.float(), a @ b.T)
+
+
+def test_loops_with_run_time_bounds():
+    out = torch.tensor([2], dtype=torch.int32)
+    _count_kernel[(1,)](out, 10, STEP=3)
+    assert out.item() == 2 * (0 + 3 + 6 + 9)
