@@ -112,7 +112,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        # logits / 1e-5 already puts all mass on the argmax; smaller values would only overflow
+        return self.temperature < 1e-5
 
     @property
     def has_penalties(self) -> bool:

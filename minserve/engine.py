@@ -1,0 +1,268 @@
+"""The engine of one model: requests in, tokens out, one turn of plan -> execute -> commit a step.
+
+The Batcher decides and owns blocks, the Runner owns tensors, the engine owns token ids and token-level stops.  With
+overlap a step is planned and enqueued while the one before runs, so a stop is seen one step late and what was
+computed beyond it is thrown away.  Stop strings and text are not known here.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minserve.inputs import Join
+from minserve.runner import Runner, SampledToken, StepHandle, StepResult
+from minserve.sampler import TokenLogprobs
+from minserve.sampling import SamplingParams
+from sched.batching import Batcher
+from sched.step import Request, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One sequence to generate.  `index` is its place among the n samples of one call; times in seconds."""
+
+    rid: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    index: int = 0
+    arrival_s: float | None = None
+    ttft_s: float = 10.0
+    tpot_s: float = 1.0
+    priority: int = 0
+    tenant: str = ""
+
+
+class TokenEvent(NamedTuple):
+    """New tokens of a request; the last event of a request has a `finish_reason` (stop, length or error).
+
+    A stop token is the last of `token_ids`, with `stop_reason` its id (None for an end-of-sequence token).
+    """
+
+    rid: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: EngineRequest
+    max_tokens: int
+    seed: int
+    output: list[int] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs | None] = field(default_factory=dict)
+    enqueued: int = 0  # tokens of steps under way
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, in tokens, steps and requests."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+
+
+class Engine:
+    """`eos_ids` end a sequence unless it ignores them.  Not thread safe: one thread calls everything."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        batcher: Batcher,
+        *,
+        eos_ids: tuple[int, ...],
+        max_model_len: int,
+        overlap: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.batcher = batcher
+        self.counters = Counters()
+        self._eos_ids = frozenset(eos_ids)
+        self._vocab_size = runner.model.config.vocab_size
+        self._max_model_len = max_model_len
+        self._overlap = overlap
+        self._clock = clock
+        self._sequences: dict[int, _Sequence] = {}
+        self._flight: tuple[StepPlan, StepHandle] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._flight is not None or self.batcher.has_work
+
+    def add(self, r: EngineRequest) -> None:
+        """Queues a request.  ValueError for what can never run: the message goes to the caller."""
+        if r.rid in self._sequences:
+            raise ValueError(f"request id {r.rid} is in use")
+        if not r.prompt:
+            raise ValueError("the prompt is empty: at least one token is needed")
+        worst = max(r.prompt) if min(r.prompt) >= 0 else min(r.prompt)
+        if not 0 <= worst < self._vocab_size:
+            raise ValueError(f"token id {worst} is outside the vocabulary [0, {self._vocab_size})")
+        room = self._max_model_len - len(r.prompt)
+        if room < 1:
+            raise ValueError(
+                f"This model's maximum context length is {self._max_model_len} tokens. "
+                f"However, your prompt has {len(r.prompt)} tokens and no room is left for an answer."
+            )
+        wanted = room if r.params.max_tokens is None else min(r.params.max_tokens, room)
+        seed = int.from_bytes(os.urandom(8), "little") if r.params.seed is None else r.params.seed + r.index
+        seq = _Sequence(r, wanted, seed)
+        self.batcher.add(
+            Request(
+                rid=r.rid,
+                prompt_tokens=len(r.prompt),
+                max_tokens=max(
+                    wanted, 1
+                ),  # 0 computes the prompt alone; the one token sampled is thrown away
+                arrival_s=self._clock() if r.arrival_s is None else r.arrival_s,
+                ttft_s=r.ttft_s,
+                tpot_s=r.tpot_s,
+                priority=r.priority,
+                tenant=r.tenant,
+            )
+        )
+        self._sequences[r.rid] = seq
+
+    def abort(self, rid: int) -> bool:
+        """Ends a request in whatever state it is; no event follows.  False if it is not known (any more)."""
+        if self._sequences.pop(rid, None) is None:
+            return False
+        self.counters.aborted += 1
+        self.batcher.abort(rid)
+        return True
+
+    def step(self) -> list[TokenEvent]:
+        """One turn of the ring.  An empty list means nothing ended a step: idle, filling up, or blocks are awaited."""
+        plan = self.batcher.plan(self._clock())
+        events: list[TokenEvent] = []
+        joining = [self._sequences[c.rid] for c in plan.chunks if c.start == 0]
+        if any(s.enqueued for s in joining):
+            # a preempted request comes back before its last token has reached the host
+            events += self._land()
+        handle = None
+        if plan.empty:
+            self.runner.rows.drop(plan.left)
+        else:
+            handle = self._execute(plan, joining)
+        events += self._land()
+        if handle is not None:
+            self._flight = (plan, handle)
+            if not self._overlap:
+                events += self._land()
+        return events
+
+    def _execute(self, plan: StepPlan, joining: list[_Sequence]) -> StepHandle:
+        joins = tuple(self._join(seq) for seq in joining)
+        for rid in self._sampled(plan):
+            if rid in self._sequences:
+                self._sequences[rid].enqueued += 1
+        self.counters.steps += 1
+        return self.runner.execute(plan, joins)
+
+    @staticmethod
+    def _sampled(plan: StepPlan) -> list[int]:
+        return [*plan.decode, *(c.rid for c in plan.chunks if c.samples)]
+
+    def _join(self, seq: _Sequence) -> Join:
+        r = seq.request
+        stop_ids = tuple(sorted({*r.params.stop_token_ids, *(() if r.params.ignore_eos else self._eos_ids)}))
+        return Join(r.rid, (*r.prompt, *seq.output), len(r.prompt), r.params, seq.seed, stop_ids)
+
+    def _land(self) -> list[TokenEvent]:
+        """Waits for the step under way and commits it."""
+        if self._flight is None:
+            return []
+        plan, handle = self._flight
+        self._flight = None
+        try:
+            result = handle.wait()
+        except RuntimeError as e:
+            log.exception("step %d failed", plan.step)
+            return self._fail(plan, f"the step failed: {e}")
+        return self._commit(plan, result)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        for p in result.prompt_logprobs:
+            if p.rid in self._sequences:
+                self._sequences[p.rid].prompt_logprobs.update(enumerate(p.values, p.position))
+        events = []
+        stopped = set()
+        for s in result.sampled:
+            seq = self._sequences.get(s.rid)
+            if seq is None:
+                continue  # aborted, or stopped one step earlier
+            seq.enqueued -= 1
+            event = self._accept(seq, s)
+            events.append(event)
+            if event.finish_reason is not None:
+                del self._sequences[s.rid]
+                if event.finish_reason != "length":
+                    stopped.add(s.rid)
+        self.batcher.advance(plan, 1, self._clock(), stopped)
+        return events
+
+    def _accept(self, seq: _Sequence, s: SampledToken) -> TokenEvent:
+        """Takes one token: does the request go on, and why not?"""
+        r, p = seq.request, seq.request.params
+        if s.broken:
+            self.counters.failed += 1
+            return TokenEvent(s.rid, (), finish_reason="error", error="the model's logits are not finite")
+        seq.output.append(s.token)
+        first = len(seq.output) == 1
+        prompt_lp = self._prompt_logprobs(seq) if first else None
+        if first:
+            self.counters.prompt_tokens += len(r.prompt)
+        if seq.max_tokens == 0:
+            self.counters.finished += 1
+            return TokenEvent(s.rid, (), finish_reason="length", prompt_logprobs=prompt_lp)
+        self.counters.output_tokens += 1
+        reason, stop_reason = None, None
+        if len(seq.output) >= p.min_tokens:
+            if s.token in self._eos_ids and not p.ignore_eos:
+                reason = "stop"
+            elif s.token in p.stop_token_ids:
+                reason, stop_reason = "stop", s.token
+        if reason is None and len(seq.output) >= seq.max_tokens:
+            reason = "length"
+        self.counters.finished += reason is not None
+        logprobs = (s.logprobs,) if s.logprobs is not None else None
+        return TokenEvent(s.rid, (s.token,), logprobs, reason, stop_reason, None, prompt_lp)
+
+    @staticmethod
+    def _prompt_logprobs(seq: _Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+        if seq.request.params.prompt_logprobs is None:
+            return None
+        # nothing predicts the first token
+        return (None, *(seq.prompt_logprobs[i] for i in range(1, len(seq.request.prompt))))
+
+    def _fail(self, plan: StepPlan, why: str) -> list[TokenEvent]:
+        """Ends every request of a step that raised; the others go on."""
+        rids = {*plan.decode, *(c.rid for c in plan.chunks)}
+        events = []
+        for rid in sorted(rids):
+            if self._sequences.pop(rid, None) is not None:
+                self.counters.failed += 1
+                events.append(TokenEvent(rid, (), finish_reason="error", error=why))
+        self.batcher.advance(plan, 1, self._clock(), rids)
+        return events
+
+    def close(self) -> None:
+        """Ends the step under way and drops all requests."""
+        for rid in list(self._sequences):
+            self.abort(rid)
+        while self.has_work:
+            self.step()
+        self.runner.close()

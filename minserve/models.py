@@ -1,0 +1,112 @@
+"""The Llama forward pass over the slab pool: token ids and a KvStep in, normed hidden rows or logits out.
+
+Plain classes over the ops of `kernels`; no nn.Module, no state besides the weights.  Activations stay quantized
+between an op that quantizes rows and the matmul that wants them, so W8A8 and W4A8 layers never see floats they did
+not ask for.  Knows nothing of requests or files.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.attention import attention
+from kernels.kv_step import KvStep
+from kernels.linear import PreparedLinear, linear
+from kernels.rmsnorm import rmsnorm
+from kernels.rope_kv_write import rope_kv_write
+from kernels.silu_mul import silu_mul
+from minserve.linear import Linear
+from minserve.model_config import ModelConfig
+from minserve.rope import RopeTables
+from minserve.weights import WeightSource
+
+HEAD_ROWS = 512  # rows of a prompt whose logits are held at once: 512 x 128k fp32 = 256 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The weights of one decoder layer; q|k|v and gate|up are fused along the output axis."""
+
+    attn_norm_D: Tensor
+    qkv: Linear
+    o: Linear
+    mlp_norm_D: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Llama:
+    """A loaded model.  `rope` reaches to the longest position ever asked for."""
+
+    config: ModelConfig
+    embed_VD: Tensor
+    blocks: tuple[Block, ...]
+    norm_D: Tensor
+    head: PreparedLinear
+    rope: RopeTables
+
+    def hidden(
+        self, ids_T: Tensor, step: KvStep, pool: Tensor, *, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Runs all layers; returns (x_TD, residual_TD), still to be added and normed: see `logits`.
+
+        Writes the keys and values of the step's tokens into `pool` (uint8, the whole slab pool).
+        """
+        c = self.config
+        x_TD = F.embedding(ids_T, self.embed_VD)
+        residual_TD: Tensor | None = None
+        scale = c.head_dim**-0.5
+        for layer, b in enumerate(self.blocks):
+            h = rmsnorm(x_TD, b.attn_norm_D, c.rms_norm_eps, residual_TD, quant=b.qkv.wants_int8)
+            residual_TD = x_TD if h.residual_TD is None else h.residual_TD
+            qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
+            q_THK = rope_kv_write(qkv_TX, self.rope.cos_MK, self.rope.sin_MK, pool, step, layer, c.num_heads)
+            o_THK = attention(q_THK, pool, step, layer, scale, deterministic=deterministic)
+            x_TD = b.o(o_THK.flatten(1), None, deterministic=deterministic)
+            h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants_int8)
+            residual_TD = h.residual_TD
+            gu_T2F = b.gate_up(h.y_TD, h.scale_T, deterministic=deterministic)
+            a = silu_mul(gu_T2F, quant=b.down.wants_int8)
+            x_TD = b.down(a.y_TF, a.scale_T, deterministic=deterministic)
+        assert residual_TD is not None, "a model without layers"
+        return x_TD, residual_TD
+
+    def logits(self, x_RD: Tensor, residual_RD: Tensor, *, deterministic: bool = False) -> Tensor:
+        """fp32 logits [R, V] of rows picked from what `hidden` returned."""
+        h = rmsnorm(x_RD, self.norm_D, self.config.rms_norm_eps, residual_RD)
+        return linear(h.y_TD, self.head, deterministic=deterministic).float()
+
+
+def build_llama(config: ModelConfig, source: WeightSource, rope: RopeTables) -> Llama:
+    """Takes every tensor of a Llama from `source`; whatever is left there, or missing, is an error naming it."""
+    c = config
+    d, kv = c.hidden_size, c.num_kv_heads * c.head_dim
+    q = c.num_heads * c.head_dim
+    embed_VD = source.tensor("model.embed_tokens.weight", (c.vocab_size, d))
+    blocks = []
+    for i in range(c.num_layers):
+        p = f"model.layers.{i}"
+        attn, mlp = f"{p}.self_attn", f"{p}.mlp"
+        blocks.append(
+            Block(
+                attn_norm_D=source.tensor(f"{p}.input_layernorm.weight", (d,)),
+                qkv=source.linear(
+                    (f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"),
+                    d,
+                    (q, kv, kv),
+                    bias=c.attention_bias,
+                ),
+                o=source.linear((f"{attn}.o_proj",), q, (d,), bias=c.attention_bias),
+                mlp_norm_D=source.tensor(f"{p}.post_attention_layernorm.weight", (d,)),
+                gate_up=source.linear(
+                    (f"{mlp}.gate_proj", f"{mlp}.up_proj"), d, (c.intermediate_size,) * 2, bias=c.mlp_bias
+                ),
+                down=source.linear((f"{mlp}.down_proj",), c.intermediate_size, (d,), bias=c.mlp_bias),
+            )
+        )
+    norm_D = source.tensor("model.norm.weight", (d,))
+    head = source.head("lm_head", embed_VD, tied=c.tie_word_embeddings)
+    source.finish()
+    return Llama(c, embed_VD, tuple(blocks), norm_D, head, rope)

@@ -1,0 +1,183 @@
+"""Runner: the only owner of tensors.  `execute(plan)` enqueues one step, the handle it returns gives the tokens.
+
+Steps run in the order they were enqueued: on a CUDA stream, or on one thread of a CPU.  So a step may be enqueued
+while the one before it runs, and what it reads (token history, keys and values) is written by then.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.kv_layout import KvLayout
+from kernels.kv_step import KvStep
+from minserve.inputs import Join, PromptRows, RowTable, StepInputs
+from minserve.models import HEAD_ROWS, Llama
+from minserve.sampler import TokenLogprobs, gather_logprobs, sample
+from sched.step import StepPlan
+
+
+class SampledToken(NamedTuple):
+    """`broken`: the logits of the row were not finite, the token means nothing."""
+
+    rid: int
+    token: int
+    logprobs: TokenLogprobs | None
+    broken: bool
+
+
+class PromptLogprobs(NamedTuple):
+    """Log probabilities of the prompt tokens of `rid` from `position` on."""
+
+    rid: int
+    position: int
+    values: list[TokenLogprobs | None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    sampled: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A step that is enqueued: host copies that are ready when `event` has fired (at once on a CPU)."""
+
+    inputs: StepInputs
+    tokens_2R: Tensor | None
+    logprobs: list[TokenLogprobs | None] | None
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+    event: torch.cuda.Event | None
+
+    def finish(self) -> StepResult:
+        if self.event is not None:
+            self.event.synchronize()
+        if self.tokens_2R is None:
+            return StepResult((), self.prompt_logprobs)
+        tokens, broken = self.tokens_2R.tolist()
+        logprobs = self.logprobs or [None] * len(tokens)
+        rows = zip(self.inputs.sampled_rids, tokens, logprobs, broken, strict=True)
+        return StepResult(
+            tuple(SampledToken(r, t, lp, bool(b)) for r, t, lp, b in rows), self.prompt_logprobs
+        )
+
+
+class StepHandle:
+    """A step under way.  `wait` blocks until its tokens are on the host, and raises what the step raised."""
+
+    def __init__(self, pending: "Future[_Pending]") -> None:
+        self._pending = pending
+
+    def wait(self) -> StepResult:
+        return self._pending.result().finish()
+
+
+class Runner:
+    """Runs plans of one model.  `slab_table_SL` is read at every step, `pool` is the uint8 view of the whole pool."""
+
+    def __init__(
+        self,
+        model: Llama,
+        layout: KvLayout,
+        pool: Tensor,
+        slab_table_SL: Tensor,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        deterministic: bool = False,
+        overlap: bool = True,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.deterministic = deterministic
+        self._pool = pool
+        self._slab_table_SL = slab_table_SL
+        self._device = pool.device
+        # one more than the window: the token sampled from the last position is written, never read
+        self.rows = RowTable(
+            max_rows, max_model_len + 1, -(-max_model_len // layout.block_tokens), self._device
+        )
+        threaded = overlap and self._device.type == "cpu"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step") if threaded else None
+
+    def execute(self, plan: StepPlan, joins: tuple[Join, ...]) -> StepHandle:
+        """Enqueues the step.  `joins` holds every request whose chunk starts at position 0."""
+        self.rows.drop(plan.left)
+        uploads = [(self.rows.join(j).index, j.tokens) for j in joins]
+        for grant in plan.grants:
+            self.rows.grow(grant.rid, grant.blocks)
+        inputs = self.rows.inputs(plan)
+        # the table a later lease changes must not reach a step that is already enqueued
+        slab_table_SL = self._slab_table_SL.clone() if self._thread else self._slab_table_SL
+        return self._enqueue(lambda: self._run(inputs, uploads, slab_table_SL))
+
+    def _enqueue(self, run: Callable[[], _Pending]) -> StepHandle:
+        if self._thread is not None:
+            return StepHandle(self._thread.submit(run))
+        future: Future[_Pending] = Future()
+        try:
+            future.set_result(run())
+        except RuntimeError as e:  # a CUDA or allocation failure belongs to this step: `wait` raises it
+            future.set_exception(e)
+        return StepHandle(future)
+
+    @torch.inference_mode()
+    def _run(
+        self, inputs: StepInputs, uploads: list[tuple[int, tuple[int, ...]]], slab_table_SL: Tensor
+    ) -> _Pending:
+        history = self.rows.history
+        for row, tokens in uploads:
+            history[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32, device=self._device)
+        step = KvStep.build(
+            self.layout,
+            slab_table_SL,
+            torch.from_numpy(inputs.block_table_BN),
+            inputs.starts,
+            inputs.counts,
+            self._device,
+        )
+        ids_T = history.view(-1)[torch.from_numpy(inputs.history_index_T).to(self._device)]
+        x_TD, residual_TD = self.model.hidden(ids_T, step, self._pool, deterministic=self.deterministic)
+        prompts = tuple(self._prompt_logprobs(p, x_TD, residual_TD) for p in inputs.prompt_rows)
+        if not inputs.sampled_rows_R:
+            return _Pending(inputs, None, None, prompts, None)
+        rows_R = torch.tensor(inputs.sampled_rows_R, device=self._device)
+        logits_RV = self.model.logits(x_TD[rows_R], residual_TD[rows_R], deterministic=self.deterministic)
+        s = sample(logits_RV, inputs.sampling)
+        history.view(-1)[torch.tensor(inputs.write_index_R, device=self._device)] = s.tokens_R.to(torch.int32)
+        return self._to_host(
+            inputs, torch.stack((s.tokens_R, s.broken_R.to(s.tokens_R.dtype))), s.logprobs, prompts
+        )
+
+    def _to_host(
+        self,
+        inputs: StepInputs,
+        tokens_2R: Tensor,
+        logprobs: list[TokenLogprobs | None] | None,
+        prompts: tuple[PromptLogprobs, ...],
+    ) -> _Pending:
+        if tokens_2R.device.type == "cpu":
+            return _Pending(inputs, tokens_2R, logprobs, prompts, None)
+        host = torch.empty(tokens_2R.shape, dtype=tokens_2R.dtype, pin_memory=True)
+        host.copy_(tokens_2R, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _Pending(inputs, host, logprobs, prompts, event)
+
+    def _prompt_logprobs(self, p: PromptRows, x_TD: Tensor, residual_TD: Tensor) -> PromptLogprobs:
+        values: list[TokenLogprobs | None] = []
+        for lo in range(0, p.count, HEAD_ROWS):
+            n = min(HEAD_ROWS, p.count - lo)
+            rows = slice(p.first_row + lo, p.first_row + lo + n)
+            logits_RV = self.model.logits(x_TD[rows], residual_TD[rows], deterministic=self.deterministic)
+            next_R = self.rows.history[p.history_row, p.position + lo : p.position + lo + n].long()
+            values += gather_logprobs(logits_RV, next_R, [p.num_top] * n)
+        return PromptLogprobs(p.rid, p.position, values)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
