@@ -17,24 +17,13 @@ import jinja2.sandbox
 import msgspec
 import tokenizers
 
+from minserve.model_config import read_json_object
+
 WORD_MARK = "\u2581"
 MAX_MESSAGES = 1024
 MAX_RENDERED_CHARS = 8 << 20
 RENDER_DEADLINE_S = 2.0
 TEMPLATE_NAMES = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = msgspec.json.decode(path.read_bytes())
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, found {type(found).__name__}")
-    return found
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -74,17 +63,21 @@ class Tokenizer:
         self.chat = None if template is None else ChatTemplate(template, self.bos_token, self.eos_token)
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Tokenizer":
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
+    def load(cls, folder: Path | str, template: Path | str | None = None) -> "Tokenizer":
+        """From a model folder, or a tokenizer.json with its neighbours; `template`: a chat template of its own."""
+        path = Path(folder) if Path(folder).is_file() else Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no tokenizer.json: save the tokenizer in the fast format first")
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the only type that tokenizers raises
-            raise ValueError(f"tokenizer.json cannot be read: {error!s:.200}") from error
-        names = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        return cls(inner, names, read_template(folder, names))
+            raise ValueError(f"{path} cannot be read: {error!s:.200}") from error
+        names: dict[str, Any] = {}
+        for beside in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (path.parent / beside).is_file():
+                names |= read_json_object(path.parent / beside)
+        own = None if template is None else Path(template).read_text(encoding="utf-8")
+        return cls(inner, names, read_template(path.parent, names) if own is None else own)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids.  Releases the GIL on the long part, so a long text may be encoded in a thread."""

@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer as Inner, decoders, models
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Inner
 
 from minserve.text import WORD_MARK, ChatTemplate, IncrementalDetokenizer, StopStrings, Tokenizer
 from tests.tiny import write_tokenizer
@@ -152,7 +153,7 @@ def test_template_arguments_cannot_be_shadowed() -> None:
     [
         ("tokenizer.json", b"{}", "cannot be read"),
         ("tokenizer.json", b"\xff\xfe", "cannot be read"),
-        ("tokenizer_config.json", b"[1]", "JSON object"),
+        ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
         ("tokenizer_config.json", b"{" * 5000, "not valid JSON"),
     ],
 )
