@@ -1,0 +1,178 @@
+"""Blocks of one model: allocated one by one out of leased slab sets, counted by references.
+
+A block id is set << SLOT_BITS | slot and stands for the KV of `block_tokens` tokens in every layer.  Sets are leased
+from the source when the free blocks run out, and given back as they empty, save one that is kept against flutter.
+Released means reusable at once: whoever releases must know that no planned step still names the block.
+"""
+
+from collections.abc import Iterable
+
+from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
+
+SLOT_MASK = MAX_SLOTS - 1
+
+
+class BlockPool:
+    """`num_free` counts free blocks in the sets held now; `allocate` may lease more."""
+
+    def __init__(self, source: SetSource, slots: int, block_tokens: int) -> None:
+        if not 1 <= slots <= MAX_SLOTS:
+            raise ValueError(f"slots must be in [1, {MAX_SLOTS}], got {slots}")
+        if block_tokens < 1:
+            raise ValueError(f"block_tokens must be at least 1, got {block_tokens}")
+        self.source = source
+        self.slots = slots
+        self.block_tokens = block_tokens
+        self.num_free = 0
+        self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
+        self._refs: list[int] = []  # at set * slots + slot
+        self._urgent: set[int] = set()
+        # a held set is the current one, open (some free), the spare (all free), or full and in none of these
+        self._current: int | None = None
+        self._current_free: list[int] = []
+        self._open: dict[int, list[int]] = {}
+        self._spare: int | None = None
+
+    @property
+    def num_sets(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._free) * self.slots - self.num_free
+
+    def allocate(self, n: int, *, headroom: int = 0, urgent: bool = False) -> list[int] | None:
+        """`n` blocks with one reference each, or None and no change.
+
+        `headroom` free blocks must be left over.  `urgent` may lease from the liveness reserve.
+        """
+        if n + headroom > self.num_free and not self._lease_for(n + headroom, urgent):
+            return None
+        refs, slots = self._refs, self.slots
+        taken: list[int] = []
+        while n:
+            free = self._current_free or self._next_set()
+            part = free[-n:]
+            del free[-n:]
+            part.reverse()
+            taken += part
+            n -= len(part)
+        for block in taken:
+            refs[(block >> SLOT_BITS) * slots + (block & SLOT_MASK)] = 1
+        self.num_free -= len(taken)
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more reference to each of these live blocks."""
+        for block in blocks:
+            self._refs[self._live_index(block)] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """One reference less; the last one frees the block, and its set may go back to the source."""
+        for block in blocks:
+            index = self._live_index(block)
+            self._refs[index] -= 1
+            if not self._refs[index]:
+                self._free_block(block)
+
+    def trim(self) -> None:
+        """Give the spare set back too."""
+        if self._spare is not None:
+            self._give_back(self._spare)
+            self._spare = None
+
+    def _live_index(self, block: int) -> int:
+        set_id, slot = block >> SLOT_BITS, block & SLOT_MASK
+        index = set_id * self.slots + slot
+        if set_id not in self._free or slot >= self.slots or not self._refs[index]:
+            raise ValueError(
+                f"block {block} (set {set_id}, slot {slot}) is not allocated: freed twice or foreign"
+            )
+        return index
+
+    def _free_block(self, block: int) -> None:
+        set_id = block >> SLOT_BITS
+        free = self._free[set_id]
+        free.append(block)
+        self.num_free += 1
+        if len(free) == self.slots:
+            self._emptied(set_id)
+        elif len(free) == 1 and set_id != self._current:
+            self._open[set_id] = free
+
+    def _emptied(self, set_id: int) -> None:
+        if set_id == self._current:
+            self._current, self._current_free = None, []
+        self._open.pop(set_id, None)
+        # what came out of the liveness reserve is not for keeping: another model may need it to move at all
+        if self._spare is not None or set_id in self._urgent:
+            self._give_back(set_id)
+        else:
+            self._spare = set_id
+
+    def _next_set(self) -> list[int]:
+        """The current set is used up (or none): the set opened last, else the spare."""
+        if self._open:
+            self._current, self._current_free = self._open.popitem()
+        else:
+            assert self._spare is not None, f"{self.num_free=} but no set has a free block"
+            self._current, self._current_free = self._spare, self._free[self._spare]
+            self._spare = None
+        return self._current_free
+
+    def _lease_for(self, wanted: int, urgent: bool) -> bool:
+        leased: list[int] = []
+        while self.num_free < wanted:
+            set_id = self.source.lease()
+            if set_id is None and urgent:
+                set_id = self.source.lease(urgent=True)
+                if set_id is not None:
+                    self._urgent.add(set_id)
+            if set_id is None:
+                for set_id in reversed(leased):
+                    self._open.pop(set_id)
+                    self._give_back(set_id)
+                return False
+            self._take(set_id)
+            leased.append(set_id)
+        return True
+
+    def _take(self, set_id: int) -> None:
+        assert set_id not in self._free, f"set {set_id} was leased twice"
+        first = set_id << SLOT_BITS
+        free = list(range(first + self.slots - 1, first - 1, -1))
+        self._free[set_id] = self._open[set_id] = free
+        self._refs.extend([0] * ((set_id + 1) * self.slots - len(self._refs)))
+        self.num_free += self.slots
+
+    def _give_back(self, set_id: int) -> None:
+        assert len(self._free[set_id]) == self.slots, f"set {set_id} still holds blocks"
+        del self._free[set_id]
+        self._urgent.discard(set_id)
+        self.num_free -= self.slots
+        self.source.give_back(set_id)
+
+    def check(self) -> None:
+        """Recounts everything.  Raises AssertionError where the structures disagree."""
+        assert self.num_free == sum(map(len, self._free.values())), (
+            f"{self.num_free=} is not the sum of the sets"
+        )
+        for set_id, free in self._free.items():
+            refs = self._refs[set_id * self.slots : (set_id + 1) * self.slots]
+            slots = [block & SLOT_MASK for block in free]
+            assert {block >> SLOT_BITS for block in free} <= {set_id}, (
+                f"a foreign block in set {set_id}: {free}"
+            )
+            assert sorted(slots) == [i for i, r in enumerate(refs) if r == 0], (
+                f"set {set_id}: {slots=} {refs=}"
+            )
+            places = [set_id == self._current, set_id in self._open, set_id == self._spare]
+            assert sum(places) == 1 or (not free and not any(places)), (
+                f"set {set_id} is in {places} {len(free)=}"
+            )
+        assert self._spare is None or len(self._free[self._spare]) == self.slots, (
+            f"spare {self._spare} in use"
+        )
+        assert all(self._free[s] is free and free for s, free in self._open.items()), "a full set is open"
+        assert self._urgent <= self._free.keys(), f"{self._urgent=} not held"
+        assert set(self._open) <= self._free.keys(), "open sets not held"

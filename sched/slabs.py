@@ -1,0 +1,170 @@
+"""Pool geometry: how many bytes a slab has, and what each model's slab sets look like in slabs of that size.
+
+Every model draws from one flat list of slabs, so one slab size S serves them all; `solve` picks the S that wastes the
+least tail.  Pure arithmetic on a few ints: it allocates nothing and knows no device.  A set is one slab for each
+layer, any slabs; layers come in groups that share a geometry, one group today.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sched.step import MAX_SLOTS
+
+PAGE_BYTES = 4096
+MAX_SLAB_BYTES = 3 << 20
+MIN_SETS = 200  # of the deepest model: fewer, and what a set leaves unused becomes a visible part of the pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What a model asks of the pool.  `block_bytes`: the KV of `block_tokens` tokens in one layer."""
+
+    name: str
+    layers: int
+    block_bytes: int
+    block_tokens: int
+    max_model_len: int
+    reserve_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "block_bytes", "block_tokens", "max_model_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"model {self.name!r}: {field} must be at least 1, got {getattr(self, field)}"
+                )
+        if self.reserve_tokens < 0:
+            raise ValueError(
+                f"model {self.name!r}: reserve_tokens must not be negative, got {self.reserve_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers `first` to `first + layers` store blocks of `block_bytes`."""
+
+    first: int
+    layers: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetShape:
+    """A slab set of one model: `slots` blocks in each of `layers` slabs.
+
+    `reserve_sets` are kept for this model whatever the others do; `max_len_sets` hold its longest sequence.
+    """
+
+    layers: int
+    groups: tuple[LayerGroup, ...]
+    slots: int
+    block_tokens: int
+    reserve_sets: int
+    max_len_sets: int
+    tail_waste: float
+
+    @property
+    def set_tokens(self) -> int:
+        return self.slots * self.block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """`liveness_slabs` are lent to one model at a time, so that a longest sequence can always end."""
+
+    slab_bytes: int
+    num_slabs: int
+    models: dict[str, SetShape]
+    liveness_slabs: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.slab_bytes * self.num_slabs
+
+    @property
+    def reserved_slabs(self) -> int:
+        return sum(m.reserve_sets * m.layers for m in self.models.values()) + self.liveness_slabs
+
+    def max_sets(self, name: str) -> int:
+        """How many sets the model could hold if the others held nothing."""
+        return self.num_slabs // self.models[name].layers
+
+
+def solve(
+    shapes: Sequence[ModelShape],
+    pool_bytes: int,
+    *,
+    min_sets: int = MIN_SETS,
+    max_slab_bytes: int = MAX_SLAB_BYTES,
+) -> PoolPlan:
+    """The slab size (a multiple of 4 KiB) with the smallest worst tail in the largest third that leaves `min_sets`."""
+    names = [s.name for s in shapes]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"a pool needs models with different names, got {names}")
+    plan = _best(shapes, pool_bytes, min_sets, max_slab_bytes)
+    if plan is None:
+        need = _least_pool(shapes, pool_bytes, min_sets, max_slab_bytes)
+        raise ValueError(
+            f"pool_bytes={pool_bytes} is too small for {', '.join(names)}: at least {need} bytes are needed for "
+            f"{min_sets} sets and the reserves; give it more, or lower reserve_tokens or max_model_len"
+        )
+    return plan
+
+
+def _best(shapes: Sequence[ModelShape], pool_bytes: int, min_sets: int, max_slab: int) -> PoolPlan | None:
+    depth = max(s.layers for s in shapes)
+    low = _round_up(max(s.block_bytes for s in shapes), PAGE_BYTES)
+    high = min(
+        max(max_slab, low), pool_bytes // (depth * min_sets), MAX_SLOTS * min(s.block_bytes for s in shapes)
+    )
+    high -= high % PAGE_BYTES
+    while high >= low:
+        # a third of the size is room enough to find a small tail: 2 to 3 MiB where the pool is large
+        floor = max(low, _round_up(high * 2 // 3, PAGE_BYTES))
+        plans = [_plan(shapes, pool_bytes, S) for S in range(high, floor - 1, -PAGE_BYTES)]
+        plans = [p for p in plans if p.reserved_slabs <= p.num_slabs]
+        if plans:
+            return min(plans, key=_waste)
+        high = floor - PAGE_BYTES
+    return None
+
+
+def _waste(plan: PoolPlan) -> tuple[float, float]:
+    tails = [m.tail_waste for m in plan.models.values()]
+    return round(max(tails), 3), round(sum(tails), 3)
+
+
+def _plan(shapes: Sequence[ModelShape], pool_bytes: int, slab_bytes: int) -> PoolPlan:
+    models = {s.name: _set_shape(s, slab_bytes) for s in shapes}
+    liveness = max((m.max_len_sets - m.reserve_sets) * m.layers for m in models.values())
+    return PoolPlan(slab_bytes, pool_bytes // slab_bytes, models, liveness)
+
+
+def _set_shape(shape: ModelShape, slab_bytes: int) -> SetShape:
+    slots = min(slab_bytes // shape.block_bytes, MAX_SLOTS)
+    set_tokens = slots * shape.block_tokens
+    return SetShape(
+        layers=shape.layers,
+        groups=(LayerGroup(0, shape.layers, shape.block_bytes),),
+        slots=slots,
+        block_tokens=shape.block_tokens,
+        reserve_sets=-(-min(shape.max_model_len, shape.reserve_tokens) // set_tokens),
+        max_len_sets=-(-shape.max_model_len // set_tokens),
+        tail_waste=1 - slots * shape.block_bytes / slab_bytes,
+    )
+
+
+def _least_pool(shapes: Sequence[ModelShape], too_small: int, min_sets: int, max_slab: int) -> int:
+    low, high = max(too_small, 0), max(2 * too_small, 1 << 20)
+    while _best(shapes, high, min_sets, max_slab) is None:
+        low, high = high, 2 * high
+    while high - low > max(PAGE_BYTES, high >> 7):
+        middle = (low + high) // 2
+        if _best(shapes, middle, min_sets, max_slab) is None:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
