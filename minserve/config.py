@@ -235,10 +235,12 @@ TOP_KEYS = ["server", "nodes", "defaults", "models"]
 
 
 def load_config(path: str | Path) -> Config:
-    """The configuration in a YAML file.  ValueError starts with the file's name; OSError where it cannot be read."""
+    """The configuration in a YAML file.  ValueError, starting with the file's name, where it is not one."""
     path = Path(path)
     try:
         return parse_config(read_yaml(path), path.resolve().parent)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

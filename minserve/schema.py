@@ -66,6 +66,7 @@ def show(value: Any) -> str:
 def near(word: str, known: list[str]) -> str:
     """The nearest known word as a question, or nothing."""
     match = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    match = match or [name for name in known if len(word) > 2 and name.startswith(word.lower())]
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
@@ -248,9 +249,9 @@ def plain_value(value: str) -> Any:
     """What an unquoted word of the file means."""
     if value.lower() in PLAIN:
         return PLAIN[value.lower()]
-    if re.fullmatch(r"[-+]?[0-9]{1,18}", value):
+    if re.fullmatch(r"[-+]?[0-9]{1,19}", value):
         return int(value)
-    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", value):
+    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", value):
         real = float(value)
         return real if math.isfinite(real) else value
     return value
