@@ -1,0 +1,42 @@
+"""Round to nearest: a matrix and a scheme in, a QuantWeight out; no data, no search.
+
+Symmetric int8 divides by 127, so that the row maximum meets the last code.  Symmetric int4 divides by 7.5 and clamps
+to [-8, 7]: half a step of clipping at one end buys 7 % finer steps everywhere, 0.5 dB at group 128.
+"""
+
+import torch
+from torch import Tensor
+
+from quant.scheme import QuantWeight, Scheme
+
+SYMMETRIC_DIVISOR = {4: 7.5, 8: 127.0}
+
+
+def quantize(w_NK: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> QuantWeight:
+    """The group size of `scheme` must divide K.  Codes use the scales as rounded to `scale_dtype`, the file's type."""
+    N, K = w_NK.shape
+    group = scheme.group_size or K
+    assert K % group == 0, f"{K=} is not a multiple of {group=}: see Scheme.fit"
+    if not bool(torch.isfinite(w_NK).all()):
+        raise ValueError("weights must be finite to be quantized")
+    w_NQg = w_NK.float().reshape(N, K // group, group)
+    if scheme.symmetric:
+        scale_NQ, zero_NQ = w_NQg.abs().amax(-1) / SYMMETRIC_DIVISOR[scheme.bits], None
+    else:
+        # zero must be a code: the range always holds it
+        low_NQ, high_NQ = w_NQg.amin(-1).clamp_max(0), w_NQg.amax(-1).clamp_min(0)
+        scale_NQ = (high_NQ - low_NQ) / (2**scheme.bits - 1)
+        zero_NQ = low_NQ
+    scale_NQ = _storable(scale_NQ, scale_dtype)
+    if zero_NQ is not None:
+        zero_NQ = (scheme.low - zero_NQ / scale_NQ).round().clamp(scheme.low, scheme.high)
+    codes_NQg = (w_NQg / scale_NQ[..., None]).round()
+    if zero_NQ is not None:
+        codes_NQg = codes_NQg + zero_NQ[..., None]
+    codes_NK = codes_NQg.clamp(scheme.low, scheme.high).to(torch.int8).view(N, K)
+    return QuantWeight(scheme, codes_NK, scale_NQ, None if zero_NQ is None else zero_NQ.to(torch.int8))
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # an all-zero group has codes 0 whatever its scale; a scale of 0 would make them 0 / 0
+    return scale.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
