@@ -1,0 +1,206 @@
+"""The bytes of a slab pool as a tensor, and the slab sets that one model leases from it.
+
+On a CPU the bytes are a memfd that every process maps; on a GPU they come from the keeper (see `keeper`).  A set is one
+slab for each layer, any slabs; `LeasedSets.slab_table_SL[set, layer]` is the byte offset of a slab in the pool.
+Nothing here knows blocks: inside a set they are the Batcher's.
+"""
+
+import heapq
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minserve.shared_memory import create_memfd, reopen_memfd
+from minserve.slab_table import Lease, SlabTable
+from sched.slabs import PoolPlan
+
+# all bits set is a NaN in fp32, fp16, bf16 and fp8, and an implausible scale in the integer formats
+NAN_BYTE = 0xFF
+
+
+class SlabPool:
+    """The table and the bytes it describes.  `pool_fd` is the memfd to pass on, None for a pool that is not shared."""
+
+    def __init__(
+        self,
+        table: SlabTable,
+        pool_bytes: Tensor,
+        pool_fd: int | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        """Takes over the table; `release` gives the memory back once `close` has dropped the tensor."""
+        if pool_bytes.dtype != torch.uint8 or pool_bytes.dim() != 1:
+            raise ValueError(
+                f"pool bytes must be a flat uint8 tensor, got {pool_bytes.dtype} {pool_bytes.shape}"
+            )
+        if pool_bytes.numel() < table.plan.pool_bytes:
+            raise ValueError(f"the pool must have {table.plan.pool_bytes} bytes, got {pool_bytes.numel()}")
+        self.table, self.plan, self.pool_fd, self._release = table, table.plan, pool_fd, release
+        self.bytes = pool_bytes[: table.plan.pool_bytes]
+
+    @classmethod
+    def create(cls, plan: PoolPlan, device: str = "cpu", *, timeout_s: float | None = None) -> "SlabPool":
+        """A new pool: on a CPU one that others can attach, on a GPU one of this process alone."""
+        table = SlabTable.create(plan, timeout_s=timeout_s)
+        if torch.device(device).type != "cpu":
+            return cls(table, torch.empty(plan.pool_bytes, dtype=torch.uint8, device=device))
+        fd = create_memfd("minserve-slab-pool", plan.pool_bytes)
+        return cls(table, map_memfd(fd, plan.pool_bytes), fd)
+
+    @classmethod
+    def attach(cls, table_fd: int, pool_fd: int, *, timeout_s: float | None = None) -> "SlabPool":
+        """A CPU pool from the two descriptors of its creator, which stay open and the caller's."""
+        table = SlabTable.attach(table_fd, timeout_s=timeout_s)
+        own, size = reopen_memfd(pool_fd, "slab pool")
+        if size != table.plan.pool_bytes:
+            os.close(own)
+            raise ValueError(
+                f"slab pool fd {pool_fd} has {size} bytes, its table says {table.plan.pool_bytes}"
+            )
+        return cls(table, map_memfd(own, size), own)
+
+    def fill(self, byte: int = NAN_BYTE) -> None:
+        """Overwrites every byte, leased or not: for tests, before anything is served."""
+        self.bytes.fill_(byte)
+
+    def slab(self, slab: int) -> Tensor:
+        """A view of one slab's bytes."""
+        return self.bytes[slab * self.plan.slab_bytes : (slab + 1) * self.plan.slab_bytes]
+
+    def close(self) -> None:
+        """Lets go of bytes and table.  What is still leased stays leased until somebody reclaims it."""
+        del self.bytes
+        if self.pool_fd is not None:
+            os.close(self.pool_fd)
+        self.table.close()
+        if self._release is not None:
+            self._release()
+
+
+def map_memfd(fd: int, num_bytes: int) -> Tensor:
+    """A uint8 tensor over a shared mapping, which lives as long as the tensor."""
+    return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draining:
+    set_id: int
+    lease: Lease
+    passed: Callable[[], bool]
+
+
+def no_fence() -> Callable[[], bool]:
+    """For work that is done when its call returns, as on a CPU."""
+    return lambda: True
+
+
+def cuda_fence() -> Callable[[], bool]:
+    """Passed once the GPU has done all that was enqueued on the current stream before."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.query
+
+
+class LeasedSets:
+    """The sets of one model, as the Batcher's SetSource.  Set ids are dense, small and reused.
+
+    A row of `slab_table_SL` is valid while its set is leased; others are 0, a slab that may be read but says nothing.
+    `fence()` is called when a set comes back and returns a question, "has everything enqueued so far been done?":
+    until it says yes the set is draining, and neither its slabs nor its id are given out again.
+    """
+
+    def __init__(
+        self,
+        pool: SlabPool,
+        model: str,
+        *,
+        fence: Callable[[], Callable[[], bool]] | None = None,
+        zero_on_lease: bool = False,
+    ) -> None:
+        self.pool, self.model, self.shape = pool, model, pool.plan.models[model]
+        self.owner = pool.table.owner_of(model)
+        self.slab_table_SL = torch.zeros(pool.plan.max_sets(model), self.shape.layers, dtype=torch.int64)
+        self._rows = self.slab_table_SL.numpy()
+        self._fence = fence or (cuda_fence if pool.bytes.is_cuda else no_fence)
+        self._zero_on_lease = zero_on_lease
+        self._leases: dict[int, Lease] = {}
+        self._draining: deque[_Draining] = deque()
+        self._ids = list(range(len(self._rows)))
+        self._changed: set[int] = set()
+
+    def lease(self, *, urgent: bool = False) -> int | None:
+        """A set id, or None when the pool refuses.  `urgent` may use the liveness reserve."""
+        self.poll()
+        lease = self.pool.table.lease(self.owner, self.shape.layers, urgent=urgent)
+        if lease is None:
+            return None
+        # a pool of max_sets sets cannot lease one more, so an id is there
+        set_id = heapq.heappop(self._ids)
+        self._leases[set_id] = lease
+        self._rows[set_id] = lease.slabs * self.pool.plan.slab_bytes
+        self._changed.add(set_id)
+        if self._zero_on_lease:
+            for slab in lease.inherited.tolist():
+                self.pool.slab(slab).zero_()
+        return set_id
+
+    def give_back(self, set_id: int) -> None:
+        """The set is empty and no planned step names it; what the GPU may still be doing, the fence covers."""
+        if set_id not in self._leases:
+            raise ValueError(f"set {set_id} is not leased by {self.model}; leased are {sorted(self._leases)}")
+        lease = self._leases.pop(set_id)
+        self.pool.table.drain(self.owner, lease)
+        self._draining.append(_Draining(set_id, lease, self._fence()))
+        self.poll()
+
+    def poll(self) -> None:
+        """Frees the draining sets whose fence has passed, oldest first: cheap, call it every step."""
+        while self._draining and self._draining[0].passed():
+            done = self._draining[0]
+            self.pool.table.free(self.owner, done.lease)
+            self._draining.popleft()
+            self._rows[done.set_id] = 0
+            heapq.heappush(self._ids, done.set_id)
+
+    def take_changed(self) -> list[int]:
+        """The rows of `slab_table_SL` to copy to the device: sets leased since the last call."""
+        changed = sorted(self._changed & self._leases.keys())
+        self._changed.clear()
+        return changed
+
+    @property
+    def num_leased(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_draining(self) -> int:
+        return len(self._draining)
+
+    def close(self) -> None:
+        """Gives everything back; the caller has synchronised with the device, so that every fence has passed."""
+        for set_id in list(self._leases):
+            self.give_back(set_id)
+        self.poll()
+        assert not self._draining, f"{len(self._draining)} sets of {self.model} are still draining at close"
+
+    def check(self) -> None:
+        """AssertionError unless the truth says that every set here is ours, and every row shows its slabs."""
+        for set_id, lease in self._leases.items():
+            assert self.pool.table.holds(self.owner, lease), (
+                f"set {set_id} of {self.model} has lost its slabs"
+            )
+            offsets = self._rows[set_id]
+            assert (offsets == lease.slabs * self.pool.plan.slab_bytes).all(), (
+                f"row {set_id} names other slabs"
+            )
+        for done in self._draining:
+            assert self.pool.table.holds(self.owner, done.lease), (
+                f"draining set {done.set_id} has lost its slabs"
+            )
+        ids = sorted([*self._ids, *self._leases, *(d.set_id for d in self._draining)])
+        assert ids == list(range(len(self._rows))), f"set ids of {self.model} are lost or twice: {ids}"

@@ -1,0 +1,358 @@
+"""Who owns which slab of a pool: one table in shared memory that every process of a GPU works on.  No torch.
+
+Under the lock (an flock: freed when its holder is killed) a change sets the dirty word, writes the owner words and
+what is derived from them, and clears the dirty word; whoever finds it set rebuilds the derived part first.  There is
+no server to ask and none to lose.  A model holds its slabs until it frees them, or until the agent, after waitpid,
+reclaims them: a generation catches a bug, but no word in a table can fence a pointer that a living process has mapped.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from minserve.shared_memory import SharedLock, create_memfd, reopen_memfd
+from minserve.slab_words import (
+    DRAINING,
+    FREE,
+    H_BYTES,
+    H_DIRTY,
+    H_HOLDER,
+    H_REPAIRS,
+    H_SERIAL,
+    H_TOP,
+    H_UNFILLED,
+    HEAD_WORDS,
+    LIVE,
+    NOBODY,
+    R_DRAINING,
+    R_LEASES,
+    R_LIVE,
+    R_REFUSED,
+    R_RETURNS,
+    R_STATUS,
+    ROW_WORDS,
+    STATE_MASK,
+    STATES,
+    STATUS,
+    Int64s,
+    Offsets,
+    derive,
+    encode_table,
+    find_fault,
+    find_stack_fault,
+    generation_of,
+    owner_of,
+    pack,
+    read_plan,
+    state_of,
+)
+from sched.slabs import PoolPlan
+
+
+class OwnershipError(RuntimeError):
+    """Slabs handed back that are not the caller's to hand back: double free, foreign free or stale generation."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """Slabs leased together.  `inherited` are those of them that last belonged to another model."""
+
+    generation: int
+    slabs: Int64s
+    inherited: Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCounts:
+    """Slabs a model holds now and is guaranteed, and how often it leased, returned and was refused."""
+
+    live: int
+    draining: int
+    reserve: int
+    leases: int
+    returns: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    """A pool in slabs: mapped = leased + draining + free.  `repairs` counts rebuilds after a holder died in a change."""
+
+    mapped: int
+    leased: int
+    draining: int
+    free: int
+    leases: int
+    refused: int
+    repairs: int
+    liveness_holder: str | None
+    models: dict[str, ModelCounts]
+
+
+class SlabTable:
+    """One process's view of the table.  An owner is the index of a model in `plan.models`; see `owner_of`.
+
+    Reserve rule: a lease leaves the unfilled reserve of every other model free, and `plan.liveness_slabs` more.  An
+    urgent one may eat into the latter, for one model at a time (banker's rule), so that this model can always finish
+    its longest sequence and give back.  With `timeout_s`, TimeoutError when a stopped process sits on the lock.
+    """
+
+    def __init__(self, fd: int, plan: PoolPlan, timeout_s: float | None) -> None:
+        """Takes over `fd`, an own description of a valid table: callers use `create` or `attach`."""
+        self.fd, self.plan, self.names = fd, plan, tuple(plan.models)
+        self._map = mmap.mmap(fd, 0)
+        at = Offsets.of(len(self.names), plan.num_slabs)
+        # scalars through a memoryview: 40 ns and one 8-byte store, which a kill cannot split
+        self._head = memoryview(self._map)[: 8 * HEAD_WORDS].cast("q")
+        self._rows = memoryview(self._map)[at.rows : at.words].cast("q")
+        self._words: Int64s = np.frombuffer(self._map, np.int64, plan.num_slabs, at.words)
+        self._stack: Int64s = np.frombuffer(self._map, np.int64, plan.num_slabs, at.stack)
+        self._reserves = tuple(m.reserve_sets * m.layers for m in plan.models.values())
+        self._lock = SharedLock(fd, timeout_s)
+
+    @classmethod
+    def create(cls, plan: PoolPlan, *, timeout_s: float | None = None) -> "SlabTable":
+        """A new table, every slab free.  Its `fd` goes to other processes by `pass_fds`."""
+        if not 0 < len(plan.models) < NOBODY:
+            raise ValueError(f"models must hold 1 to {NOBODY - 1} models, got {len(plan.models)}")
+        if plan.reserved_slabs > plan.num_slabs:
+            raise ValueError(
+                f"num_slabs must be at least the {plan.reserved_slabs} slabs reserved, got {plan.num_slabs}"
+            )
+        parts = encode_table(plan)
+        fd = create_memfd("minserve-slab-table", int(np.frombuffer(parts[0][1], np.int64)[H_BYTES]))
+        for position, part in parts:
+            assert os.pwrite(fd, part, position) == len(part), "memfd took a part of the table"
+        table = cls(fd, plan, timeout_s)
+        table._rebuild()
+        return table
+
+    @classmethod
+    def attach(cls, fd: int, *, timeout_s: float | None = None) -> "SlabTable":
+        """The table behind a descriptor that was inherited or received, which stays open and the caller's."""
+        own, size = reopen_memfd(fd, "slab table")
+        try:
+            return cls(own, read_plan(own, size, fd), timeout_s)
+        except BaseException:
+            os.close(own)
+            raise
+
+    def owner_of(self, model: str) -> int:
+        if model not in self.plan.models:
+            raise ValueError(
+                f"model {model!r} has no place in this pool, which holds {', '.join(self.names)}"
+            )
+        return self.names.index(model)
+
+    def close(self) -> None:
+        """Closes the descriptor; the memory goes with the last view of it.  What is leased stays leased."""
+        os.close(self.fd)
+
+    # ---- what changes the table
+
+    def lease(self, owner: int, n: int, *, urgent: bool = False) -> Lease | None:
+        """`n` slabs, or None when the reserve rule refuses; then nothing has changed."""
+        head, row = self._head, self._row(owner)
+        if n <= 0:
+            raise ValueError(f"n must be at least 1 slab, got {n}")
+        with self._lock:
+            self._repair()
+            draws = self._draws(owner, n, urgent)
+            if draws is None:
+                self._rows[row + R_REFUSED] += 1
+                return None
+            top = head[H_TOP]
+            assert n <= top, f"the reserve rule let {n} slabs go with {top} free"
+            slabs = self._stack[top - n : top].copy()
+            before = self._words[slabs]
+            head[H_DIRTY] = 1
+            if draws:  # first: a holder that has drawn nothing is no holder, so a kill right here is harmless
+                head[H_HOLDER] = owner
+            generation = head[H_SERIAL] = head[H_SERIAL] + 1
+            self._words[slabs] = pack(generation, owner, LIVE)
+            head[H_TOP] = top - n
+            self._hold(owner, live=n)
+            self._rows[row + R_LEASES] += 1
+            head[H_DIRTY] = 0
+        slabs.flags.writeable = False
+        return Lease(generation, slabs, slabs[owner_of(before) != owner])
+
+    def drain(self, owner: int, lease: Lease) -> None:
+        """live -> draining: the model is done with the slabs, work already enqueued on the GPU may not be."""
+        self._row(owner)
+        with self._lock:
+            self._repair()
+            self._expect(owner, lease, (LIVE,))
+            self._head[H_DIRTY] = 1
+            self._words[lease.slabs] = pack(lease.generation, owner, DRAINING)
+            self._hold(owner, live=-len(lease.slabs), draining=len(lease.slabs))
+            self._head[H_DIRTY] = 0
+
+    def free(self, owner: int, lease: Lease) -> None:
+        """live or draining -> free: from now on anybody may lease the slabs."""
+        head, row, n = self._head, self._row(owner), len(lease.slabs)
+        with self._lock:
+            self._repair()
+            state = self._expect(owner, lease, (LIVE, DRAINING))
+            top = head[H_TOP]
+            head[H_DIRTY] = 1
+            self._words[lease.slabs] = pack(lease.generation, owner, FREE)
+            self._stack[top : top + n] = lease.slabs
+            head[H_TOP] = top + n
+            self._hold(owner, live=-n if state == LIVE else 0, draining=-n if state == DRAINING else 0)
+            self._rows[row + R_RETURNS] += 1
+            head[H_DIRTY] = 0
+
+    def reclaim(self, owner: int) -> int:
+        """Frees all that `owner` holds and says how many slabs.  After waitpid of its process, never before."""
+        row = self._row(owner)
+        with self._lock:
+            self._repair()
+            held = np.flatnonzero((owner_of(self._words) == owner) & (state_of(self._words) != FREE))
+            self._head[H_DIRTY] = 1
+            self._words[held] &= ~STATE_MASK
+            self._rebuild()
+            for field in range(len(STATUS)):
+                self._rows[row + R_STATUS + field] = 0
+            self._head[H_DIRTY] = 0
+            return len(held)
+
+    def publish(self, owner: int, **status: int) -> None:
+        """Sets words of STATUS of a model.  Each has one writer, its worker or the agent: no lock."""
+        row = self._row(owner)
+        for name, value in status.items():
+            if name not in STATUS:
+                raise ValueError(f"status word must be one of {', '.join(STATUS)}, got {name!r}")
+            self._rows[row + R_STATUS + STATUS.index(name)] = value
+
+    # ---- what reads it
+
+    def status(self, owner: int) -> dict[str, int]:
+        at = self._row(owner) + R_STATUS
+        return dict(zip(STATUS, self._rows[at : at + len(STATUS)], strict=True))
+
+    def holds(self, owner: int, lease: Lease) -> bool:
+        """Whether the truth says that all slabs of `lease` are `owner`'s.  No lock: one's own words do not move."""
+        words = self._words[lease.slabs]
+        return any(bool((words == pack(lease.generation, owner, state)).all()) for state in (LIVE, DRAINING))
+
+    def counts(self) -> PoolCounts:
+        with self._lock:
+            self._repair()
+            rows = [self._rows[i : i + R_STATUS].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
+            free, repairs, deficit = self._head[H_TOP], self._head[H_REPAIRS], self._deficit()
+            holder = self.names[self._head[H_HOLDER]] if deficit > 0 else None
+        each = (
+            ModelCounts(row[R_LIVE], row[R_DRAINING], reserve, row[R_LEASES], row[R_RETURNS], row[R_REFUSED])
+            for row, reserve in zip(rows, self._reserves, strict=True)
+        )
+        models = dict(zip(self.names, each, strict=True))
+        leased, draining = (sum(getattr(m, what) for m in models.values()) for what in ("live", "draining"))
+        leases, refused = (sum(getattr(m, what) for m in models.values()) for what in ("leases", "refused"))
+        return PoolCounts(
+            self.plan.num_slabs, leased, draining, free, leases, refused, repairs, holder, models
+        )
+
+    def check(self) -> None:
+        """AssertionError, with the numbers, unless what is derived agrees with the truth and no rule is broken."""
+        with self._lock:
+            self._repair()
+            words, top, serial = self._words.copy(), self._head[H_TOP], self._head[H_SERIAL]
+            stack, unfilled = self._stack[: max(top, 0)].copy(), self._head[H_UNFILLED]
+            rows = [self._rows[i : i + 2].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
+        truth = derive(words, self._reserves)
+        fault = find_fault(words, len(self.names), serial) or find_stack_fault(stack, words)
+        assert fault is None, fault
+        assert top == len(truth.free), f"the free stack counts {top} slabs, the truth {len(truth.free)}"
+        for name, said, held in zip(self.names, rows, truth.held, strict=True):
+            assert said == list(held), (
+                f"{name} is said to hold {said} (live, draining) slabs and holds {held}"
+            )
+        assert unfilled == truth.unfilled, (
+            f"{unfilled} slabs of reserves said to be unfilled, {truth.unfilled} are"
+        )
+        assert unfilled <= top, f"{unfilled} slabs of reserves are promised, {top} are free"
+
+    # ---- inside the lock
+
+    def _repair(self) -> None:
+        """Undoes what a holder left that died inside a change: its owner words stand, the rest is derived anew."""
+        if self._head[H_DIRTY]:
+            self._rebuild()
+            self._head[H_REPAIRS] += 1
+            self._head[H_DIRTY] = 0
+
+    def _rebuild(self) -> None:
+        truth = derive(self._words, self._reserves)
+        self._stack[: len(truth.free)] = truth.free[::-1]  # low slabs on top
+        self._head[H_TOP] = len(truth.free)
+        self._head[H_SERIAL] = max(self._head[H_SERIAL], int(generation_of(self._words).max(initial=0)))
+        self._head[H_UNFILLED] = truth.unfilled
+        for i, (live, draining) in enumerate(truth.held):
+            self._rows[i * ROW_WORDS + R_LIVE] = live
+            self._rows[i * ROW_WORDS + R_DRAINING] = draining
+
+    def _deficit(self) -> int:
+        """Slabs missing from the liveness reserve; negative: slabs that nobody has been promised."""
+        return self._head[H_UNFILLED] + self.plan.liveness_slabs - self._head[H_TOP]
+
+    def _draws(self, owner: int, n: int, urgent: bool) -> bool | None:
+        """Whether a lease draws on the liveness reserve; None: it may not be given.
+
+        The holder of the reserve has at least `deficit` slabs above its own reserve, so that its returns cure the
+        deficit whatever the others do; it stays the holder until they have.
+        """
+        row, before = owner * ROW_WORDS, self._deficit()
+        own = self._reserves[owner] - self._rows[row + R_LIVE] - self._rows[row + R_DRAINING]
+        after = before + n - min(n, max(0, own))
+        if after <= max(0, before):
+            return False
+        alone = before <= 0 or self._head[H_HOLDER] == owner
+        return True if urgent and alone and after <= self.plan.liveness_slabs else None
+
+    def _hold(self, owner: int, live: int = 0, draining: int = 0) -> None:
+        row, reserve = owner * ROW_WORDS, self._reserves[owner]
+        held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
+        self._rows[row + R_LIVE] += live
+        self._rows[row + R_DRAINING] += draining
+        self._head[H_UNFILLED] += max(0, reserve - held - live - draining) - max(0, reserve - held)
+
+    def _row(self, owner: int) -> int:
+        if not 0 <= owner < len(self.names):
+            raise ValueError(f"owner must be in [0, {len(self.names)}), got {owner}")
+        return owner * ROW_WORDS
+
+    def _expect(self, owner: int, lease: Lease, states: tuple[int, ...]) -> int:
+        """The state, one of `states`, that all slabs of `lease` are in; OwnershipError otherwise."""
+        slabs, generation = lease.slabs, lease.generation
+        ids = slabs.tolist()
+        if not ids or min(ids) < 0 or max(ids) >= len(self._words):
+            raise OwnershipError(f"lease {generation} names slabs outside the pool of {len(self._words)}")
+        if len(set(ids)) < len(ids):
+            raise OwnershipError(f"double free: lease {generation} names a slab twice")
+        words = self._words[slabs]
+        for state in states:
+            if (words == pack(generation, owner, state)).all():
+                return state
+        i = int(np.argmax((generation_of(words) != generation) | (owner_of(words) != owner)))
+        raise OwnershipError(self._fault(owner, generation, int(slabs[i]), words[i : i + 1]))
+
+    def _fault(self, owner: int, generation: int, slab: int, word: Int64s) -> str:
+        real, last, state = (
+            int(owner_of(word)[0]),
+            int(generation_of(word)[0]),
+            STATES[int(state_of(word)[0])],
+        )
+        if last != generation:
+            kind = "stale generation"
+        elif real != owner:
+            kind = "foreign free"
+        else:
+            kind = "double free"
+        who = "nobody" if real == NOBODY else self.names[real]
+        return (
+            f"{kind}: {self.names[owner]} hands back slab {slab} of lease {generation}, which is {state} "
+            f"and was last leased by {who} as {last}"
+        )

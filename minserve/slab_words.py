@@ -1,0 +1,154 @@
+"""The bytes of a slab table: header, one row a model, the owner column, the free stack, the plan as JSON.  No torch.
+
+The owner column, one int64 a slab (generation | owner | state), is the only truth.  A freed slab keeps its owner and
+generation: they tell a double free from a stale one, and whose bytes are still in it.  All the rest that changes is
+derived (`derive`) or statistics; `find_fault` says where the derived part and the truth differ.
+"""
+
+import dataclasses
+import json
+import os
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sched.slabs import LayerGroup, PoolPlan, SetShape
+
+Int64s = NDArray[np.int64]
+
+MAGIC = 0x6D696E736C616273  # "minslabs"
+VERSION = 1
+
+# a word: the low 2 bits are the state, then 14 bits of owner, then the generation
+FREE, LIVE, DRAINING = range(3)
+STATES = ("free", "live", "draining")
+STATE_BITS, OWNER_BITS = 2, 14
+STATE_MASK, OWNER_MASK = (1 << STATE_BITS) - 1, (1 << OWNER_BITS) - 1
+NOBODY = OWNER_MASK
+
+# header: a constant part under a checksum, then what changes
+HEAD_WORDS = 64
+H_MAGIC, H_VERSION, H_BYTES, H_SLABS, H_MODELS, H_PLAN_BYTES, H_CRC = range(7)
+H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS = range(8, 14)
+# a model's row: derived counts, statistics, then what its worker publishes about itself
+ROW_WORDS = 16
+R_LIVE, R_DRAINING, R_LEASES, R_RETURNS, R_REFUSED = range(5)
+R_STATUS = 8
+STATUS = ("quota", "demand", "heartbeat_ns", "slack_us", "step_us")
+
+
+class Offsets(NamedTuple):
+    """Byte positions of the parts behind the header."""
+
+    rows: int
+    words: int
+    stack: int
+    plan: int
+
+    @classmethod
+    def of(cls, num_models: int, num_slabs: int) -> "Offsets":
+        rows = 8 * HEAD_WORDS
+        words = rows + 8 * ROW_WORDS * num_models
+        return cls(rows, words, words + 8 * num_slabs, words + 16 * num_slabs)
+
+
+class Derived(NamedTuple):
+    """What follows from the owner column: the free slabs, (live, draining) of each model, unfilled reserves."""
+
+    free: Int64s
+    held: list[tuple[int, int]]
+    unfilled: int
+
+
+def pack(generation: int, owner: int, state: int) -> int:
+    return generation << STATE_BITS + OWNER_BITS | owner << STATE_BITS | state
+
+
+def state_of(words: Int64s) -> Int64s:
+    return words & STATE_MASK
+
+
+def owner_of(words: Int64s) -> Int64s:
+    return words >> STATE_BITS & OWNER_MASK
+
+
+def generation_of(words: Int64s) -> Int64s:
+    return words >> STATE_BITS + OWNER_BITS
+
+
+def derive(words: Int64s, reserves: tuple[int, ...]) -> Derived:
+    taken = words[state_of(words) != FREE]
+    # one bin a (owner, state); owners that do not exist fall off the end, `find_fault` reports them
+    bins = np.bincount(taken & (1 << STATE_BITS + OWNER_BITS) - 1, minlength=len(reserves) << STATE_BITS)
+    held = [
+        (int(bins[i << STATE_BITS | LIVE]), int(bins[i << STATE_BITS | DRAINING]))
+        for i in range(len(reserves))
+    ]
+    unfilled = sum(max(0, reserve - sum(h)) for reserve, h in zip(reserves, held, strict=True))
+    return Derived(np.flatnonzero(state_of(words) == FREE), held, unfilled)
+
+
+def find_fault(words: Int64s, num_models: int, serial: int) -> str | None:
+    """What is impossible in the owner column itself, or None."""
+    states, owners, generations = state_of(words), owner_of(words), generation_of(words)
+    bad = np.flatnonzero((states > DRAINING) | (words < 0) | (owners >= num_models) & (owners != NOBODY))
+    if len(bad):
+        return f"slab {bad[0]} has the impossible word {words[bad[0]]:#x}"
+    bad = np.flatnonzero((owners == NOBODY) & (states != FREE))
+    if len(bad):
+        return f"slab {bad[0]} is {STATES[states[bad[0]]]} and belongs to nobody"
+    if generations.max(initial=0) > serial:
+        return f"generation {generations.max()} was never given, the last is {serial}"
+    # one pair (generation, owner) a lease: a generation that comes twice has two owners
+    leases = np.unique(words[states != FREE] >> STATE_BITS) >> OWNER_BITS
+    twice = leases[1:][leases[1:] == leases[:-1]]
+    return f"lease {twice[0]} belongs to two models" if len(twice) else None
+
+
+def find_stack_fault(stack: Int64s, words: Int64s) -> str | None:
+    """Where the free stack and the owner column differ, or None."""
+    if ((stack < 0) | (stack >= len(words))).any():
+        return "the free stack names slabs outside the pool"
+    states = state_of(words)
+    taken = stack[states[stack] != FREE]
+    if len(taken):
+        return f"slab {taken[0]} is owned twice: it is {STATES[states[taken[0]]]} and on the free stack"
+    values, times = np.unique(stack, return_counts=True)
+    if len(values) < len(stack):
+        return f"slab {values[times > 1][0]} is on the free stack twice"
+    lost = np.setdiff1d(np.flatnonzero(states == FREE), values)
+    return f"slab {lost[0]} is lost: free, and not on the free stack" if len(lost) else None
+
+
+def encode_table(plan: PoolPlan) -> list[tuple[int, bytes]]:
+    """(position, bytes) of the parts of a new table that are not zero; its size is in the header."""
+    blob = json.dumps(dataclasses.asdict(plan)).encode()
+    at = Offsets.of(len(plan.models), plan.num_slabs)
+    head = np.zeros(HEAD_WORDS, np.int64)
+    head[:H_CRC] = MAGIC, VERSION, at.plan + len(blob), plan.num_slabs, len(plan.models), len(blob)
+    head[H_CRC] = zlib.crc32(blob, zlib.crc32(head[:H_CRC].tobytes()))
+    words = np.full(plan.num_slabs, pack(0, NOBODY, FREE), np.int64)
+    return [(0, head.tobytes()), (at.words, words.tobytes()), (at.plan, blob)]
+
+
+def read_plan(fd: int, size: int, given: int) -> PoolPlan:
+    """The plan in the table behind `fd`; ValueError when that is not a whole table of our version."""
+    head = np.frombuffer(os.pread(fd, 8 * HEAD_WORDS, 0).ljust(8 * HEAD_WORDS, b"\0"), np.int64)
+    if head[H_MAGIC] != MAGIC:
+        raise ValueError(f"fd {given} is not a minserve slab table")
+    if head[H_VERSION] != VERSION:
+        raise ValueError(
+            f"fd {given} is a slab table of version {head[H_VERSION]}, this minserve reads {VERSION}"
+        )
+    at = Offsets.of(int(head[H_MODELS]), int(head[H_SLABS]))
+    blob = os.pread(fd, max(size - at.plan, 0), at.plan) if 0 <= at.plan <= size else b""
+    crc = zlib.crc32(blob, zlib.crc32(head[:H_CRC].tobytes()))
+    if (size, len(blob), crc) != (head[H_BYTES], head[H_PLAN_BYTES], head[H_CRC]):
+        raise ValueError(f"fd {given} is a slab table with a damaged header ({size} bytes)")
+    fields: dict[str, Any] = json.loads(blob)
+    for shape in fields["models"].values():
+        shape["groups"] = tuple(LayerGroup(**group) for group in shape["groups"])
+    fields["models"] = {name: SetShape(**shape) for name, shape in fields["models"].items()}
+    return PoolPlan(**fields)
