@@ -20,12 +20,13 @@ SUFFIXES = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
     "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
 )  # fmt: skip
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CONTAINERS = {"packed": "pack-quantized", "int8": "int-quantized"}
 
 
-def is_quantized(fields: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's tensors, by suffix, are anything but a float `weight` alone."""
-    return set(fields) != {"weight"} or not fields["weight"].dtype.is_floating_point
+def is_quantized(dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether a layer's tensors, types by suffix, are anything but a float `weight` alone (or nothing at all)."""
+    return bool(set(dtypes) - {"weight"}) or dtypes.get("weight", torch.float32) not in PLAIN
 
 
 def load(

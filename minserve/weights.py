@@ -1,0 +1,250 @@
+"""WeightSource: hands a model its weights by name, once each, and holds the file to account.
+
+Strict: a tensor of the wrong shape, a missing one, and one that nobody took are errors that name it.  Layers are
+loaded as the file has them (plain or quantized), or plain ones are quantized here (`w8a8-int8`, `w4a8-int8`, round to
+nearest); embeddings, norms and the head stay as they are.  One tensor at a time is in memory besides the result.
+"""
+
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels.gemm_w4a8 import W4Weight, prepare_w4a8
+from kernels.gemm_w8a8 import prepare_w8a8
+from kernels.linear import PreparedLinear, prepare_linear
+from minserve.checkpoint import Checkpoint, listed
+from minserve.linear import Linear, Prepared
+from quant.formats import compressed_tensors
+from quant.formats.ct_config import read_config
+from quant.rtn import quantize
+from quant.scheme import ONLINE, QuantWeight, fuse
+
+# buffers that old exporters saved beside the weights; they follow from the config
+DERIVED = (".rotary_emb.inv_freq",)
+AS_STORED = ("auto", "none")
+
+
+@dataclass(slots=True)
+class ReportRow:
+    """The linear layers of one scheme: how many, through which kernel, in how many bytes."""
+
+    scheme: str
+    kernel: str
+    layers: int = 0
+    weights: int = 0
+    nbytes: int = 0
+    note: str = ""
+
+    def __str__(self) -> str:
+        bits = 8 * self.nbytes / max(1, self.weights)
+        text = f"{self.scheme}: {self.layers} layers, kernel {self.kernel}, {bits:.2f} bits per weight"
+        return f"{text}, {self.nbytes / 1e6:.1f} MB" + (f" ({self.note})" if self.note else "")
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What was loaded and how it will be computed, for start-up to print and tests to read."""
+
+    rows: dict[tuple[str, str], ReportRow] = field(default_factory=dict)
+    other_bytes: int = 0
+    derived: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.other_bytes + sum(row.nbytes for row in self.rows.values())
+
+    def lines(self) -> list[str]:
+        return [str(row) for row in self.rows.values()] + [
+            f"embeddings and norms: {self.other_bytes / 1e6:.1f} MB"
+        ]
+
+
+class WeightSource:
+    """Reads `folder`; everything it returns is in `dtype` on `device` and owns its memory.
+
+    `quantization` is auto (as stored), none (as stored, and that must be plain), or a scheme for plain layers.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        quantization: str = "auto",
+        quantization_config: dict[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        if quantization not in AS_STORED and quantization not in ONLINE:
+            choices = ", ".join((*AS_STORED, *ONLINE))
+            raise ValueError(f"quantization must be one of {choices}, got {quantization!r}")
+        self.dtype, self.device = dtype, torch.device(device)
+        self.quantization = quantization
+        self.report = LoadReport()
+        self._config = read_config(quantization_config)
+        self._checkpoint = Checkpoint(folder)
+        self._left = dict.fromkeys(self._checkpoint)
+        show = sys.stderr.isatty() if progress is None else progress
+        self._bar = tqdm(
+            total=self._checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not show
+        )
+
+    def __enter__(self) -> "WeightSource":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One plain tensor: an embedding, a norm."""
+        value = self._plain(name, shape)
+        self.report.other_bytes += value.nbytes
+        return value
+
+    def linear(
+        self, names: tuple[str, ...], in_features: int, out_features: tuple[int, ...], bias: bool = False
+    ) -> Linear:
+        """The modules `names` stacked along their outputs; run one by one where their schemes differ."""
+        assert len(names) == len(out_features), f"{names} and {out_features} differ in length"
+        shards = [self._shard(n, in_features, N) for n, N in zip(names, out_features, strict=True)]
+        biases = [
+            self._plain(f"{n}.bias", (N,)) if bias else None for n, N in zip(names, out_features, strict=True)
+        ]
+        weights = [self._prepare(w, b) for w, b in _joined(shards, biases)]
+        return Linear(weights, self.dtype)
+
+    def head(self, name: str, embed_VD: Tensor, tied: bool) -> PreparedLinear:
+        """The output projection, plain; where tied, the embedding itself, and a stored copy must equal it."""
+        V, D = embed_VD.shape
+        stored = f"{name}.weight"
+        if tied:
+            if stored in self._checkpoint and not torch.equal(self._plain(stored, (V, D)), embed_VD):
+                raise ValueError(
+                    f"{stored} differs from the embedding, but the config says tie_word_embeddings"
+                )
+            return prepare_linear(embed_VD, None)
+        weight = self._shard(name, D, V, online=False)
+        if isinstance(weight, QuantWeight):
+            raise ValueError(f"{name} is quantized ({weight.scheme}); supported: a plain head")
+        prepared = self._prepare(weight, None)
+        assert isinstance(prepared, PreparedLinear), type(prepared)
+        return prepared
+
+    def finish(self) -> LoadReport:
+        """Ends the loading; raises ValueError naming every tensor that nobody took."""
+        derived = [name for name in self._left if name.endswith(DERIVED)]
+        left = [name for name in self._left if name not in derived]
+        self.close()
+        if left:
+            raise ValueError(
+                f"{self._checkpoint.folder}: {len(left)} tensors of the checkpoint belong to nothing in the model: "
+                f"{listed(left, most=50)}"
+            )
+        self.report.derived = derived
+        return self.report
+
+    def close(self) -> None:
+        self._bar.close()
+        self._checkpoint.close()
+
+    def _take(self, name: str) -> Tensor:
+        """A view of the file, struck off the list of what is left."""
+        if name not in self._checkpoint:
+            near = difflib.get_close_matches(name, self._checkpoint, n=3, cutoff=0.5)
+            hint = f"; it holds {listed(near)}" if near else ""
+            raise ValueError(
+                f"{self._checkpoint.folder}: tensor {name!r} is missing from the checkpoint{hint}"
+            )
+        assert name in self._left, f"{name} was taken twice"
+        del self._left[name]
+        self._bar.update(self._checkpoint.infos[name].nbytes)
+        return self._checkpoint.tensor(name)
+
+    def _plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        value = self._take(name)
+        if value.shape != shape:
+            raise ValueError(f"{name} must have the shape {list(shape)}, got {list(value.shape)}")
+        if value.dtype not in compressed_tensors.PLAIN:
+            raise ValueError(f"{name} must be a float tensor, got {value.dtype}")
+        out = value.to(self.device, self.dtype, copy=True)
+        # fp16 ends at 65504: a bf16 checkpoint may not fit, and would answer NaN
+        if self.dtype == torch.float16 != value.dtype and not torch.isfinite(out).all():
+            raise ValueError(
+                f"{name} does not fit float16 (largest {value.abs().max().item():.3g}): choose bfloat16"
+            )
+        return out
+
+    def _shard(
+        self, module: str, in_features: int, out_features: int, online: bool = True
+    ) -> Tensor | QuantWeight:
+        """One module's weight, as stored or quantized here."""
+        infos = self._checkpoint.infos
+        suffixes = [s for s in compressed_tensors.SUFFIXES if f"{module}.{s}" in infos]
+        if not compressed_tensors.is_quantized({s: infos[f"{module}.{s}"].dtype for s in suffixes}):
+            plain = self._plain(f"{module}.weight", (out_features, in_features))
+            if not online or self.quantization in AS_STORED:
+                return plain
+            return quantize(plain, ONLINE[self.quantization].fit(in_features))
+        fields = {s: self._take(f"{module}.{s}") for s in suffixes}
+        weight = compressed_tensors.load(module, fields, out_features, in_features, self._config)
+        self._check_stored(module, weight)
+        zero = None if weight.zero_NQ is None else weight.zero_NQ.to(self.device, copy=True)
+        codes, scale = weight.codes_NK.to(self.device, copy=True), weight.scale_NQ.to(self.device, copy=True)
+        return QuantWeight(weight.scheme, codes, scale, zero)
+
+    def _check_stored(self, module: str, weight: QuantWeight) -> None:
+        wanted = ONLINE[self.quantization].name if self.quantization in ONLINE else self.quantization
+        if wanted not in ("auto", weight.scheme.name):
+            raise ValueError(
+                f"quantization must be auto or {weight.scheme.name} for this checkpoint, got {self.quantization!r}: "
+                f"{module} is stored as {weight.scheme}"
+            )
+
+    def _prepare(self, weight: Tensor | QuantWeight, bias: Tensor | None) -> Prepared:
+        """Packs for the kernel and books it."""
+        note = ""
+        prepared: Prepared
+        if isinstance(weight, Tensor):
+            prepared, scheme, kernel = (
+                prepare_linear(weight, bias),
+                str(self.dtype).removeprefix("torch."),
+                "linear",
+            )
+        elif weight.scheme.bits == 8:
+            prepared = prepare_w8a8(weight.codes_NK, weight.scale_NQ[:, 0].contiguous(), bias)
+            scheme, kernel = str(weight.scheme), "gemm_w8a8"
+        else:
+            prepared = prepare_w4a8(weight.codes_NK, weight.scale_NQ, weight.zero_NQ, bias)
+            scheme, kernel = str(weight.scheme), "gemm_w4a8"
+        if isinstance(prepared, W4Weight) and prepared.bits_stored != 4:
+            note = f"int4 weights are unpacked to int{prepared.bits_stored} on the {self.device.type.upper()}"
+        row = self.report.rows.setdefault((scheme, kernel), ReportRow(scheme, kernel, note=note))
+        row.layers += 1
+        row.weights += prepared.in_features * prepared.out_features
+        row.nbytes += prepared.nbytes
+        return prepared
+
+
+def _joined(
+    shards: list[Tensor | QuantWeight], biases: list[Tensor | None]
+) -> list[tuple[Tensor | QuantWeight, Tensor | None]]:
+    """One (weight, bias) where all shards are of one kind, else each on its own."""
+    given = [b for b in biases if b is not None]
+    bias = torch.cat(given) if given else None
+    if len(shards) == 1:
+        return [(shards[0], bias)]
+    plain = [s for s in shards if isinstance(s, Tensor)]
+    if len(plain) == len(shards):
+        return [(torch.cat(plain), bias)]
+    quant = [s for s in shards if isinstance(s, QuantWeight)]
+    fused = fuse(quant) if not plain else None
+    return [(fused, bias)] if fused else list(zip(shards, biases, strict=True))
