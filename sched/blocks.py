@@ -24,6 +24,7 @@ class BlockPool:
         self.slots = slots
         self.block_tokens = block_tokens
         self.num_free = 0
+        self.num_released = 0  # ever: a refusal is worth no second try before it has grown
         self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
         self._refs: list[int] = []  # at set * slots + slot
         self._urgent: set[int] = set()
@@ -95,6 +96,7 @@ class BlockPool:
         free = self._free[set_id]
         free.append(block)
         self.num_free += 1
+        self.num_released += 1
         if len(free) == self.slots:
             self._emptied(set_id)
         elif len(free) == 1 and set_id != self._current:

@@ -1,0 +1,385 @@
+"""Batcher: the only owner of requests and blocks.  Decides what each step computes; knows no token id and no clock.
+
+    plan(now) -> StepPlan        state moves on as if the step had run: plan(s + 1) may come before advance(s)
+    horizon() -> k               how often the plan just made could be repeated with nothing new to decide
+    advance(plan, k, now, stopped) -> ended rids        plans are advanced in the order in which they were made
+
+A stop is known one step late when steps overlap: the request may be in step s + 1 already, and its row there is to be
+ignored.  Blocks that are freed can be granted again once every planned step that names them has been advanced.
+"""
+
+from collections.abc import Iterable
+
+from sched.blocks import BlockPool
+from sched.flights import Flight, Flights
+from sched.latency import StepCost
+from sched.limits import Limits, QueueFull
+from sched.running import Running
+from sched.sequence import Seq, State
+from sched.step import Chunk, Grant, Request, StepPlan
+from sched.waiting import WaitQueue
+
+# rows of prefill a step has room for even when the decodes are late already: arrivals must not starve
+MIN_PREFILL_TOKENS = 64
+# after a refusal the source is asked for a newcomer's blocks again this many steps later, or when blocks come free
+RETRY_STEPS = 8
+
+
+class Batcher:
+    """Default policy: decodes first, then chunks by slack, as many as the most urgent decode allows."""
+
+    def __init__(self, blocks: BlockPool, limits: Limits, cost: StepCost | None = None) -> None:
+        self.blocks = blocks
+        self.limits = limits
+        self.cost = cost
+        self.num_preemptions = 0
+        self._live: dict[int, Seq] = {}
+        self._queue = WaitQueue(cost.per_prefill_token_s if cost else 0.0)
+        # admitted, in state PREFILLING, RUNNING or PAUSED; each of them also in one of the three below
+        self._active: dict[int, Seq] = {}
+        self._prefilling: dict[int, Seq] = {}
+        self._running = Running(blocks.block_tokens)
+        self._paused: dict[int, Seq] = {}
+        self._flights = Flights(blocks)
+        self._left: list[int] = []
+        self._step = 0  # the next to be planned
+        self._retry_step = self._refused_at = 0
+        self._busy_until = 0.0
+        self._num_added = self._num_admitted = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def has_work(self) -> bool:
+        """A request lives, a step is not advanced, or a table is still to be dropped by a plan."""
+        return bool(self._live or self._flights or self._left)
+
+    def add(self, request: Request) -> None:
+        """Raises ValueError where the request could never run, QueueFull where too many wait."""
+        if request.rid in self._live:
+            raise ValueError(f"request {request.rid} is already there")
+        self.limits.accept(request)
+        if self._queue.num_new >= self.limits.max_waiting:
+            raise QueueFull(
+                f"request {request.rid}: max_waiting={self.limits.max_waiting} requests wait already"
+            )
+        seq = Seq(request, self._num_added)
+        self._num_added += 1
+        self._live[request.rid] = seq
+        self._queue.push(seq)
+
+    def abort(self, rid: int) -> bool:
+        """False where no such request lives.  An aborted one is not among the ended that advance returns."""
+        seq = self._live.pop(rid, None)
+        if seq is None:
+            return False
+        self._drop(seq)
+        return True
+
+    def plan(self, now: float) -> StepPlan:
+        """The next step.  An empty plan is no step: it need not be advanced, but its `left` counts."""
+        step = self._step
+        grants = self._grow(step)
+        decode = self._running.rids()
+        seconds, slope = 0.0, 0.0
+        if self.cost:
+            seconds = self.cost.decode_s(len(decode), self._running.context)
+            slope = self.cost.per_context_token_s * len(decode)
+        chunks: list[Chunk] = []
+        joined: list[Seq] = []
+        if self._prefilling or self._queue:
+            budget = self._prefill_budget(len(decode), max(now, self._busy_until) + seconds)
+            chunks = self._prefill(now, budget, grants, joined)
+            if self.cost:
+                seconds += sum(self.cost.chunk_s(c.start, c.count) for c in chunks)
+        plan = StepPlan(step, decode, tuple(chunks), tuple(grants), tuple(self._left), seconds, slope)
+        self._left.clear()
+        if not plan.empty:
+            self._busy_until = max(now, self._busy_until) + seconds
+            self._depart(Flight(plan, joined))
+        return plan
+
+    def horizon(self) -> int:
+        """Steps, the newest plan's included, that need no decision: nobody joins or ends before the last of them."""
+        flight = self._flights.oldest
+        if flight is None or len(self._flights) > 1 or flight.plan.chunks or flight.ending:
+            return 1
+        if self._paused or self._prefilling or (self._queue and len(self._active) < self.limits.max_running):
+            return 1
+        end = self._running.next_end()
+        if end is None:
+            return 1
+        step = flight.plan.step
+        k = end - step + 1
+        free = self.blocks.num_free
+        if free < len(self._running) * (1 + k // self.blocks.block_tokens):
+            for j in range(1, k):
+                free -= self._running.num_due(step + j)
+                if free < 0:
+                    return j
+        return k
+
+    def advance(self, plan: StepPlan, k: int, now: float, stopped: Iterable[int] = ()) -> tuple[int, ...]:
+        """The step has run, `k` times over; returns who ended with it, by length or because the caller says so.
+
+        k > 1 is for the simulator (at most `horizon`): blocks of the repeated steps are taken here, and in no plan.
+        """
+        if plan.empty:
+            return ()
+        if k > 1:
+            self._repeat(plan.step, k)
+        flight = self._flights.pop(plan.step)
+        for seq in flight.joined:
+            if seq.first_s is None:
+                seq.first_s = now
+                if self.cost and seq.state is State.RUNNING:
+                    self._running.track(seq)
+        ended = [seq.rid for seq in flight.ending if self._live.get(seq.rid) is seq]
+        for rid in ended:
+            self._live.pop(rid).state = State.GONE
+        for rid in sorted(stopped):
+            if self.abort(rid):
+                ended.append(rid)
+        self._flights.land(flight)
+        self._busy_until = now + self._flights.predicted_s
+        return tuple(ended)
+
+    # -- plan: blocks for those that run
+
+    def _grow(self, step: int) -> list[Grant]:
+        """One block to each that cannot decode in `step` without; who gets none is paused."""
+        due = self._running.due(step)
+        if self._paused or len(due) > self.blocks.num_free:
+            return self._grow_scarce(step, sorted([*self._paused.values(), *due], key=_order))
+        grants: list[Grant] = []
+        if due:
+            blocks = self.blocks.allocate(len(due))
+            assert blocks is not None, f"{self.blocks.num_free=} but {len(due)} blocks were refused"
+            for seq, block in zip(due, blocks, strict=True):
+                seq.blocks.append(block)
+                grants.append(Grant(seq.rid, (block,)))
+        return grants
+
+    def _grow_scarce(self, step: int, due: list[Seq]) -> list[Grant]:
+        """Blocks may run out: eldest first, and after the first refusal the rest waits for the next plan."""
+        grants: list[Grant] = []
+        for i, seq in enumerate(due):
+            if seq.state is State.WAITING:
+                continue  # preempted just now for an elder one
+            blocks = self._block_for(seq)
+            if blocks is None:
+                for later in due[i:]:
+                    if later.state is State.RUNNING:
+                        self._running.stop(later, step - 1, State.PAUSED)
+                        self._paused[later.rid] = later
+                break
+            seq.blocks += blocks
+            grants.append(Grant(seq.rid, tuple(blocks)))
+            if seq.state is State.PAUSED:
+                del self._paused[seq.rid]
+                self._run(seq, step - 1)
+        return grants
+
+    def _block_for(self, seq: Seq) -> list[int] | None:
+        """Preempts the youngest, one by one, until `seq` has its block; never an elder one."""
+        while (blocks := self.blocks.allocate(1)) is None:
+            if self._flights.pending:
+                return None  # the steps in flight will free some
+            victim = max(self._active.values(), key=_order)
+            if victim is seq:
+                alone = len(self._active) == 1 and not self._flights
+                return self.blocks.allocate(1, urgent=True) if alone else None
+            self._preempt(victim)
+        return blocks
+
+    def _preempt(self, seq: Seq) -> None:
+        """Its blocks go, and all of it is to be computed again, produced tokens included."""
+        self.num_preemptions += 1
+        self._deactivate(seq, State.WAITING)
+        seq.computed = 0
+        self._queue.push(seq)
+
+    # -- plan: chunks
+
+    def _prefill_budget(self, decodes: int, end_s: float) -> int:
+        """Tokens of prefill a step has room for if it would end at `end_s` without."""
+        room = self.limits.max_step_tokens - decodes
+        if self.cost is None or not decodes:
+            return room
+        slack = self._running.deadline(self._step) - end_s
+        per_token = self.cost.per_prefill_token_s
+        if slack >= room * per_token or not per_token:
+            return room
+        return min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
+
+    def _prefill(self, now: float, budget: int, grants: list[Grant], joined: list[Seq]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for seq in list(self._prefilling.values()):
+            if budget <= 0:
+                break
+            budget -= self._cut(seq, budget, chunks, joined)
+        while budget > 0 and (admitted := self._admit(now)) is not None:
+            grants.append(Grant(admitted.rid, tuple(admitted.blocks)))
+            budget -= self._cut(admitted, budget, chunks, joined)
+        return chunks
+
+    def _cut(self, seq: Seq, budget: int, chunks: list[Chunk], joined: list[Seq]) -> int:
+        """Plan the next chunk of `seq`; returns its tokens."""
+        count = min(budget, self.limits.max_chunk_tokens, seq.total - seq.computed)
+        start = seq.computed
+        seq.computed += count
+        seq.last = self._step
+        samples = seq.computed == seq.total
+        chunks.append(Chunk(seq.rid, start, count, samples))
+        if samples:
+            joined.append(seq)
+        return count
+
+    def _admit(self, now: float) -> Seq | None:
+        """The head of the queue with blocks for all its tokens, or None; nobody overtakes the head."""
+        if self._paused or len(self._active) >= self.limits.max_running:
+            return None
+        seq = self._queue.head(now)
+        # a preempted one waits until all its tokens are known: none is in a step that has not been advanced
+        if seq is None or not self._flights.advanced(seq.last):
+            return None
+        needed = -(-seq.total // self.blocks.block_tokens)
+        alone = not self._active and not self._flights
+        if self._step < self._retry_step and self.blocks.num_released == self._refused_at and not alone:
+            return None
+        # the others will grow
+        blocks = self.blocks.allocate(needed, headroom=len(self._active) // 8)
+        if blocks is None and alone:
+            blocks = self.blocks.allocate(needed, urgent=True)
+        if blocks is None:
+            self._retry_step = self._step + RETRY_STEPS
+            self._refused_at = self.blocks.num_released
+            return None
+        self._queue.pop()
+        if seq.order < 0:
+            seq.order = self._num_admitted
+            self._num_admitted += 1
+        seq.blocks = blocks
+        seq.state = State.PREFILLING
+        self._active[seq.rid] = self._prefilling[seq.rid] = seq
+        return seq
+
+    # -- plan: the state after the step
+
+    def _depart(self, flight: Flight) -> None:
+        step = self._step
+        self._step += 1
+        self._flights.push(flight)
+        flight.ending = self._running.tick(step)
+        for seq in flight.joined:
+            del self._prefilling[seq.rid]
+            seq.produced += 1
+            seq.base = step
+            if seq.remaining:
+                self._run(seq, step)
+            else:
+                seq.state = State.ENDING
+                flight.ending.append(seq)
+        for seq in flight.ending:
+            del self._active[seq.rid]
+            self._release(seq)
+
+    def _run(self, seq: Seq, base: int) -> None:
+        self._running.start(seq, base)
+        if self.cost and seq.first_s is not None:
+            self._running.track(seq)
+
+    def _repeat(self, first: int, k: int) -> None:
+        """Steps that differ from the one planned in nothing but one more token a request."""
+        flight = self._flights.oldest
+        assert flight is not None, f"step {first} is advanced, but none is planned"
+        assert flight.plan.step == first == self._step - 1, f"step {first} is not the only one planned"
+        alike = not (flight.plan.chunks or flight.ending or self._paused)
+        assert alike, f"step {first} ends or prefills a request: it cannot be repeated"
+        for step in range(first + 1, first + k):
+            assert not flight.ending, (
+                f"a request ended in step {step - 1}, {k} steps from {first} are no repetition"
+            )
+            assert self._running.num_due(step) <= self.blocks.num_free, f"step {step} is short of blocks"
+            self._grow(step)
+            flight.ending = self._running.tick(step)
+        self._step = first + k
+        for seq in flight.ending:
+            del self._active[seq.rid]
+            seq.last = first  # the flight that stands for all of them
+            self._release(seq)
+
+    # -- leaving
+
+    def _drop(self, seq: Seq) -> None:
+        """The request ends from outside, whatever its state."""
+        if seq.state is State.WAITING:
+            seq.state = State.GONE
+            self._queue.discard(seq)
+        elif seq.state is State.ENDING:
+            seq.state = State.GONE  # its blocks wait for its last step already
+        else:
+            self._deactivate(seq, State.GONE)
+
+    def _deactivate(self, seq: Seq, state: State) -> None:
+        if seq.state is State.RUNNING:
+            self._running.stop(seq, self._step - 1, state)
+        elif seq.state is State.PAUSED:
+            del self._paused[seq.rid]
+        else:
+            del self._prefilling[seq.rid]
+        seq.state = state
+        del self._active[seq.rid]
+        self._release(seq)
+
+    def _release(self, seq: Seq) -> None:
+        """Its table is to be dropped; its blocks come free when the newest step that names them is advanced."""
+        self._left.append(seq.rid)
+        blocks, seq.blocks = seq.blocks, []
+        self._flights.release(blocks, seq.last)
+
+    # -- invariants
+
+    def check(self) -> None:
+        """Recounts everything.  Raises AssertionError where the structures disagree."""
+        self.blocks.check()
+        self._queue.check()
+        self._running.check(self._step - 1)
+        P = self.blocks.block_tokens
+        for rid, seq in self._live.items():
+            assert seq.state is not State.GONE, f"request {rid} is gone but lives"
+            in_one = [rid in self._prefilling, seq.state is State.RUNNING, rid in self._paused]
+            active = seq.state in (State.PREFILLING, State.RUNNING, State.PAUSED)
+            assert (rid in self._active) == active == (sum(in_one) == 1), (
+                f"request {rid} {seq.state} {in_one}"
+            )
+            assert active or not seq.blocks, f"request {rid} is {seq.state} with blocks {seq.blocks}"
+            if seq.state is State.PREFILLING:
+                assert len(seq.blocks) == -(-seq.total // P), (
+                    f"request {rid}: {len(seq.blocks)=} {seq.total=}"
+                )
+                assert 0 <= seq.computed < seq.total, f"request {rid}: {seq.computed=} {seq.total=}"
+            if seq.state is State.PAUSED:
+                assert len(seq.blocks) * P == seq.total - 1, f"request {rid}: {len(seq.blocks)=} {seq.total=}"
+        assert self._active.keys() <= self._live.keys(), "an active request does not live"
+        assert len(self._active) <= self.limits.max_running, f"{len(self._active)} run"
+        assert len(self._running) + len(self._prefilling) + len(self._paused) == len(self._active)
+        freed = self._flights.held()
+        held = [s.blocks for s in self._active.values()]
+        assert self._flights.pending == sum(map(len, freed)), f"{self._flights.pending=} {freed=}"
+        assert self.blocks.num_live == sum(map(len, freed + held)), (
+            f"{self.blocks.num_live=} are not all held"
+        )
+        assert len({b for blocks in freed + held for b in blocks}) == self.blocks.num_live, (
+            "a block is held twice"
+        )
+
+
+def _order(seq: Seq) -> int:
+    return seq.order
