@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._flight is not None or self.batcher.has_work
+        return self._flight is not None or self.batcher.has_work or self.runner.draining
 
     def add(self, r: EngineRequest) -> None:
         """Queues a request.  ValueError for what can never run: the message goes to the caller."""
@@ -146,6 +146,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One turn of the ring.  An empty list means nothing ended a step: idle, filling up, or blocks are awaited."""
+        self.runner.poll()
         plan = self.batcher.plan(self._clock())
         events: list[TokenEvent] = []
         joining = [self._sequences[c.rid] for c in plan.chunks if c.start == 0]

@@ -17,7 +17,7 @@ from kernels.rmsnorm import rmsnorm
 from kernels.rope_kv_write import rope_kv_write
 from kernels.silu_mul import silu_mul
 from minserve.linear import Linear
-from minserve.model_config import ModelConfig
+from minserve.model_config import LlamaConfig
 from minserve.rope import RopeTables
 from minserve.weights import WeightSource
 
@@ -40,7 +40,7 @@ class Block:
 class Llama:
     """A loaded model.  `rope` reaches to the longest position ever asked for."""
 
-    config: ModelConfig
+    config: LlamaConfig
     embed_VD: Tensor
     blocks: tuple[Block, ...]
     norm_D: Tensor
@@ -54,7 +54,7 @@ class Llama:
 
         Writes the keys and values of the step's tokens into `pool` (uint8, the whole slab pool).
         """
-        c = self.config
+        c, deterministic = self.config, step.deterministic
         x_TD = F.embedding(ids_T, self.embed_VD)
         residual_TD: Tensor | None = None
         scale = c.head_dim**-0.5
@@ -63,7 +63,7 @@ class Llama:
             residual_TD = x_TD if h.residual_TD is None else h.residual_TD
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
             q_THK = rope_kv_write(qkv_TX, self.rope.cos_MK, self.rope.sin_MK, pool, step, layer, c.num_heads)
-            o_THK = attention(q_THK, pool, step, layer, scale, deterministic=deterministic)
+            o_THK = attention(q_THK, pool, step, layer, scale)
             x_TD = b.o(o_THK.flatten(1), None, deterministic=deterministic)
             h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants_int8)
             residual_TD = h.residual_TD
@@ -79,7 +79,7 @@ class Llama:
         return linear(h.y_TD, self.head, deterministic=deterministic).float()
 
 
-def build_llama(config: ModelConfig, source: WeightSource, rope: RopeTables) -> Llama:
+def build_llama(config: LlamaConfig, source: WeightSource, rope: RopeTables) -> Llama:
     """Takes every tensor of a Llama from `source`; whatever is left there, or missing, is an error naming it."""
     c = config
     d, kv = c.hidden_size, c.num_kv_heads * c.head_dim

@@ -4,7 +4,6 @@ Steps run in the order they were enqueued: on a CUDA stream, or on one thread of
 while the one before it runs, and what it reads (token history, keys and values) is written by then.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from kernels.kv_layout import KvLayout
 from kernels.kv_step import KvStep
 from minserve.inputs import Join, PromptRows, RowTable, StepInputs
 from minserve.models import HEAD_ROWS, Llama
+from minserve.pool import LeasedSets
 from minserve.sampler import TokenLogprobs, gather_logprobs, sample
 from sched.step import StepPlan
 
@@ -66,6 +66,15 @@ class _Pending:
         )
 
 
+class _Prepared(NamedTuple):
+    """The host side of a step: arrays, token histories to write and slab table rows to change before it runs."""
+
+    inputs: StepInputs
+    uploads: list[tuple[int, tuple[int, ...]]]
+    changed_sets: list[int]
+    offsets_SL: Tensor
+
+
 class StepHandle:
     """A step under way.  `wait` blocks until its tokens are on the host, and raises what the step raised."""
 
@@ -77,14 +86,13 @@ class StepHandle:
 
 
 class Runner:
-    """Runs plans of one model.  `slab_table_SL` is read at every step, `pool` is the uint8 view of the whole pool."""
+    """Runs plans of one model on the slab sets it leases.  One thread calls it."""
 
     def __init__(
         self,
         model: Llama,
         layout: KvLayout,
-        pool: Tensor,
-        slab_table_SL: Tensor,
+        sets: LeasedSets,
         *,
         max_rows: int,
         max_model_len: int,
@@ -94,9 +102,11 @@ class Runner:
         self.model = model
         self.layout = layout
         self.deterministic = deterministic
-        self._pool = pool
-        self._slab_table_SL = slab_table_SL
-        self._device = pool.device
+        self._sets = sets
+        self._pool = sets.pool.bytes
+        self._device = self._pool.device
+        # a copy of its own, changed in the order of the steps: a later lease must not reach one already enqueued
+        self._slab_table_SL = sets.slab_table_SL.clone().to(self._device)
         # one more than the window: the token sampled from the last position is written, never read
         self.rows = RowTable(
             max_rows, max_model_len + 1, -(-max_model_len // layout.block_tokens), self._device
@@ -104,54 +114,76 @@ class Runner:
         threaded = overlap and self._device.type == "cpu"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step") if threaded else None
 
+    @property
+    def draining(self) -> bool:
+        """Sets are on their way back to the pool: `poll` again soon."""
+        return self._sets.num_draining > 0
+
+    def poll(self) -> None:
+        """Gives back the sets that no enqueued work can touch any more."""
+        self._sets.poll()
+
     def execute(self, plan: StepPlan, joins: tuple[Join, ...]) -> StepHandle:
         """Enqueues the step.  `joins` holds every request whose chunk starts at position 0."""
-        self.rows.drop(plan.left)
-        uploads = [(self.rows.join(j).index, j.tokens) for j in joins]
-        for grant in plan.grants:
-            self.rows.grow(grant.rid, grant.blocks)
-        inputs = self.rows.inputs(plan)
-        # the table a later lease changes must not reach a step that is already enqueued
-        slab_table_SL = self._slab_table_SL.clone() if self._thread else self._slab_table_SL
-        return self._enqueue(lambda: self._run(inputs, uploads, slab_table_SL))
-
-    def _enqueue(self, run: Callable[[], _Pending]) -> StepHandle:
+        step = self._prepare(plan, joins)
         if self._thread is not None:
-            return StepHandle(self._thread.submit(run))
+            return StepHandle(self._thread.submit(self._run, step))
         future: Future[_Pending] = Future()
         try:
-            future.set_result(run())
+            future.set_result(self._run(step))
         except RuntimeError as e:  # a CUDA or allocation failure belongs to this step: `wait` raises it
             future.set_exception(e)
         return StepHandle(future)
 
-    @torch.inference_mode()
-    def _run(
-        self, inputs: StepInputs, uploads: list[tuple[int, tuple[int, ...]]], slab_table_SL: Tensor
-    ) -> _Pending:
+    def _prepare(self, plan: StepPlan, joins: tuple[Join, ...]) -> _Prepared:
+        self.rows.drop(plan.left)
+        uploads = [(self.rows.join(j).index, j.tokens) for j in joins]
+        for grant in plan.grants:
+            self.rows.grow(grant.rid, grant.blocks)
+        changed = self._sets.take_changed()
+        return _Prepared(self.rows.inputs(plan), uploads, changed, self._sets.slab_table_SL[changed])
+
+    def _forward(self, p: _Prepared) -> tuple[Tensor, Tensor]:
         history = self.rows.history
-        for row, tokens in uploads:
+        if p.changed_sets:
+            self._slab_table_SL[p.changed_sets] = p.offsets_SL.to(self._device)
+        for row, tokens in p.uploads:
             history[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32, device=self._device)
         step = KvStep.build(
             self.layout,
-            slab_table_SL,
-            torch.from_numpy(inputs.block_table_BN),
-            inputs.starts,
-            inputs.counts,
+            self._slab_table_SL,
+            torch.from_numpy(p.inputs.block_table_BN),
+            p.inputs.starts,
+            p.inputs.counts,
             self._device,
+            deterministic=self.deterministic,
         )
-        ids_T = history.view(-1)[torch.from_numpy(inputs.history_index_T).to(self._device)]
-        x_TD, residual_TD = self.model.hidden(ids_T, step, self._pool, deterministic=self.deterministic)
+        ids_T = history.view(-1)[torch.from_numpy(p.inputs.history_index_T).to(self._device)]
+        return self.model.hidden(ids_T, step, self._pool)
+
+    @torch.inference_mode()
+    def _run(self, prepared: _Prepared) -> _Pending:
+        inputs = prepared.inputs
+        x_TD, residual_TD = self._forward(prepared)
         prompts = tuple(self._prompt_logprobs(p, x_TD, residual_TD) for p in inputs.prompt_rows)
         if not inputs.sampled_rows_R:
             return _Pending(inputs, None, None, prompts, None)
         rows_R = torch.tensor(inputs.sampled_rows_R, device=self._device)
-        logits_RV = self.model.logits(x_TD[rows_R], residual_TD[rows_R], deterministic=self.deterministic)
-        s = sample(logits_RV, inputs.sampling)
-        history.view(-1)[torch.tensor(inputs.write_index_R, device=self._device)] = s.tokens_R.to(torch.int32)
-        return self._to_host(
-            inputs, torch.stack((s.tokens_R, s.broken_R.to(s.tokens_R.dtype))), s.logprobs, prompts
-        )
+        s = sample(self._head(x_TD[rows_R], residual_TD[rows_R]), inputs.sampling)
+        write_R = torch.tensor(inputs.write_index_R, device=self._device)
+        self.rows.history.view(-1)[write_R] = s.tokens_R.to(torch.int32)
+        tokens_2R = torch.stack((s.tokens_R, s.broken_R.to(s.tokens_R.dtype)))
+        return self._to_host(inputs, tokens_2R, s.logprobs, prompts)
+
+    def _head(self, x_RD: Tensor, residual_RD: Tensor) -> Tensor:
+        return self.model.logits(x_RD, residual_RD, deterministic=self.deterministic)
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan, joins: tuple[Join, ...]) -> Tensor:
+        """fp32 logits [T, V] on the host for all rows of a plan.  Nothing is sampled; the runner must be idle."""
+        x_TD, residual_TD = self._forward(self._prepare(plan, joins))
+        parts = zip(x_TD.split(HEAD_ROWS), residual_TD.split(HEAD_ROWS), strict=True)
+        return torch.cat([self._head(x, r).cpu() for x, r in parts])
 
     def _to_host(
         self,
@@ -173,7 +205,7 @@ class Runner:
         for lo in range(0, p.count, HEAD_ROWS):
             n = min(HEAD_ROWS, p.count - lo)
             rows = slice(p.first_row + lo, p.first_row + lo + n)
-            logits_RV = self.model.logits(x_TD[rows], residual_TD[rows], deterministic=self.deterministic)
+            logits_RV = self._head(x_TD[rows], residual_TD[rows])
             next_R = self.rows.history[p.history_row, p.position + lo : p.position + lo + n].long()
             values += gather_logprobs(logits_RV, next_R, [p.num_top] * n)
         return PromptLogprobs(p.rid, p.position, values)

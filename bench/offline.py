@@ -1,0 +1,216 @@
+"""Tokens per second of minserve against transformers' `generate`: same weights, prompts and process, interleaved.
+
+    python -m bench.offline                      # a random 150M bf16 Llama, batch 1 and 32
+    python -m bench.offline --model DIR --batch 8 --prompt 256 --new 64
+
+Decode is what the tokens after the first cost: (B * (new - 1)) / (time of `new` tokens - time of one token).  Prefill
+is the prompt tokens over the time of one token.  Every arm runs in turn, `--repeats` times; the table shows medians
+and the spread, the last line is one JSON object.  Nothing is compared that does not decode the same number of tokens.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from minserve import LLM, SamplingParams
+
+SHAPE_150M = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds for a batch: prompt and one token, prompt and all tokens."""
+
+    first_s: float
+    all_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    batch: int
+    prompt: int
+    new: int
+
+
+Arm = Callable[[torch.Tensor, int], float]
+
+
+def write_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE_150M, bos_token_id=0, eos_token_id=1)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def hf_arm(path: Path, device: str) -> Arm:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
+
+    @torch.inference_mode()
+    def run(ids_BT: torch.Tensor, new: int) -> float:
+        begin = time.perf_counter()
+        out = model.generate(
+            ids_BT.to(device),
+            attention_mask=torch.ones_like(ids_BT, device=device),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        took = time.perf_counter() - begin
+        assert out.shape[1] == ids_BT.shape[1] + new, f"transformers stopped early: {out.shape}"
+        return took
+
+    return run
+
+
+def hf_continuous_arm(path: Path, device: str) -> Arm:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
+
+    def run(ids_BT: torch.Tensor, new: int) -> float:
+        config = transformers.GenerationConfig(
+            max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        begin = time.perf_counter()
+        out = model.generate_batch(inputs=ids_BT.tolist(), generation_config=config, progress_bar=False)
+        took = time.perf_counter() - begin
+        made = [len(o.generated_tokens) for o in out.values()]
+        assert made == [new] * len(ids_BT), f"transformers' continuous batching made {made} tokens"
+        return took
+
+    return run
+
+
+def our_arm(path: Path, device: str, **keys: Any) -> Arm:
+    llm = LLM(path, device=device, max_model_len=2048, pool_bytes=512 << 20, **keys)
+
+    def run(ids_BT: torch.Tensor, new: int) -> float:
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+        prompts = ids_BT.tolist()
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        took = time.perf_counter() - begin
+        assert all(len(o.outputs[0].token_ids) == new for o in outputs), "minserve stopped early"
+        return took
+
+    return run
+
+
+def measure(arms: dict[str, Arm], load: Load, vocab: int, repeats: int) -> dict[str, list[Timing]]:
+    """Runs the arms in turn, so that a slow stretch of the machine hits all of them."""
+    g = torch.Generator().manual_seed(load.batch)
+    times: dict[str, list[Timing]] = {name: [] for name in arms}
+    for turn in range(repeats + 1):
+        ids_BT = torch.randint(2, vocab, (load.batch, load.prompt), generator=g)
+        for name, arm in arms.items():
+            timing = Timing(arm(ids_BT, 1), arm(ids_BT, load.new))
+            if turn:  # the first turn warms up
+                times[name].append(timing)
+    return times
+
+
+def rates(timings: list[Timing], load: Load) -> dict[str, float]:
+    decode = [load.batch * (load.new - 1) / (t.all_s - t.first_s) for t in timings]
+    prefill = [load.batch * load.prompt / t.first_s for t in timings]
+    return {
+        "decode_tok_s": round(statistics.median(decode), 1),
+        "decode_min": round(min(decode), 1),
+        "decode_max": round(max(decode), 1),
+        "prefill_tok_s": round(statistics.median(prefill), 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{'batch':>5}  {'arm':<28}{'decode tok/s':>13}{'min..max':>17}{'x HF':>7}{'prefill tok/s':>15}{'x HF':>7}"
+    ]
+    for r in rows:
+        lines.append(
+            f"{r['batch']:>5}  {r['arm']:<28}{r['decode_tok_s']:>13.1f}{r['decode_min']:>9.1f}..{r['decode_max']:<6.1f}"
+            f"{r['decode_x']:>7.2f}{r['prefill_tok_s']:>15.1f}{r['prefill_x']:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def machine(device: str) -> dict[str, Any]:
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="a Llama folder; default: a random 150M one")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="generated tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--continuous", action="store_true", help="transformers' continuous batching too (slow on a CPU)"
+    )
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = args.model or write_model(Path(scratch))
+        vocab = transformers.AutoConfig.from_pretrained(path).vocab_size
+        arms = {
+            "transformers generate": hf_arm(path, args.device),
+            "minserve bf16": our_arm(path, args.device, dtype="bf16"),
+            "minserve bf16 kv-int8": our_arm(path, args.device, dtype="bf16", kv_dtype="int8"),
+            "minserve w8a8-int8": our_arm(path, args.device, dtype="bf16", quantization="w8a8-int8"),
+            "minserve w8a8-int8 kv-int8": our_arm(
+                path, args.device, dtype="bf16", quantization="w8a8-int8", kv_dtype="int8"
+            ),
+        }
+        if args.continuous:
+            arms["transformers continuous"] = hf_continuous_arm(path, args.device)
+        rows = []
+        for batch in args.batch:
+            load = Load(batch, args.prompt, args.new)
+            measured = {name: rates(t, load) for name, t in measure(arms, load, vocab, args.repeats).items()}
+            base = measured["transformers generate"]
+            for name, r in measured.items():
+                ratios = {
+                    f"{k}_x": round(r[f"{k}_tok_s"] / base[f"{k}_tok_s"], 3) for k in ("decode", "prefill")
+                }
+                rows.append({"batch": batch, "arm": name, **r, **ratios})
+    print(table(rows))
+    print(
+        json.dumps(
+            {"bench": "offline", "prompt": args.prompt, "new": args.new, **machine(args.device), "rows": rows}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

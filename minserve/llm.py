@@ -1,0 +1,243 @@
+"""LLM: a model in this process, from Python.  Prompts in, finished outputs back, in the order they came.
+
+Names of arguments, outputs and fields are vLLM's, so that code written for it runs here.  The same engine, pool and
+kernels as the server's; no HTTP and no other process.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minserve.config import Config, pick_device
+from minserve.engine import EngineRequest, TokenEvent
+from minserve.loading import LocalEngine
+from minserve.sampler import TokenLogprobs
+from minserve.sampling import SamplingParams
+from minserve.text import IncrementalDetokenizer, StopStrings, Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the n answers to a prompt.  `finish_reason`: stop, length or error (then `error` says why)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finished: bool = False
+
+
+class _Answer:
+    """Gathers the events of one sequence; text only where there is a tokenizer."""
+
+    def __init__(self, output: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+        self.output = output
+        wanted = tokenizer if params.detokenize else None
+        self._text = IncrementalDetokenizer(wanted, params.skip_special_tokens) if wanted else None
+        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+
+    def take(self, event: TokenEvent) -> bool:
+        """True when a stop string ended the answer: the engine does not know yet."""
+        out = self.output
+        out.token_ids += event.token_ids
+        if event.logprobs is not None:
+            out.logprobs = [*(out.logprobs or []), *event.logprobs]
+        # the stop token itself is no text, unless the caller asked for it
+        shown = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
+        if self._text is not None:
+            out.text += self._stops.push(self._text.push(shown))
+        if self._stops.matched is not None:
+            out.finish_reason, out.stop_reason = "stop", self._stops.matched
+            return event.finish_reason is None
+        if event.finish_reason is not None:
+            out.text += self._stops.finish()
+            out.finish_reason, out.stop_reason, out.error = (
+                event.finish_reason,
+                event.stop_reason,
+                event.error,
+            )
+        return False
+
+
+class LLM:
+    """Loads `model`, a Hugging Face folder.  ValueError names what is wrong with a folder or an argument.
+
+    `quantization`: auto (what the checkpoint is), none, w8a8-int8 or w4a8-int8 (quantized at load).  `kv_dtype`: auto,
+    fp32, bf16, fp16, int8, int4.  `pool_bytes`: size of the KV slab pool, auto where None.  `deterministic`: a request
+    gets the same tokens whatever else runs, slower.  `overlap`: plan a step while the one before runs.  Other keywords
+    are keys of a model in examples/full.yaml (max_num_seqs, max_num_batched_tokens, reserve_tokens, ...).
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: str = "auto",
+        kv_dtype: str = "auto",
+        max_model_len: int | None = None,
+        pool_bytes: int | None = None,
+        deterministic: bool = False,
+        overlap: bool = True,
+        **keys: Any,
+    ) -> None:
+        config = Config.single(
+            model,
+            gpu={"device": pick_device(device), "pool_bytes": pool_bytes},
+            dtype=dtype,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
+            max_model_len=max_model_len,
+            deterministic=deterministic,
+            **keys,
+        )
+        self._local = LocalEngine.start(config, overlap=overlap)
+        self.engine = self._local.engine
+        self._default_seed = config.models[0].seed
+        folder = Path(config.models[0].tokenizer or config.models[0].path)
+        found = folder.is_file() or (folder / "tokenizer.json").is_file()
+        self.tokenizer = Tokenizer.load(folder, config.models[0].chat_template) if found else None
+        self._next_rid = 0
+        self._closed = False
+
+    @property
+    def max_model_len(self) -> int:
+        return self._local.resolved.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answers of all prompts, in their order.  ValueError for a prompt that cannot be served, before any runs.
+
+        `prompts`: a text, token ids, or a list of either.  The bar shows on a terminal unless `use_tqdm` says so.
+        """
+        asked = [prompts] if _is_one(prompts) else list(prompts)
+        params = self._spread(sampling_params, len(asked))
+        ids = [self._encode(p) for p in asked]
+        results = [
+            RequestOutput(str(i), p if isinstance(p, str) else None, t, [])
+            for i, (p, t) in enumerate(zip(asked, ids, strict=True))
+        ]
+        answers: dict[int, tuple[RequestOutput, _Answer]] = {}
+        try:
+            for result, sampling in zip(results, params, strict=True):
+                for index in range(sampling.n):
+                    output = CompletionOutput(index, "", [])
+                    result.outputs.append(output)
+                    rid = self._add(result.prompt_token_ids, sampling, index)
+                    answers[rid] = (result, _Answer(output, sampling, self.tokenizer))
+            self._run(answers, use_tqdm)
+        finally:
+            # a mistake in the last prompt, or Ctrl-C: nothing of this call stays behind
+            for rid in answers:
+                self.engine.abort(rid)
+        return results
+
+    def _run(self, answers: dict[int, tuple[RequestOutput, _Answer]], use_tqdm: bool | None) -> None:
+        hidden = not sys.stderr.isatty() if use_tqdm is None else not use_tqdm
+        left = set(answers)
+        with tqdm(total=len(answers), unit="req", disable=hidden, dynamic_ncols=True) as bar:
+            while left:
+                for event in self.engine.step():
+                    if event.rid not in left:
+                        continue
+                    result, answer = answers[event.rid]
+                    if event.prompt_logprobs is not None:
+                        result.prompt_logprobs = list(event.prompt_logprobs)
+                    if answer.take(event):
+                        self.engine.abort(event.rid)
+                    if answer.output.finish_reason is not None:
+                        left.discard(event.rid)
+                        result.finished = all(o.finish_reason for o in result.outputs)
+                        bar.update()
+
+    def _add(self, prompt: list[int], params: SamplingParams, index: int) -> int:
+        rid = self._next_rid
+        self._next_rid += 1
+        self.engine.add(EngineRequest(rid=rid, prompt=tuple(prompt), params=params, index=index))
+        return rid
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("the model folder has no tokenizer.json: pass token ids instead of text")
+        return self.tokenizer.encode(prompt)
+
+    def _spread(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = SamplingParams()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ValueError(
+                f"sampling_params must be one or one a prompt: got {len(params)} for {count} prompts"
+            )
+        return list(params)
+
+    def chat(
+        self, messages: list[dict[str, Any]], sampling_params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """The answer to a conversation, rendered by the model's own chat template."""
+        if self.tokenizer is None or self.tokenizer.chat is None:
+            raise ValueError("the model folder has no chat template")
+        text = self.tokenizer.chat.render(messages)
+        return self.generate(self.tokenizer.encode(text, add_special_tokens=False), sampling_params)[0]
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """fp32 logits [T, V] on the CPU of every position of one sequence, computed as a prompt."""
+        if self.engine.has_work:
+            raise ValueError("logits needs an idle engine: finish or abort the running requests first")
+        return self._local.logits(tuple(token_ids))
+
+    def close(self) -> None:
+        """Gives the weights and the pool back.  Calling it twice is no error."""
+        if not self._closed:
+            self._closed = True
+            self._local.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+def kl_divergence(reference_TV: Tensor, other_TV: Tensor) -> float:
+    """Mean KL(reference || other) in nats over the rows of two logits tensors."""
+    p = torch.log_softmax(reference_TV.double(), -1)
+    q = torch.log_softmax(other_TV.double(), -1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()

@@ -1,0 +1,143 @@
+"""From a resolved model to a running engine: weights, then the pool, then the Batcher and the Runner over both.
+
+`start_engine` is what a worker process and the LLM class have in common; `LocalEngine` adds a pool of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minserve.config import Config, GpuConfig
+from minserve.engine import Engine
+from minserve.inputs import Join
+from minserve.models import Llama, build_llama
+from minserve.pool import LeasedSets, SlabPool
+from minserve.resolve import ResolvedModel, host_pool_bytes, resolve_model
+from minserve.rope import rope_tables
+from minserve.runner import Runner
+from minserve.sampling import SamplingParams
+from minserve.weights import LoadReport, WeightSource
+from sched.batching import Batcher
+from sched.blocks import BlockPool
+from sched.limits import Limits
+from sched.slabs import PoolPlan, solve
+from sched.step import Chunk, Grant, StepPlan
+
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    resolved: ResolvedModel
+    llama: Llama
+    report: LoadReport
+
+
+def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
+    """Reads and prepares all weights; ValueError names a tensor that is missing, left over or of the wrong shape."""
+    config = resolved.config
+    rope = rope_tables(config, resolved.max_model_len, device)
+    with WeightSource(
+        resolved.entry.path,
+        dtype=TORCH_DTYPE[resolved.dtype],
+        device=device,
+        quantization=resolved.quantization,
+        quantization_config=config.quantization,
+    ) as source:
+        return LoadedModel(resolved, build_llama(config, source, rope), source.report)
+
+
+def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool = True) -> Engine:
+    """An engine that takes its blocks from `sets`."""
+    r = model.resolved
+    blocks = BlockPool(sets, sets.shape.slots, r.layout.block_tokens)
+    limits = Limits(
+        max_running=r.entry.max_num_seqs,
+        max_step_tokens=r.entry.max_num_batched_tokens,
+        max_chunk_tokens=r.entry.max_num_batched_tokens,
+        max_model_len=r.max_model_len,
+        max_waiting=r.entry.max_queued_requests,
+    )
+    runner = Runner(
+        model.llama,
+        r.layout,
+        sets,
+        # a request that ends holds its row until the step after next
+        max_rows=2 * r.entry.max_num_seqs,
+        max_model_len=r.max_model_len,
+        deterministic=r.entry.deterministic,
+        overlap=overlap,
+    )
+    batcher = Batcher(blocks, limits)
+    return Engine(runner, batcher, eos_ids=r.config.eos_ids, max_model_len=r.max_model_len, overlap=overlap)
+
+
+def plan_pool(shapes_of: list[ResolvedModel], gpu: GpuConfig, free_bytes: int) -> PoolPlan:
+    """The pool of one GPU for the models on it; `free_bytes` is what it may have where the file says auto."""
+    size = gpu.pool_bytes or free_bytes
+    if gpu.slab_bytes is None:
+        return solve([r.shape for r in shapes_of], size)
+    return solve([r.shape for r in shapes_of], size, max_slab_bytes=gpu.slab_bytes)
+
+
+def device_pool_bytes(device: str, memory_fraction: float) -> int:
+    """What a pool may take on this device now, after the weights: of a GPU what is free within its fraction, less a
+    margin for activations; of a host a quarter of what is available."""
+    if not device.startswith("cuda"):
+        return host_pool_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    margin = max(512 << 20, total // 50)
+    return max(0, free - int(total * (1 - memory_fraction)) - margin)
+
+
+@dataclass(slots=True)
+class LocalEngine:
+    """One model with a pool of its own in this process."""
+
+    resolved: ResolvedModel
+    engine: Engine
+    pool: SlabPool
+    sets: LeasedSets
+    report: LoadReport
+
+    @classmethod
+    def start(cls, config: Config, *, overlap: bool = True) -> "LocalEngine":
+        entry, gpu = config.models[0], config.gpus[0]
+        resolved = resolve_model(entry, gpu.device)
+        model = load_model(resolved, gpu.device)
+        plan = plan_pool([resolved], gpu, device_pool_bytes(gpu.device, gpu.memory_fraction))
+        pool = SlabPool.create(plan, gpu.device)
+        sets = LeasedSets(pool, entry.name)
+        return cls(resolved, start_engine(model, sets, overlap=overlap), pool, sets, model.report)
+
+    def logits(self, token_ids: tuple[int, ...]) -> Tensor:
+        """fp32 logits [T, V] of one sequence, in chunks of the size the engine itself would take."""
+        if not 0 < len(token_ids) <= self.resolved.max_model_len:
+            raise ValueError(f"logits needs 1 to {self.resolved.max_model_len} tokens, got {len(token_ids)}")
+        vocab = self.resolved.config.vocab_size
+        if not 0 <= min(token_ids) <= max(token_ids) < vocab:
+            raise ValueError(f"token ids must be in [0, {vocab}), got {min(token_ids)} to {max(token_ids)}")
+        blocks = self.engine.batcher.blocks
+        held = blocks.allocate(self.resolved.layout.blocks_for(len(token_ids)), urgent=True)
+        if held is None:
+            raise ValueError(f"the pool has no room for {len(token_ids)} tokens")
+        rid, size = -1, self.resolved.entry.max_num_batched_tokens
+        joins = (Join(rid, token_ids, len(token_ids), SamplingParams(), 0, ()),)
+        grants = (Grant(rid, tuple(held)),)
+        parts = []
+        try:
+            for start in range(0, len(token_ids), size):
+                chunk = Chunk(rid, start, min(size, len(token_ids) - start), False)
+                plan = StepPlan(0, (), (chunk,), grants if start == 0 else (), ())
+                parts.append(self.engine.runner.logits(plan, joins if start == 0 else ()))
+        finally:
+            self.engine.runner.rows.drop((rid,))
+            blocks.release(held)
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.engine.batcher.blocks.trim()
+        self.sets.close()
+        self.pool.close()

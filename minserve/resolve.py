@@ -1,0 +1,84 @@
+"""What a model entry means on a device: every `auto` filled in, and the shape the pool is planned with.
+
+Reads config.json, no weights, and needs no torch: the agent plans the pool of a GPU before any worker starts.
+"""
+
+from dataclasses import dataclass
+
+from kernels.kv_layout import KvLayout
+from minserve.config import ModelEntry
+from minserve.model_config import LlamaConfig
+from sched.slabs import ModelShape
+
+SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """`dtype` and `layout.fmt` are short names (fp32, bf16, fp16, int8, int4); lengths in tokens."""
+
+    entry: ModelEntry
+    config: LlamaConfig
+    dtype: str
+    quantization: str
+    layout: KvLayout
+    max_model_len: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """What the pool needs to know of the model."""
+        return ModelShape(
+            name=self.entry.name,
+            layers=self.config.num_layers,
+            block_bytes=self.layout.block_bytes,
+            block_tokens=self.layout.block_tokens,
+            max_model_len=self.max_model_len,
+            reserve_tokens=min(self.entry.reserve_tokens, self.max_model_len),
+        )
+
+
+def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
+    """Reads the checkpoint's config and decides dtype, KV format and window; ValueError for what cannot be.
+
+    `dtype: auto` is the checkpoint's, but bf16 for fp16 ones on a CPU, whose matmuls have no fast fp16.
+    `kv_dtype: auto` is the model's dtype.
+    """
+    config = LlamaConfig.from_folder(entry.path)
+    dtype = SHORT_DTYPE[config.dtype] if entry.dtype == "auto" else entry.dtype
+    if entry.dtype == "auto" and dtype == "fp16" and device == "cpu":
+        dtype = "bf16"
+    fmt = dtype if entry.kv_dtype == "auto" else entry.kv_dtype
+    if fmt in SHORT_DTYPE.values() and fmt != dtype:
+        raise ValueError(f"models[{entry.name}].kv_dtype must be auto, {dtype}, int8 or int4, got {fmt!r}")
+    window = longest_window(config)
+    max_model_len = entry.max_model_len or config.max_position_embeddings
+    if max_model_len > window:
+        raise ValueError(
+            f"models[{entry.name}].max_model_len must be at most the checkpoint's {window}, got {max_model_len}"
+        )
+    layout = KvLayout(fmt, config.num_kv_heads, config.head_dim)
+    return ResolvedModel(
+        entry=entry,
+        config=config,
+        dtype=dtype,
+        quantization=entry.quantization,
+        layout=layout,
+        max_model_len=max_model_len,
+    )
+
+
+def longest_window(config: LlamaConfig) -> int:
+    """Positions the rotary scheme reaches: a stretching one goes `factor` times beyond what it was trained on."""
+    rope, trained = config.rope, config.max_position_embeddings
+    if rope.rope_type in ("linear", "dynamic"):
+        return int(trained * max(1.0, rope.factor or 1.0))
+    if rope.rope_type == "yarn" and rope.original_max_position:
+        return max(trained, int(rope.original_max_position * (rope.factor or 1.0)))
+    return trained
+
+
+def host_pool_bytes() -> int:
+    """A quarter of the memory that is available on this host, at most 4 GiB: pages count only once they are used."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return min(available // 4, 4 << 30)
