@@ -39,7 +39,7 @@ def write(folder: Path, text: str | bytes) -> Path:
 )
 def test_malformed_file_is_one_clear_error(tmp_path: Path, text: str | bytes, parts: tuple[str, ...]) -> None:
     file = write(tmp_path, text)
-    with pytest.raises(ValueError, match="^/") as error:
+    with pytest.raises(ValueError, match=r"^/") as error:
         load_config(file)
     said = str(error.value)
     assert type(error.value) is ValueError, repr(error.value)
