@@ -19,6 +19,7 @@ DTYPES = {
 }  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 MAX_CONFIG_BYTES = 16 << 20
+MAX_DEPTH = 32  # of nested JSON
 MAX_SIZE = 1 << 24  # of any dimension: larger is a typing error, and would not fit anywhere
 DEFAULT_THETA = 10000.0
 
@@ -56,7 +57,17 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is not valid JSON: {error!s:.200}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for v in level if isinstance(v, dict | list) for child in _children(v)]
+    if level:
+        # error messages print values, and printing recurses
+        raise ValueError(f"{where} nests deeper than {MAX_DEPTH} levels")
     return value
+
+
+def _children(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

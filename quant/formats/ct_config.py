@@ -138,7 +138,7 @@ def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any] | No
     found = f"found {_describe(weights)} weights, {_describe(activations)} activations"
     good = weights.get("type", "int") == "int" and isinstance(symmetric, bool) and not weights.get("dynamic")
     if bits == 8:
-        good &= strategy in ("tensor", "channel") and symmetric
+        good &= strategy in ("tensor", "channel") and symmetric is True
     else:
         good &= bits == 4 and strategy in ("tensor", "channel", "group")
     if strategy == "group":
@@ -174,7 +174,9 @@ def _describe(args: dict[str, Any] | None) -> str:
         return "unquantized"
     size = args.get("group_size")
     parts = [f"{args.get('type', 'int')}{args.get('num_bits', 8)}", f"{_strategy(args)}"]
-    parts += [f"{size}"] * (size is not None and size != -1)
-    parts += ["symmetric" if args.get("symmetric", True) else "with zero points"]
-    parts += [f"dynamic={args['dynamic']}"] * bool(args.get("dynamic"))
+    if size is not None and size != -1:
+        parts.append(f"{size}")
+    parts.append("symmetric" if args.get("symmetric", True) else "with zero points")
+    if args.get("dynamic"):
+        parts.append(f"dynamic={args['dynamic']}")
     return f"({', '.join(parts):.200})"
