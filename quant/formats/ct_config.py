@@ -137,6 +137,7 @@ def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any] | No
     symmetric = weights.get("symmetric", True)
     found = f"found {_describe(weights)} weights, {_describe(activations)} activations"
     good = weights.get("type", "int") == "int" and isinstance(symmetric, bool) and not weights.get("dynamic")
+    good &= type(bits) is int
     if bits == 8:
         good &= strategy in ("tensor", "channel") and symmetric is True
     else:
