@@ -57,11 +57,17 @@ class OwnershipError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lease:
-    """Slabs leased together.  `inherited` are those of them that last belonged to another model."""
+    """Slabs leased together by `owner`; `before` are their words until then."""
 
     generation: int
+    owner: int
     slabs: Int64s
-    inherited: Int64s
+    before: Int64s
+
+    @property
+    def inherited(self) -> Int64s:
+        """The slabs that hold another model's bytes, or nobody's yet."""
+        return self.slabs[owner_of(self.before) != self.owner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +183,7 @@ class SlabTable:
             self._rows[row + R_LEASES] += 1
             head[H_DIRTY] = 0
         slabs.flags.writeable = False
-        return Lease(generation, slabs, slabs[owner_of(before) != owner])
+        return Lease(generation, owner, slabs, before)
 
     def drain(self, owner: int, lease: Lease) -> None:
         """live -> draining: the model is done with the slabs, work already enqueued on the GPU may not be."""

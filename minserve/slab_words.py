@@ -115,10 +115,10 @@ def find_stack_fault(stack: Int64s, words: Int64s) -> str | None:
     taken = stack[states[stack] != FREE]
     if len(taken):
         return f"slab {taken[0]} is owned twice: it is {STATES[states[taken[0]]]} and on the free stack"
-    values, times = np.unique(stack, return_counts=True)
-    if len(values) < len(stack):
-        return f"slab {values[times > 1][0]} is on the free stack twice"
-    lost = np.setdiff1d(np.flatnonzero(states == FREE), values)
+    times = np.bincount(stack, minlength=len(words))
+    if times.max(initial=0) > 1:
+        return f"slab {times.argmax()} is on the free stack twice"
+    lost = np.flatnonzero((states == FREE) & (times == 0))
     return f"slab {lost[0]} is lost: free, and not on the free stack" if len(lost) else None
 
 
