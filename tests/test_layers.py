@@ -1,0 +1,167 @@
+"""Imports point one way: between the packages, and inside each package down the list below."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.source import FOLDERS, PACKAGES, ROOT, files, imported, module
+
+# a file imports only files before it; a new file gets its place here
+ORDER = {
+    "kernels": """
+        spec launch
+        rmsnorm silu_mul quant_rows linear gemm_w8a8 gemm_w4a8
+        kv_layout kv_step kv_rows kv_work rope_kv_write attn_cpu attn_decode attn_prefill attention
+        sample catalog
+    """,
+    "quant": """
+        scheme pack rtn
+        formats formats.ct_config formats.compressed_tensors
+    """,
+    "sched": """
+        step slabs blocks latency
+        limits sequence flights waiting running batching
+    """,
+    "minserve": """
+        sampling schema config
+        model_config rope checkpoint resolve linear loading weights
+        slab_words slab_table shared_memory pool keeper
+        models inputs runner sampler engine
+        text host llm
+        wire worker agent protocol answers loop server serve
+        demo
+    """,
+}
+MAY_IMPORT = {
+    "kernels": set(),
+    "sched": set(),
+    "quant": {"kernels"},
+    "minserve": {"kernels", "quant", "sched"},
+}
+THIRD_PARTY = {"kernels": {"torch", "triton"}, "sched": {"numpy"}, "quant": {"torch", "numpy"}}
+# sched decides; it reads no clock, touches no device, starts nothing
+NOT_IN_SCHED = {
+    "time",
+    "datetime",
+    "asyncio",
+    "threading",
+    "multiprocessing",
+    "subprocess",
+    "socket",
+    "os",
+    "io",
+}
+# imported by processes that must never hold a tensor or a CUDA context
+TORCH_FREE = (
+    "sampling",
+    "schema",
+    "config",
+    "slab_words",
+    "slab_table",
+    "wire",
+    "protocol",
+    "answers",
+    "server",
+    "serve",
+)
+
+
+def ours(package: str) -> list[str]:
+    names = [module(path).removeprefix(package).removeprefix(".") for path in files(package)]
+    return [n for n in names if n]
+
+
+def rank(package: str) -> dict[str, int]:
+    return {f"{package}.{name}": i for i, name in enumerate(ORDER[package].split())}
+
+
+def declared() -> set[str]:
+    """Import names of the distributions that pyproject.toml declares."""
+    known = {"pyyaml": "yaml"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[<>=;\s]", d)[0].lower() for d in project["dependencies"]]
+    return {known.get(n, n) for n in names}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_between_packages(package: str) -> None:
+    forbidden = set(FOLDERS) - MAY_IMPORT[package] - {package}
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path in files(package)
+        for line, name in imported(path)
+        if name.split(".")[0] in forbidden
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_third_party_imports_are_declared(package: str) -> None:
+    allowed = THIRD_PARTY.get(package, declared()) | set(FOLDERS) | sys.stdlib_module_names
+    if package == "sched":
+        allowed = allowed - NOT_IN_SCHED
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path in files(package)
+        for line, name in imported(path)
+        if name.split(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_file_has_its_place(package: str) -> None:
+    order = ORDER[package].split()
+    assert len(order) == len(set(order)), f"{package}: a name stands twice in ORDER"
+    missing = set(ours(package)) - set(order)
+    assert not missing, f"{package}: give {sorted(missing)} a place in ORDER, after all that they import"
+    gone = set(order) - set(ours(package))
+    assert not gone, f"{package}: ORDER names {sorted(gone)}, which are not there"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_inside_a_package_point_up_the_list(package: str) -> None:
+    place = rank(package)
+    wrong = [
+        f"{path}:{line} imports {name}, which stands below it"
+        for path in files(package)
+        for line, name in imported(path)
+        if module(path) != package and place.get(name, -1) >= place.get(module(path), len(place))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_packages_are_empty_at_the_top() -> None:
+    """Import from the file that defines.  Only minserve/__init__.py has something to say."""
+    wrong = [p for p in files(*PACKAGES) if p.name == "__init__.py" and (ROOT / p).read_text().strip()]
+    assert wrong == [Path("minserve/__init__.py")]
+
+
+def reaches(name: str, seen: set[str]) -> set[str]:
+    """Every module that importing `name` imports, as far as our own files tell."""
+    path = Path(*name.split(".")).with_suffix(".py")
+    if name in seen or not (ROOT / path).exists():
+        return seen | {name}
+    seen = seen | {name}
+    for _, other in imported(path, at_import=True):
+        seen = reaches(other, seen)
+    return seen
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_front_end_never_imports_torch(name: str) -> None:
+    found = reaches(f"minserve.{name}", set())
+    assert f"minserve.{name}" in found
+    assert not {n for n in found if n.split(".")[0] in ("torch", "triton", "kernels")}
+
+
+def test_the_checks_see_what_they_should() -> None:
+    """The reader of imports itself: lazy ones count, submodules count, typing ones do not run."""
+    here = Path("minserve/__init__.py")
+    assert "minserve.llm" in {n for _, n in imported(here)}
+    assert "minserve.llm" not in {n for _, n in imported(here, at_import=True)}
+    assert "tests.source" in {n for _, n in imported(Path("tests/test_layers.py"))}
+    assert "sched.step" in rank("sched")
