@@ -191,8 +191,16 @@ class Config:
         server = read_section(ServerConfig, dataclasses.asdict(self.server) | keys, At("server", Path.cwd()))
         return dataclasses.replace(self, server=server)
 
-    def check_files(self) -> None:
-        """Every path of the file exists; to be called by commands that are about to open them."""
+    def check_here(self) -> None:
+        """This machine can serve it: every path exists, one node, one replica of each model."""
+        if len(self.nodes) > 1:
+            raise ValueError(
+                f"nodes must be one node to be served, got {len(self.nodes)}: place and simulate take more"
+            )
+        for i, model in enumerate(self.models):
+            if len(model.placement) > 1:
+                says = "one GPU to be served: place and simulate take more"
+                raise refuse(At(f"models[{i}].placement", Path()), says, model.placement)
         for at, value, folder in self._paths():
             if value is not None and not (Path(value).is_dir() if folder else Path(value).exists()):
                 raise ValueError(

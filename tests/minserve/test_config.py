@@ -216,12 +216,22 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     config = load_config(write(tmp_path, model("chat_template: t.jinja")))
     with pytest.raises(ValueError, match=r"models\[0\]\.chat_template.*t\.jinja"):
-        config.check_files()
+        config.check_here()
     (tmp_path / "t.jinja").touch()
-    config.check_files()
+    config.check_here()
     (tmp_path / "m").rmdir()
     with pytest.raises(ValueError, match=r"models\[0\]\.path must be a local folder.*/m"):
-        config.check_files()
+        config.check_here()
+
+
+def test_what_serve_cannot_do_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    two = "nodes: [{name: x, gpus: [{}]}, {name: y, gpus: [{}]}]\nmodels: [{name: a, path: m}]"
+    with pytest.raises(ValueError, match=r"nodes must be one node.*got 2"):
+        load_config(write(tmp_path, two)).check_here()
+    both = "nodes: [{name: x, gpus: [{}, {}]}]\nmodels: [{name: a, path: m, placement: [gpu0, gpu1]}]"
+    with pytest.raises(ValueError, match=r"models\[0\]\.placement must be one GPU.*gpu1"):
+        load_config(write(tmp_path, both)).check_here()
 
 
 def test_api_keys_come_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
