@@ -1,0 +1,64 @@
+"""What a kernel declares about itself: the contract between an op file, the tests and the bench.
+
+A spec holds named runs of one op (`cpu`, `triton`), its reference and its cases; tests and bench read nothing else, so
+they cannot disagree on shapes.  `make` builds canonical arguments (plain tensors and values) that the reference takes
+as they are; a run whose op wants them prepared (packed weights, a pool) names a `prepare` that converts them once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Cost(NamedTuple):
+    """What the op cannot avoid: the bytes it moves and the operations it computes."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: the activation dtype and whatever dimensions and options the op's `make` reads by name."""
+
+    dtype: torch.dtype
+    dims: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.dims[name]
+
+    @property
+    def id(self) -> str:
+        """Reads as a shape: T5-D129-float16."""
+        words = [name if value is True else f"{name}{value}" for name, value in self.dims.items() if value is not False]
+        return "-".join([*words, str(self.dtype).removeprefix("torch.")])
+
+
+def case(dtype: torch.dtype, **dims: Any) -> Case:
+    return Case(dtype, dims)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """`row_args`: positions of the arguments with one row a token; a row of the result depends on that row alone.
+
+    `invariant`: the keywords a run needs for that to hold bit for bit, where it does not always.
+    """
+
+    name: str
+    runs: Mapping[str, Callable[..., Any]]
+    ref: Callable[..., Any]
+    make: Callable[[Case, torch.Generator], tuple[Any, ...]]
+    cost: Callable[[Case], Cost]
+    tests: tuple[Case, ...]
+    benches: tuple[Case, ...]
+    prepare: Mapping[str, Callable[..., tuple[Any, ...]]] = field(default_factory=dict)
+    row_args: tuple[int, ...] = (0,)
+    invariant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def bind(self, run: str, args: tuple[Any, ...], **options: Any) -> Callable[[], Any]:
+        """The run as a call without arguments: what is done once (packing) is done here, outside any timing."""
+        prepared = self.prepare[run](*args) if run in self.prepare else args
+        return lambda: self.runs[run](*prepared, **options)
