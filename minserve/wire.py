@@ -110,15 +110,17 @@ class Stats(msgspec.Struct, frozen=True):
 
     running: int = 0
     waiting: int = 0
-    sets: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):
+    """`at_s`: when the worker answered, on the machine's monotonic clock."""
+
     seq: int
     stats: Stats
+    at_s: float = 0.0
 
 
 ToWorker = Start | Submit | Abort | Ping | Stop
@@ -181,11 +183,12 @@ class Channel:
     def send(self, message: Any) -> None:
         self._sock.sendall(encode(message))
 
-    def receive(self, wait: bool) -> list[ToWorker]:
-        """All messages that are there, at least one where `wait`.  EOFError when the agent is gone."""
+    def receive(self, wait_s: float | None) -> list[ToWorker]:
+        """All messages that are there after at most `wait_s`, None: at least one.  EOFError when the agent is gone."""
         got: list[ToWorker] = []
+        wait_ms = None if wait_s is None else wait_s * 1000
         while True:
-            if not self._poll.poll(None if wait and not got else 0):
+            if not self._poll.poll(0 if got else wait_ms):
                 return got
             data = self._sock.recv(1 << 20)
             if not data:

@@ -103,13 +103,13 @@ def test_bad_sampling_values_do_not_pass() -> None:
 def test_a_channel_waits_and_sees_the_end() -> None:
     ours, theirs = socket.socketpair()
     channel = Channel(theirs)
-    assert channel.receive(wait=False) == []
+    assert channel.receive(wait_s=0) == []
     ours.sendall(encode(Ping(1)) + encode(Ping(2))[:3])
-    assert channel.receive(wait=True) == [Ping(1)]
+    assert channel.receive(wait_s=None) == [Ping(1)]
     ours.sendall(encode(Ping(2))[3:])
-    assert channel.receive(wait=True) == [Ping(2)]
+    assert channel.receive(wait_s=None) == [Ping(2)]
     channel.send(Pong(2, Stats()))
     assert list(Frames(FromWorker).feed(ours.recv(1000))) == [Pong(2, Stats())]
     ours.close()
     with pytest.raises(EOFError):
-        channel.receive(wait=True)
+        channel.receive(wait_s=None)

@@ -1,0 +1,137 @@
+"""The agent of a machine: its slab pools, and a host for each model's worker.  No CUDA, no torch.
+
+A module in the front end's process.  It plans a pool for the models that share it, creates the table and the bytes as
+memfds, and hands their descriptors to the workers.  A model whose files are wrong fails alone.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from minserve.config import Config, GpuConfig, ModelEntry, pick_device
+from minserve.host import BOOT, Host
+from minserve.resolve import ResolvedModel, host_pool_bytes, resolve_model
+from minserve.shared_memory import create_memfd
+from minserve.slab_table import PoolCounts, SlabTable
+from minserve.wire import Start
+from sched.slabs import PoolPlan, solve
+
+log = logging.getLogger("minserve")
+
+# a stopped worker may sit on the table's lock: nobody waits for it longer than this at a time
+LOCK_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One GPU's slab pool, or the host's."""
+
+    name: str
+    device: str
+    plan: PoolPlan
+    table: SlabTable
+    pool_fd: int
+
+    def describe(self) -> list[str]:
+        plan = self.plan
+        size = f"{plan.pool_bytes / 2**20:,.0f} MiB on {self.device}"
+        lines = [f"pool {self.name}: {size}, {plan.num_slabs:,} slabs of {plan.slab_bytes / 1024:,.0f} KiB"]
+        for name, shape in plan.models.items():
+            lines.append(
+                f"  {name}: {shape.layers} slabs a set, {shape.set_tokens:,} tokens a set, "
+                f"{shape.reserve_sets} of {plan.max_sets(name)} sets reserved, tail {shape.tail_waste:.1%}"
+            )
+        return lines
+
+
+def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> Pool:
+    """ValueError where the models do not fit into the pool."""
+    size = gpu.pool_bytes or host_pool_bytes()
+    shapes = [m.shape for m in models]
+    plan = solve(shapes, size) if gpu.slab_bytes is None else solve(shapes, size, max_slab_bytes=gpu.slab_bytes)
+    table = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S)
+    return Pool(gpu.name or "pool", device, plan, table, create_memfd("minserve-slab-pool", plan.pool_bytes))
+
+
+class Agent:
+    """`hosts` in the order of the configuration."""
+
+    def __init__(self, config: Config, broken: dict[str, str], boot: str = BOOT) -> None:
+        """`broken`: models that are known to fail, and why.  ValueError where a pool cannot hold its models."""
+        self.pools: list[Pool] = []
+        self.hosts: dict[str, Host] = {}
+        self._lives: dict[str, asyncio.Task[None]] = {}
+        self._rids = itertools.count(1)
+        broken = dict(broken)
+        for gpu in config.gpus:
+            entries = [m for m in config.models if config.gpu_of(m) == gpu and m.name not in broken]
+            if entries:
+                self._open(gpu, entries, boot, broken)
+        for name, reason in broken.items():
+            self.hosts[name] = Host.failed(name, reason)
+        self.hosts = {m.name: self.hosts[m.name] for m in config.models}
+
+    def _open(self, gpu: GpuConfig, entries: list[ModelEntry], boot: str, broken: dict[str, str]) -> None:
+        device = pick_device(gpu.device)
+        resolved = []
+        for entry in entries:
+            try:
+                resolved.append(resolve_model(entry, device))
+            except (ValueError, OSError) as error:
+                broken[entry.name] = str(error)
+        if not resolved:
+            return
+        pool = open_pool(gpu, device, resolved)
+        self.pools.append(pool)
+        for m in resolved:
+            name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
+            start = Start(dataclasses.asdict(m.entry), device, owner, pool.table.fd, pool.pool_fd)
+            self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner))
+
+    def start(self) -> None:
+        """Spawns the workers; `Host.first_load` tells when each is ready or has failed."""
+        for name, host in self.hosts.items():
+            if host.state != "failed":
+                self._lives[name] = asyncio.create_task(host.run(), name=f"life of {name}")
+
+    async def settled(self) -> None:
+        """Waits until every model is ready for the first time or has failed."""
+        for host in self.hosts.values():
+            await host.first_load.wait()
+
+    def next_rid(self) -> int:
+        return next(self._rids)
+
+    async def counts(self) -> dict[str, PoolCounts | None]:
+        """What the tables say now; None where a stopped worker sits on the lock."""
+        found: dict[str, PoolCounts | None] = {}
+        for pool in self.pools:
+            try:
+                found[pool.name] = await asyncio.to_thread(pool.table.counts)
+            except TimeoutError:
+                found[pool.name] = None
+        return found
+
+    async def stop(self) -> None:
+        """Ends all workers; afterwards none of ours is left."""
+        await asyncio.gather(*(self.hosts[name].stop(life) for name, life in self._lives.items()))
+        for pool in self.pools:
+            os.close(pool.pool_fd)
+            pool.table.close()
+
+
+def reclaimer(table: SlabTable, owner: int) -> Callable[[], Awaitable[int]]:
+    """Takes back what a dead worker held, however long it takes to get the lock."""
+
+    async def reclaim() -> int:
+        while True:
+            try:
+                return await asyncio.to_thread(table.reclaim, owner)
+            except TimeoutError:
+                log.warning("waiting for the slab table: a stopped worker holds its lock")
+
+    return reclaim

@@ -1,0 +1,342 @@
+"""One model's worker process as the agent sees it: spawned, watched, restarted, its slab sets reclaimed.
+
+States: loading -> ready -> (draining) , back to loading when the process died, failed when it cannot be had.  Every
+request handed over ends exactly once: by its last token, refused, aborted, or lost with the process.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol, cast
+
+from minserve.wire import (
+    Abort,
+    Frames,
+    FromWorker,
+    Loaded,
+    LoadFailed,
+    Ping,
+    Pong,
+    Refused,
+    Start,
+    Stats,
+    Stop,
+    Submit,
+    TokenEvent,
+    Tokens,
+    WireError,
+    encode,
+)
+
+log = logging.getLogger("minserve")
+
+ROOT = Path(__file__).resolve().parent.parent
+# ours from any working directory, and nothing else of it: the path is only there for the first import
+BOOT = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import minserve; sys.path.pop(0); "
+    "from minserve.worker import main; main()"
+)
+PING_S = 1.0
+STALLED_S = 10.0  # shown in /health; one step of a big model on a slow CPU may take as long
+KILL_S = 300.0
+STOP_S = 5.0
+MAX_DEATHS, DEATHS_WITHIN_S = 5, 600.0
+MAX_LINE = 4000
+
+
+class Sink(Protocol):
+    """Who waits for the tokens of one sequence."""
+
+    def token(self, event: TokenEvent) -> None: ...
+    def refused(self, error: str) -> None: ...
+    def lost(self, error: str) -> None: ...
+
+
+class Link(asyncio.Protocol):
+    """The agent's end of a worker's socket."""
+
+    def __init__(self, take: Callable[[FromWorker], None]) -> None:
+        self._take = take
+        self._frames: Frames[FromWorker] = Frames(FromWorker)
+        self.transport: asyncio.WriteTransport | None = None
+        self.closed = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._frames.feed(data):
+                self._take(message)
+        except WireError as error:
+            log.error("hung up on a worker: %s", error)
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
+
+
+class LineLog(asyncio.Protocol):
+    """A worker's stderr, line by line into our log, with its model's name."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._left = name, b""
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._left = (self._left + data).split(b"\n")
+        for line in lines:
+            self._write(line)
+        if len(self._left) > MAX_LINE:
+            self.connection_lost(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._left:
+            self._write(self._left)
+        self._left = b""
+
+    def _write(self, line: bytes) -> None:
+        # a progress bar redraws its line: only the last state is worth a line of the log
+        text = line.rstrip(b"\r").rsplit(b"\r", 1)[-1][:MAX_LINE].decode("utf-8", "replace")
+        shown = "".join(c if c.isprintable() else "\ufffd" for c in text.expandtabs(4))
+        if shown.strip():
+            log.info("[%s] %s", self._name, shown)
+
+
+class Host:
+    """Keeps one model's worker alive until `stop`.  All methods belong to the event loop's thread."""
+
+    def __init__(
+        self, name: str, start: Start, boot: str, reclaim: Callable[[], Awaitable[int]], back_off_s: float = 0.5
+    ) -> None:
+        self.name, self._start, self._boot, self._reclaim = name, start, boot, reclaim
+        self._back_off_s = back_off_s
+        self.state = "loading"
+        self.reason = ""
+        self.loaded: Loaded | None = None
+        self.stats = Stats()
+        self.restarts = 0
+        self.first_load = asyncio.Event()  # set once the first life is ready or has failed
+        self._sinks: dict[int, Sink] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._link: Link | None = None
+        self._deaths: deque[float] = deque()
+        self._pinged_s = self._pong_s = self._moved_s = 0.0
+        self._stopping = False
+
+    @classmethod
+    def failed(cls, name: str, reason: str) -> "Host":
+        """One that cannot even be started."""
+
+        async def nothing() -> int:
+            return 0
+
+        host = cls(name, Start({}, "", 0, -1, -1), "", nothing)
+        host._fail(reason)
+        return host
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._sinks)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def stalled(self) -> bool:
+        return self.state == "ready" and self._pinged_s - self._pong_s > STALLED_S
+
+    def submit(self, request: Submit, sink: Sink) -> None:
+        """From here on `sink` is told how the request ends.  Only in state ready."""
+        assert self.state == "ready", f"{self.name} is {self.state}"
+        if not self._sinks:
+            self._moved_s = time.monotonic()
+        self._sinks[request.rid] = sink
+        self._send(request)
+
+    def abort(self, rid: int) -> None:
+        """Forgets the request; nothing is told to its sink any more.  Known or not."""
+        if self._sinks.pop(rid, None) is not None and self.state == "ready":
+            self._send(Abort(rid))
+
+    def drop(self, reason: str) -> None:
+        """Ends all requests now."""
+        sinks, self._sinks = self._sinks, {}
+        for rid, sink in sinks.items():
+            if self.state == "ready":
+                self._send(Abort(rid))
+            sink.lost(reason)
+
+    async def run(self) -> None:
+        """Lives of the worker, one after the other, until stopped or failed."""
+        while not self._stopping:
+            await self._live()
+            if self._stopping or self.state == "failed":
+                break
+            await asyncio.sleep(self._after_death())
+        self.first_load.set()
+
+    def _after_death(self) -> float:
+        """Seconds to wait before the next life; too many deaths end in state failed."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        while now - self._deaths[0] > DEATHS_WITHIN_S:
+            self._deaths.popleft()
+        if len(self._deaths) >= MAX_DEATHS:
+            self._fail(f"the worker died {len(self._deaths)} times within {DEATHS_WITHIN_S:.0f} s")
+            self._stopping = True
+            return 0.0
+        self.restarts += 1
+        # the first one comes back at once
+        return min(30.0, self._back_off_s * float(2 ** (len(self._deaths) - 1) - 1))
+
+    def _fail(self, reason: str) -> None:
+        self.state, self.reason = "failed", reason
+        log.error("[%s] failed: %s", self.name, reason)
+        self.first_load.set()
+
+    async def _live(self) -> None:
+        """One process from spawn to waitpid; afterwards it owns nothing and nobody waits for it."""
+        self.state, self.reason, self.loaded, self.stats = "loading", "", None, Stats()
+        self._pinged_s = self._pong_s = 0.0
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = process = self._spawn(theirs)
+        finally:
+            theirs.close()
+        loop = asyncio.get_running_loop()
+        exited = asyncio.Event()
+        pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(pidfd, exited.set)
+        _, self._link = await loop.create_unix_connection(lambda: Link(self._take), sock=ours)
+        self._send(self._start)
+        assert process.stderr is not None
+        await loop.connect_read_pipe(lambda: LineLog(self.name), process.stderr)
+        watch = asyncio.create_task(self._watch())
+        await exited.wait()
+        watch.cancel()
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        await self._bury(process)
+
+    def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        fds = (theirs.fileno(), self._start.table_fd, self._start.pool_fd)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", self._boot, "worker", self.name, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[fd for fd in fds if fd >= 0],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is the agent's to handle
+        )
+
+    async def _bury(self, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()  # it has exited: this only collects it
+        assert self._link is not None
+        try:
+            # tokens that it sent before it died are still in the socket
+            await asyncio.wait_for(self._link.closed.wait(), 2.0)
+        except TimeoutError:
+            self._link.hang_up()
+        if self.state == "ready":
+            self.state = "loading"
+        why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        lost = len(self._sinks)
+        self.drop(f"The worker of model {self.name} ended ({why}).")
+        slabs = await self._reclaim()
+        if not self._stopping:
+            log.warning("[%s] worker %d ended: %s; %d requests lost, %d slabs reclaimed",
+                        self.name, process.pid, why, lost, slabs)  # fmt: skip
+
+    async def _watch(self) -> None:
+        """Pings; a worker that neither answers nor makes progress for KILL_S is killed, and so restarted."""
+        seq = 0
+        while True:
+            await asyncio.sleep(PING_S)
+            if self.state != "ready":
+                continue
+            now = time.monotonic()
+            if self._pong_s >= self._pinged_s:
+                seq, self._pinged_s = seq + 1, now
+                self._send(Ping(seq))
+            silent = now - self._pinged_s if self._pong_s < self._pinged_s else 0.0
+            stuck = now - self._moved_s if self._sinks else 0.0
+            if max(silent, stuck) > KILL_S:
+                log.error("[%s] no progress for %.0f s: killing worker %s", self.name, max(silent, stuck), self.pid)
+                self.kill()
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+
+    def _take(self, message: FromWorker) -> None:
+        if isinstance(message, Tokens):
+            self._moved_s = time.monotonic()
+            for event in message.events:
+                ended = event.finish_reason is not None
+                sink = self._sinks.pop(event.rid, None) if ended else self._sinks.get(event.rid)
+                if sink is not None:
+                    sink.token(event)
+        elif isinstance(message, Pong):
+            self._pong_s = time.monotonic()
+            if message.stats.steps != self.stats.steps:
+                self._moved_s = self._pong_s
+            self.stats = message.stats
+        elif isinstance(message, Refused):
+            sink = self._sinks.pop(message.rid, None)
+            if sink is not None:
+                sink.refused(message.error)
+        elif isinstance(message, Loaded):
+            self.loaded, self.state = message, "draining" if self._stopping else "ready"
+            for line in message.report:
+                log.info("[%s] %s", self.name, line)
+            self.first_load.set()
+        elif isinstance(message, LoadFailed):
+            self._load_failed(message.error)
+
+    def _load_failed(self, error: str) -> None:
+        if self.restarts == 0:
+            self._fail(error)
+        else:
+            # it could be loaded before: something passing, perhaps memory
+            self.reason = error
+            log.error("[%s] did not load again: %s", self.name, error)
+
+    def _send(self, message: Submit | Abort | Ping | Stop | Start) -> None:
+        # a dead worker's socket swallows it: the requests are lost at its burial
+        if self._link is not None and self._link.transport is not None:
+            self._link.transport.write(encode(message))
+
+    async def stop(self, life: "asyncio.Task[None]") -> None:
+        """Asks the worker to end, then makes it; returns when it has been buried."""
+        self._stopping = True
+        if self.state == "ready":
+            self.state = "draining"
+        if self._process is None or self._process.poll() is not None:
+            await asyncio.wait([life], timeout=0.1)  # its burial may be under way
+            life.cancel()  # it was waiting for its next life
+        ways = ((self._ask, STOP_S), (self._terminate, 1.0), (self.kill, 30.0))
+        for make, wait_s in ways:
+            if not life.done():
+                make()
+                await asyncio.wait([life], timeout=wait_s)
+        assert life.done(), f"worker {self.pid} survived SIGKILL"
+
+    def _ask(self) -> None:
+        self._send(Stop())
+
+    def _terminate(self) -> None:
+        if self._process is not None:
+            self._process.terminate()

@@ -1,0 +1,135 @@
+"""A worker's life: it starts, opens an engine, and loops: messages in, one turn of the engine, tokens out.
+
+It sleeps on its socket while the engine is idle, and looks at it once a step while it is not.  Whose engine it is does
+not matter here; no torch.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from minserve.wire import (
+    Abort,
+    Channel,
+    Loaded,
+    LoadFailed,
+    Ping,
+    Pong,
+    Refused,
+    Start,
+    Stats,
+    Stop,
+    Submit,
+    TokenEvent,
+    Tokens,
+    ToWorker,
+    WireError,
+)
+
+WAIT_FOR_BLOCKS_S = 0.002
+PR_SET_PDEATHSIG = 1
+
+
+class ServedEngine(Protocol):
+    """`add` raises ValueError for a request that can never run; `step` gives events with the fields of TokenEvent."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Submit) -> None: ...
+    def abort(self, rid: int) -> bool: ...
+    def step(self) -> Sequence[Any]: ...
+    def stats(self) -> Stats: ...
+    def close(self) -> None: ...
+
+
+Opener = Callable[[Start], tuple[ServedEngine, Loaded]]
+
+
+class Loop:
+    """Runs until it is told to stop (returns) or the agent is gone (EOFError or OSError)."""
+
+    def __init__(self, channel: Channel, engine: ServedEngine) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._stopping = False
+
+    def run(self) -> None:
+        engine = self._engine
+        wait_s: float | None = None
+        while True:
+            for message in self._channel.receive(wait_s):
+                self._handle(message)
+            if self._stopping:
+                engine.close()
+                return
+            if not engine.has_work:
+                wait_s = None
+                continue
+            before = engine.stats().steps
+            events = engine.step()
+            if events:
+                self._send(events)
+            # no step ran: another model has the blocks, so waiting is all there is to do
+            moved = events or engine.stats().steps != before
+            wait_s = 0.0 if moved else WAIT_FOR_BLOCKS_S
+
+    def _handle(self, message: ToWorker) -> None:
+        if isinstance(message, Submit):
+            try:
+                self._engine.add(message)
+            except ValueError as error:
+                self._channel.send(Refused(message.rid, str(error)))
+        elif isinstance(message, Abort):
+            self._engine.abort(message.rid)
+        elif isinstance(message, Ping):
+            self._channel.send(Pong(message.seq, self._engine.stats(), time.monotonic()))
+        elif isinstance(message, Stop):
+            self._stopping = True
+
+    def _send(self, events: Sequence[Any]) -> None:
+        try:
+            self._channel.send(Tokens(list(events)))
+        except WireError:
+            # log probabilities of a long prompt may not fit in a frame together with the others'
+            for event in events:
+                self._send_alone(event)
+
+    def _send_alone(self, event: Any) -> None:
+        try:
+            self._channel.send(Tokens([event]))
+        except WireError as error:
+            self._engine.abort(event.rid)
+            self._channel.send(Tokens([TokenEvent(event.rid, (), finish_reason="error", error=str(error))]))
+
+
+def die_with_parent(parent: int) -> None:
+    """The kernel kills us when the agent ends, even in the middle of a long load."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(f"the agent {parent} is gone")
+
+
+def serve(opener: Opener, argv: Sequence[str]) -> None:
+    """The process's life; `argv` is what follows the interpreter's own arguments."""
+    _, _, fd, parent = argv
+    die_with_parent(int(parent))
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    channel = Channel(socket.socket(fileno=int(fd)))
+    try:
+        (start,) = channel.receive(None)
+        assert isinstance(start, Start), f"the first message must be Start, got {start}"
+        try:
+            engine, loaded = opener(start)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            channel.send(LoadFailed(f"{error!s:.2000}" or type(error).__name__))
+            sys.exit(1)
+        channel.send(loaded)
+        Loop(channel, engine).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(0)  # the agent is gone, and with it everybody who could read an answer

@@ -1,0 +1,70 @@
+"""The process of one model: loads it, takes its share of the pool, and runs the loop until its agent is gone.
+
+Started by the agent only: `... worker NAME SOCKET_FD PARENT_PID`.  A model that cannot be loaded is reported in one
+line; any other end is a crash, which the agent sees by waitpid and answers with a new process.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from minserve.config import ModelEntry
+from minserve.engine import Engine, EngineRequest, TokenEvent
+from minserve.loading import load_model, start_engine
+from minserve.loop import ServedEngine, serve
+from minserve.pool import LeasedSets, SlabPool
+from minserve.resolve import resolve_model
+from minserve.wire import Loaded, Start, Stats, Submit
+
+
+class EngineServed:
+    """The engine behind the loop's interface."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def add(self, request: Submit) -> None:
+        self._engine.add(EngineRequest(**{name: getattr(request, name) for name in Submit.__struct_fields__}))
+
+    def abort(self, rid: int) -> bool:
+        return self._engine.abort(rid)
+
+    def step(self) -> Sequence[TokenEvent]:
+        return self._engine.step()
+
+    def stats(self) -> Stats:
+        e, c = self._engine.batcher, self._engine.counters
+        return Stats(e.num_running, e.num_waiting, c.steps, c.prompt_tokens, c.output_tokens)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
+    """Weights, then this model's share of the pool.  ValueError says what is wrong with the model's files."""
+    began = time.monotonic()
+    resolved = resolve_model(ModelEntry.read(start.entry), start.device)
+    model = load_model(resolved, start.device)
+    loaded_s = time.monotonic() - began
+    pool = SlabPool.attach(start.table_fd, start.pool_fd)
+    sets = LeasedSets(pool, resolved.entry.name)
+    engine = start_engine(model, sets)
+    tokens = pool.plan.max_sets(resolved.entry.name) * sets.shape.set_tokens
+    report = (
+        *model.report.lines(),
+        f"weights: {model.report.nbytes / 1e6:.1f} MB in {resolved.dtype}, loaded in {loaded_s:.1f} s",
+        f"KV cache: {resolved.layout.fmt}, at most {tokens:,} tokens of the shared pool, "
+        f"{tokens / resolved.max_model_len:.1f} requests of {resolved.max_model_len:,} tokens",
+    )
+    return EngineServed(engine), Loaded(resolved.max_model_len, resolved.config.vocab_size, report)
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    serve(open_engine, sys.argv[1:])
