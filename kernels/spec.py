@@ -32,7 +32,11 @@ class Case:
     @property
     def id(self) -> str:
         """Reads as a shape: T5-D129-float16."""
-        words = [name if value is True else f"{name}{value}" for name, value in self.dims.items() if value is not False]
+        words = [
+            name if value is True else f"{name}{value}"
+            for name, value in self.dims.items()
+            if value is not False
+        ]
         return "-".join([*words, str(self.dtype).removeprefix("torch.")])
 
 
