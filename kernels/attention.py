@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.attn_cpu import attn_cpu
 from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
-from kernels.kv_layout import read_kv
+from kernels.kv_read import read_kv
 from kernels.kv_step import KvStep
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.kv_layout import FLOAT_DTYPES, KvLayout
+from kernels.kv_layout import KvLayout
+from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_rows import Chunk, DecodeGroup
 from kernels.kv_step import KvStep
 
@@ -89,7 +90,7 @@ def attn_cpu(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float
     """o_THK.  `pool` starts at a multiple of 8 bytes."""
     rows, G = step.rows, step.layout.num_kv_heads
     assert rows is not None, "this KvStep was built for Triton"
-    T, H, K = q_THK.shape
+    _, H, K = q_THK.shape
     out_THK = torch.empty_like(q_THK)
     sizes = [len(part.head_LX[layer]) for part in (*rows.groups, *rows.chunks)]
     reader = PartReader(pool, step.layout, max(sizes))

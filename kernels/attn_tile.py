@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_layout import FLOAT_DTYPES, KvLayout
+from kernels.kv_layout import KvLayout
+from kernels.kv_read import FLOAT_DTYPES
 
 UNIT_BYTES = 16
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,10 +37,9 @@ def load_queries(q, o_col, m_c, K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl
         b_q0 = tl.load(p_q, mask=m_q, other=0.0)
         b_q1 = tl.load(p_q + K // 2, mask=m_q, other=0.0)
         return b_q0.to(DTYPE), b_q1.to(DTYPE)
-    else:
-        o_d = tl.arange(0, BLOCK_D)
-        b_q = tl.load(q + o_col[None, :] + o_d[:, None], mask=(o_d < K)[:, None] & m_c[None, :], other=0.0)
-        return b_q.to(DTYPE), b_q.to(DTYPE)
+    o_d = tl.arange(0, BLOCK_D)
+    b_q = tl.load(q + o_col[None, :] + o_d[:, None], mask=(o_d < K)[:, None] & m_c[None, :], other=0.0)
+    return b_q.to(DTYPE), b_q.to(DTYPE)
 
 
 @triton.jit

@@ -5,19 +5,17 @@ A head's part is K codes | V codes | scales, every part a multiple of 16 bytes:
 - V is [P, K] for 16 and 32 bit, [K, P] for int8, and [K, P/2] for int4: token t low, token t + P/2 high.
 - scales (int8, int4) are [P] int32: the key's fp16 scale in the low half, the value's in the high half.
 
-Codes are symmetric: int8 in -127..127, int4 in -7..7 stored as code + 8.  This file knows no tensor of the model.
+Codes are symmetric: int8 in -127..127, int4 in -7..7 stored as code + 8.  Numbers only, no torch: the agent plans pools
+with it.
 """
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 SLOT_BITS = 12  # block id = set << SLOT_BITS | slot
 SLOT_MASK = (1 << SLOT_BITS) - 1
-FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 QMAX = {"int8": 127, "int4": 7}
-KV_FORMATS = (*FLOAT_DTYPES, *QMAX)
+KV_FORMATS = (*FLOAT_BYTES, *QMAX)
 DEFAULT_BLOCK_TOKENS = {"fp32": 16, "bf16": 32, "fp16": 32, "int8": 32, "int4": 32}
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # what fp16 can hold, and never 0: codes are x / scale
 
@@ -51,7 +49,7 @@ class KvLayout:
         """Bytes of the key of one token and head."""
         if self.quantized:
             return self.head_dim if self.fmt == "int8" else self.head_dim // 2
-        return self.head_dim * FLOAT_DTYPES[self.fmt].itemsize
+        return self.head_dim * FLOAT_BYTES[self.fmt]
 
     @property
     def key_bytes(self) -> int:
@@ -75,34 +73,3 @@ class KvLayout:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
-
-
-def read_kv(
-    pool: Tensor, layout: KvLayout, slab_table_SL: Tensor, block_ids: list[int], layer: int
-) -> tuple[Tensor, Tensor]:
-    """Keys and values as stored, dequantized to fp32: two [N * P, G, K].  For tests and debugging, one block at a time.
-
-    Lanes that nobody wrote hold whatever the pool holds.
-    """
-    P, K, lay = layout.block_tokens, layout.head_dim, layout
-    keys, values = [], []
-    for block in block_ids:
-        at = int(slab_table_SL[block >> SLOT_BITS, layer]) + (block & SLOT_MASK) * lay.block_bytes
-        heads = pool[at : at + lay.block_bytes].cpu().view(lay.num_kv_heads, lay.head_bytes)
-        k, v, scales = heads.split([lay.key_bytes, lay.value_bytes, lay.scale_bytes], dim=1)
-        k, v = k.contiguous(), v.contiguous()
-        if not lay.quantized:
-            dtype = FLOAT_DTYPES[lay.fmt]
-            keys.append(k.view(dtype).view(-1, P, K).float())
-            values.append(v.view(dtype).view(-1, P, K).float())
-            continue
-        if lay.fmt == "int8":
-            k_GPK, v_GPK = k.view(torch.int8).view(-1, P, K), v.view(torch.int8).view(-1, K, P).mT
-        else:
-            k, v = k.view(-1, P, K // 2).char(), v.view(-1, K, P // 2).char()
-            k_GPK = torch.cat([k & 15, k >> 4 & 15], dim=2) - 8
-            v_GPK = (torch.cat([v & 15, v >> 4 & 15], dim=2) - 8).mT
-        s_GP2 = scales.contiguous().view(torch.float16).view(-1, P, 2).float()
-        keys.append(k_GPK * s_GP2[:, :, :1])
-        values.append(v_GPK * s_GP2[:, :, 1:])
-    return torch.cat(keys, 1).transpose(0, 1).contiguous(), torch.cat(values, 1).transpose(0, 1).contiguous()

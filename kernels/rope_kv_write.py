@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_layout import FLOAT_DTYPES, MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
+from kernels.kv_layout import MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
+from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
 
 
