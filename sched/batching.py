@@ -353,13 +353,12 @@ class Batcher:
         self._running.check(self._step - 1)
         P = self.blocks.block_tokens
         for rid, seq in self._live.items():
-            assert seq.state is not State.GONE, f"request {rid} is gone but lives"
+            if rid not in self._active:
+                idle = seq.state in (State.WAITING, State.ENDING) and not seq.blocks
+                assert idle, f"request {rid} is {seq.state} with blocks {seq.blocks}"
+        for rid, seq in self._active.items():
             in_one = [rid in self._prefilling, seq.state is State.RUNNING, rid in self._paused]
-            active = seq.state in (State.PREFILLING, State.RUNNING, State.PAUSED)
-            assert (rid in self._active) == active == (sum(in_one) == 1), (
-                f"request {rid} {seq.state} {in_one}"
-            )
-            assert active or not seq.blocks, f"request {rid} is {seq.state} with blocks {seq.blocks}"
+            assert sum(in_one) == 1, f"request {rid} is {seq.state}, {in_one=}"
             if seq.state is State.PREFILLING:
                 assert len(seq.blocks) == -(-seq.total // P), (
                     f"request {rid}: {len(seq.blocks)=} {seq.total=}"

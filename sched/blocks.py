@@ -28,11 +28,11 @@ class BlockPool:
         self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
         self._refs: list[int] = []  # at set * slots + slot
         self._urgent: set[int] = set()
-        # a held set is the current one, open (some free), the spare (all free), or full and in none of these
+        # a held set is the current one, open (some blocks free), empty (all free), or full and in none of these
         self._current: int | None = None
         self._current_free: list[int] = []
         self._open: dict[int, list[int]] = {}
-        self._spare: int | None = None
+        self._empty: list[int] = []
 
     @property
     def num_sets(self) -> int:
@@ -77,10 +77,9 @@ class BlockPool:
                 self._free_block(block)
 
     def trim(self) -> None:
-        """Give the spare set back too."""
-        if self._spare is not None:
-            self._give_back(self._spare)
-            self._spare = None
+        """Give back every empty set."""
+        while self._empty:
+            self._give_back(self._empty[-1])
 
     def _live_index(self, block: int) -> int:
         set_id, slot = block >> SLOT_BITS, block & SLOT_MASK
@@ -106,20 +105,21 @@ class BlockPool:
         if set_id == self._current:
             self._current, self._current_free = None, []
         self._open.pop(set_id, None)
+        self._empty.append(set_id)
         # what came out of the liveness reserve is not for keeping: another model may need it to move at all
-        if self._spare is not None or set_id in self._urgent:
+        if set_id in self._urgent:
             self._give_back(set_id)
-        else:
-            self._spare = set_id
+        while len(self._empty) > 1:
+            self._give_back(self._empty[-1])
 
     def _next_set(self) -> list[int]:
-        """The current set is used up (or none): the set opened last, else the spare."""
+        """The current set is used up (or none): go on with the one opened last, else with an empty one."""
         if self._open:
             self._current, self._current_free = self._open.popitem()
         else:
-            assert self._spare is not None, f"{self.num_free=} but no set has a free block"
-            self._current, self._current_free = self._spare, self._free[self._spare]
-            self._spare = None
+            assert self._empty, f"{self.num_free=} but no set has a free block"
+            self._current = self._empty.pop()
+            self._current_free = self._free[self._current]
         return self._current_free
 
     def _lease_for(self, wanted: int, urgent: bool) -> bool:
@@ -132,7 +132,6 @@ class BlockPool:
                     self._urgent.add(set_id)
             if set_id is None:
                 for set_id in reversed(leased):
-                    self._open.pop(set_id)
                     self._give_back(set_id)
                 return False
             self._take(set_id)
@@ -142,14 +141,15 @@ class BlockPool:
     def _take(self, set_id: int) -> None:
         assert set_id not in self._free, f"set {set_id} was leased twice"
         first = set_id << SLOT_BITS
-        free = list(range(first + self.slots - 1, first - 1, -1))
-        self._free[set_id] = self._open[set_id] = free
+        self._free[set_id] = list(range(first + self.slots - 1, first - 1, -1))
+        self._empty.append(set_id)
         self._refs.extend([0] * ((set_id + 1) * self.slots - len(self._refs)))
         self.num_free += self.slots
 
     def _give_back(self, set_id: int) -> None:
         assert len(self._free[set_id]) == self.slots, f"set {set_id} still holds blocks"
         del self._free[set_id]
+        self._empty.remove(set_id)
         self._urgent.discard(set_id)
         self.num_free -= self.slots
         self.source.give_back(set_id)
@@ -168,13 +168,10 @@ class BlockPool:
             assert sorted(slots) == [i for i, r in enumerate(refs) if r == 0], (
                 f"set {set_id}: {slots=} {refs=}"
             )
-            places = [set_id == self._current, set_id in self._open, set_id == self._spare]
-            assert sum(places) == 1 or (not free and not any(places)), (
-                f"set {set_id} is in {places} {len(free)=}"
-            )
-        assert self._spare is None or len(self._free[self._spare]) == self.slots, (
-            f"spare {self._spare} in use"
-        )
+            places = [set_id == self._current, set_id in self._open, set_id in self._empty]
+            assert sum(places) == 1 or not (free or any(places)), f"set {set_id}: {len(free)=} {places=}"
+            assert (len(free) == self.slots) == places[2], f"set {set_id}: {len(free)=} {places=}"
         assert all(self._free[s] is free and free for s, free in self._open.items()), "a full set is open"
+        assert len(set(self._empty)) == len(self._empty), f"{self._empty=}"
         assert self._urgent <= self._free.keys(), f"{self._urgent=} not held"
         assert set(self._open) <= self._free.keys(), "open sets not held"
