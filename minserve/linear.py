@@ -5,6 +5,7 @@ quantized here.  Where fused shards differ in scheme they run one by one and the
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from kernels.gemm_w8a8 import W8Weight, gemm_w8a8
 from kernels.linear import PreparedLinear, linear
 from kernels.quant_rows import quant_rows
 
-Prepared = PreparedLinear | W8Weight | W4Weight
+Prepared: TypeAlias = PreparedLinear | W8Weight | W4Weight
 
 
 class Linear:
