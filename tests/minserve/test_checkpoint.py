@@ -173,12 +173,12 @@ def test_a_malformed_file_is_one_clear_error(data: bytes, text: str, tmp_path: P
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
-    """1,500 files with a few header bytes changed: a ValueError, or tensors that lie inside the file."""
+    """800 files with a few header bytes changed: a ValueError, or tensors that lie inside the file."""
     r = random.Random(0)
     good = bytearray(file_bytes(GOOD))
     path = tmp_path / "model.safetensors"
     outcomes = {"refused": 0, "read": 0}
-    for _ in range(1500):
+    for _ in range(800):
         data = bytearray(good)
         for _ in range(r.choice((1, 1, 2, 4))):
             data[r.randrange(len(data) - 32)] = r.choice(
@@ -186,7 +186,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             )
         path.write_bytes(data)
         outcomes[_outcome(tmp_path)] += 1
-    assert outcomes["refused"] > 1000, outcomes
+    assert outcomes["refused"] > 500, outcomes
 
 
 def _outcome(folder: Path) -> str:
@@ -258,7 +258,7 @@ def test_a_bad_folder_is_one_clear_error(make: Callable[[Path], Any], text: str,
 
 def test_count_of_malformed_checkpoints() -> None:
     count = len(HEADERS) + len(BAD_INDEX)
-    print(f"malformed checkpoint folders: {count} cases, and 1500 damaged at random")
+    print(f"malformed checkpoint folders: {count} cases, and 800 damaged at random")
     assert len({c[1] for c in HEADERS}) == len(HEADERS), "a case is there twice"
     assert count >= 200
 
