@@ -85,13 +85,14 @@ def rmsnorm_triton(
 ) -> NormOut:
     T, D = x_TD.shape
     assert w_D.shape == (D,), f"{w_D.shape=} does not match {x_TD.shape=}"
-    assert x_TD.stride(-1) == 1 and w_D.is_contiguous(), f"{x_TD.stride()=} {w_D.stride()=}"
+    assert x_TD.stride(-1) == w_D.stride(-1) == 1, f"{x_TD.stride()=} {w_D.stride()=}"
     c = config or RowConfig.pick(D)
     y_TD = torch.empty(T, D, dtype=torch.int8 if quant else x_TD.dtype, device=x_TD.device)
     scale_T = torch.empty(T, dtype=torch.float32, device=x_TD.device) if quant else None
     sum_TD = None
     if residual_TD is not None:
-        assert residual_TD.shape == x_TD.shape and residual_TD.stride(-1) == 1, f"{residual_TD.stride()=}"
+        assert residual_TD.shape == x_TD.shape, f"{residual_TD.shape=} {x_TD.shape=}"
+        assert residual_TD.stride(-1) == 1, f"{residual_TD.stride()=}"
         sum_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
     if T:
         _rmsnorm_kernel[(T,)](

@@ -51,7 +51,8 @@ def _silu_mul_kernel(
 
 def silu_mul_triton(gu_T2F: Tensor, quant: bool = False, config: RowConfig | None = None) -> SiluOut:
     T, width = gu_T2F.shape[0], gu_T2F.shape[1] // 2
-    assert gu_T2F.shape[1] == 2 * width and gu_T2F.stride(-1) == 1, f"{gu_T2F.shape=} {gu_T2F.stride()=}"
+    assert gu_T2F.shape[1] == 2 * width, f"{gu_T2F.shape=}"
+    assert gu_T2F.stride(-1) == 1, f"{gu_T2F.stride()=}"
     c = config or RowConfig.pick(width)
     y_TF = torch.empty(T, width, dtype=torch.int8 if quant else gu_T2F.dtype, device=gu_T2F.device)
     scale_T = torch.empty(T, dtype=torch.float32, device=gu_T2F.device) if quant else None

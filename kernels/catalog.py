@@ -1,0 +1,13 @@
+"""Every kernel the tests and the bench know; a new op is one new file and one line here."""
+
+from kernels import gemm_w4a8, gemm_w8a8, linear, quant_rows, rmsnorm, silu_mul
+from kernels.spec import KernelSpec
+
+SPECS: tuple[KernelSpec, ...] = (
+    rmsnorm.SPEC,
+    silu_mul.SPEC,
+    quant_rows.SPEC,
+    linear.SPEC,
+    gemm_w8a8.SPEC,
+    gemm_w4a8.SPEC,
+)

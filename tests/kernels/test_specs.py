@@ -1,0 +1,89 @@
+"""Every kernel in the catalogue, every run of it, every case: right, and each row independent of the others."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.catalog import SPECS
+from kernels.spec import Case, KernelSpec
+from tests.close import assert_no_worse
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRID = [
+    pytest.param(spec, run, case, id=f"{spec.name}-{run}-{case.id}")
+    for spec in SPECS
+    for run in spec.runs
+    for case in spec.tests
+]
+ROWS = [pytest.param(spec, run, id=f"{spec.name}-{run}") for spec in SPECS for run in spec.runs]
+
+
+def moved(args: tuple[Any, ...], run: str) -> tuple[Any, ...]:
+    """Triton runs where the tests' device is, all else on the CPU."""
+    if run != "triton":
+        return args
+    return tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)
+
+
+def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widened(a: Any) -> Any:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            return a.double()
+        return torch.float64 if isinstance(a, torch.dtype) else a
+
+    return tuple(map(widened, args))
+
+
+def parts(result: Any) -> list[Tensor]:
+    results = result if isinstance(result, tuple) else (result,)
+    return [r.cpu() for r in results if r is not None]
+
+
+def assert_same_codes(got: Tensor, expected: Tensor) -> None:
+    """Codes may differ by one, where a value lies on the border of two: in one element of a hundred at most."""
+    off = (got.int() - expected.int()).abs()
+    assert got.dtype == expected.dtype
+    assert off.numel() == 0 or (off.max() <= 1 and off.float().mean() <= 0.01), (
+        f"{off.max()=} {off.float().mean()=}"
+    )
+
+
+@pytest.mark.parametrize(("spec", "run", "case"), GRID)
+def test_right(spec: KernelSpec, run: str, case: Case):
+    args = spec.make(case, torch.Generator().manual_seed(0))
+    given = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    out = parts(spec.bind(run, moved(args, run))())
+    ref, truth = parts(spec.ref(*args)), parts(spec.ref(*in_float64(args)))
+    assert len(out) == len(ref)
+    for got, own, true in zip(out, ref, truth, strict=True):
+        if got.is_floating_point():
+            assert_no_worse(got, own, true)
+        else:
+            # the codes of the rounded values, not of the fp64 ones: half an ulp of bf16 is many quanta
+            assert_same_codes(got, own)
+    for before, after in zip(given, args, strict=True):
+        assert not isinstance(before, Tensor) or torch.equal(before, after), "an argument was written to"
+
+
+@pytest.mark.parametrize(("spec", "run"), ROWS)
+def test_a_row_does_not_see_its_neighbours(spec: KernelSpec, run: str):
+    """Alone, first, last, or among others: the same bits."""
+    for case in spec.tests:
+        args = spec.make(case, torch.Generator().manual_seed(1))
+        rows = args[spec.row_args[0]].shape[0]
+        if rows < 2:
+            continue
+        options = spec.invariant.get(run, {})
+
+        def some(start: int, stop: int, args=args) -> tuple[Any, ...]:
+            return tuple(
+                a[start:stop] if i in spec.row_args and a is not None else a for i, a in enumerate(args)
+            )
+
+        whole = parts(spec.bind(run, moved(args, run), **options)())
+        for start, stop in ((0, 1), (rows - 1, rows), (1, rows), (0, rows - 1)):
+            piece = parts(spec.bind(run, moved(some(start, stop), run), **options)())
+            for part, full in zip(piece, whole, strict=True):
+                assert torch.equal(part, full[start:stop]), f"{case.id}: rows {start}..{stop} differ"
