@@ -1,11 +1,10 @@
 """A worker whose engine is an oracle: token t of a request is a hash of (prompt, seed, index, t).  No torch.
 
 It runs in the same process arrangement and behind the same loop as the real one, so every byte that a client gets is
-known in advance.  Special prompts make it misbehave: see `Oracle.add`.
+known in advance.  Prompts that begin with one of DIE .. SPEAK make it misbehave, or repeat the rest of the prompt.
 """
 
 import hashlib
-import itertools
 import os
 import signal
 import sys
@@ -23,8 +22,7 @@ from minserve.wire import Loaded, Start, Stats, Submit, TokenEvent, TokenLogprob
 
 BOOT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.e2e.oracle import main; main()"
 STEP_S = 0.002
-# first tokens of a prompt that make the worker misbehave
-DIE, HANG, BREAK, SLOW = 90, 91, 92, 93
+DIE, HANG, BREAK, SLOW, SPEAK = 90, 91, 92, 93, 94
 
 
 def oracle_tokens(prompt: tuple[int, ...], seed: int, index: int, count: int, vocab: int) -> list[int]:
@@ -37,8 +35,8 @@ def oracle_tokens(prompt: tuple[int, ...], seed: int, index: int, count: int, vo
 
 
 def fake_logprobs(token: int, params: SamplingParams) -> TokenLogprobs:
-    top = tuple((t, -0.5 - i) for i, t in enumerate([token, *(t for t in range(20) if t != token)][: params.logprobs or 0]))
-    return TokenLogprobs(-0.5, 1, top)
+    likely = [token, *(t for t in range(20) if t != token)][: params.logprobs]
+    return TokenLogprobs(-0.5, 1, tuple((t, -0.5 - i) for i, t in enumerate(likely)))
 
 
 @dataclass
@@ -59,7 +57,6 @@ class Oracle:
     vocab: int
     window: int
     running: dict[int, Running] = field(default_factory=dict)
-    steps: itertools.count = field(default_factory=itertools.count)
     num_steps: int = 0
     output_tokens: int = 0
 
@@ -78,6 +75,8 @@ class Oracle:
         lease = self.table.lease(self.owner, self.layers, urgent=True)
         assert lease is not None, "the pool of the test is too small"
         tokens = oracle_tokens(r.prompt, r.params.seed or 0, r.index, count, self.vocab)
+        if r.prompt[0] == SPEAK:
+            tokens = list(r.prompt[1 : count + 1])
         self.running[r.rid] = Running(r, tokens, lease)
 
     def abort(self, rid: int) -> bool:
