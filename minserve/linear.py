@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.gemm_w4a8 import W4Weight, gemm_w4a8
 from kernels.gemm_w8a8 import W8Weight, gemm_w8a8
 from kernels.linear import PreparedLinear, linear
-from kernels.quant_rows import quant_rows
+from kernels.quant_rows import QuantRows, quant_rows
 
 Prepared: TypeAlias = PreparedLinear | W8Weight | W4Weight
 
@@ -41,16 +41,19 @@ class Linear:
 
     def __call__(self, x_TK: Tensor, x_scale_T: Tensor | None = None, deterministic: bool = False) -> Tensor:
         """`x_scale_T` is given exactly when `x_TK` holds int8 codes, which needs `wants_int8`."""
-        codes_TK, scale_T = x_TK, x_scale_T
+        rows = None
         if x_scale_T is not None:
             assert self.wants_int8, "int8 rows came to a Linear with a float part"
+            rows = QuantRows(x_TK, x_scale_T)
         elif self._has_int8:
-            codes_TK, scale_T = quant_rows(x_TK)
-        outputs = []
-        for part in self.parts:
-            if isinstance(part, PreparedLinear):
-                outputs.append(linear(x_TK, part, deterministic=deterministic))
-            else:
-                gemm = gemm_w8a8 if isinstance(part, W8Weight) else gemm_w4a8
-                outputs.append(gemm(codes_TK, scale_T, part, self.out_dtype, deterministic=deterministic))
+            rows = quant_rows(x_TK)
+        outputs = [self._run(part, x_TK, rows, deterministic) for part in self.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _run(self, part: Prepared, x_TK: Tensor, rows: QuantRows | None, deterministic: bool) -> Tensor:
+        if isinstance(part, PreparedLinear):
+            return linear(x_TK, part, deterministic=deterministic)
+        assert rows is not None, "an int8 part without int8 rows"
+        if isinstance(part, W8Weight):
+            return gemm_w8a8(rows.codes_TD, rows.scale_T, part, self.out_dtype, deterministic=deterministic)
+        return gemm_w4a8(rows.codes_TD, rows.scale_T, part, self.out_dtype, deterministic=deterministic)
