@@ -56,13 +56,18 @@ class SlabPool:
     def attach(cls, table_fd: int, pool_fd: int, *, timeout_s: float | None = None) -> "SlabPool":
         """A CPU pool from the two descriptors of its creator, which stay open and the caller's."""
         table = SlabTable.attach(table_fd, timeout_s=timeout_s)
-        own, size = reopen_memfd(pool_fd, "slab pool")
-        if size != table.plan.pool_bytes:
-            os.close(own)
-            raise ValueError(
-                f"slab pool fd {pool_fd} has {size} bytes, its table says {table.plan.pool_bytes}"
-            )
-        return cls(table, map_memfd(own, size), own)
+        own = None
+        try:
+            own, size = reopen_memfd(pool_fd, "slab pool")
+            expected = table.plan.pool_bytes
+            if size != expected:
+                raise ValueError(f"slab pool fd {pool_fd} has {size} bytes, its table says {expected}")
+            return cls(table, map_memfd(own, size), own)
+        except BaseException:
+            table.close()
+            if own is not None:
+                os.close(own)
+            raise
 
     def fill(self, byte: int = NAN_BYTE) -> None:
         """Overwrites every byte, leased or not: for tests, before anything is served."""

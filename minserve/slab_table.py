@@ -153,7 +153,11 @@ class SlabTable:
         return self.names.index(model)
 
     def close(self) -> None:
-        """Closes the descriptor; the memory goes with the last view of it.  What is leased stays leased."""
+        """Lets go of the table.  What this process leased stays leased until somebody reclaims it."""
+        self._head.release()
+        self._rows.release()
+        del self._words, self._stack  # the map cannot be closed under them
+        self._map.close()
         os.close(self.fd)
 
     # ---- what changes the table
