@@ -83,7 +83,7 @@ def gemm_w4a8_ref(
     return (y if bias_N is None else y + bias_N).to(out_dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gemm_w4a8_kernel(
     y,
     x,
@@ -342,6 +342,10 @@ SPEC = KernelSpec(
         case(torch.bfloat16, T=3, N=33, K=288, Q=1),
         case(torch.float32, T=2, N=8, K=144, Q=3, zero=True),
         case(torch.bfloat16, T=0, N=8, K=64, Q=2),
+    ),
+    compiles=(
+        case(torch.bfloat16, T=16, N=256, K=256, Q=2),
+        case(torch.bfloat16, T=64, N=256, K=256, Q=2, zero=True),
     ),
     benches=(
         case(torch.bfloat16, T=1, N=6144, K=4096, Q=32),

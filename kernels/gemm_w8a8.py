@@ -73,7 +73,7 @@ def gemm_w8a8_ref(
     return (y if bias_N is None else y + bias_N).to(out_dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gemm_w8a8_kernel(
     y,
     x,
@@ -271,6 +271,7 @@ SPEC = KernelSpec(
         case(torch.float32, T=2, N=16, K=2816, extreme=True),
         case(torch.bfloat16, T=0, N=8, K=32),
     ),
+    compiles=tuple(case(torch.bfloat16, T=T, N=256, K=256, bias=T == 64) for T in (16, 64, 128)),
     benches=(
         case(torch.bfloat16, T=1, N=6144, K=4096),
         case(torch.bfloat16, T=32, N=28672, K=4096),

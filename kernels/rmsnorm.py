@@ -166,6 +166,10 @@ SPEC = KernelSpec(
         case(torch.float16, T=3, D=96, quant=True),
         case(torch.bfloat16, T=0, D=64, residual=True, quant=True),
     ),
+    compiles=(
+        case(torch.bfloat16, T=2, D=4096, residual=True),
+        case(torch.bfloat16, T=2, D=8192, residual=True, quant=True),
+    ),
     benches=(
         case(torch.bfloat16, T=32, D=4096, residual=True),
         case(torch.bfloat16, T=2048, D=4096, residual=True, quant=True),

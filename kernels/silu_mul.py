@@ -107,5 +107,6 @@ SPEC = KernelSpec(
         case(torch.float32, T=7, F=257, pad=5, quant=True),
         case(torch.float16, T=0, F=32, quant=True),
     ),
+    compiles=(case(torch.bfloat16, T=2, F=14336), case(torch.bfloat16, T=2, F=28672, quant=True)),
     benches=(case(torch.bfloat16, T=32, F=14336), case(torch.bfloat16, T=2048, F=14336, quant=True)),
 )

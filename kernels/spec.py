@@ -48,6 +48,7 @@ def case(dtype: torch.dtype, **dims: Any) -> Case:
 class KernelSpec:
     """`row_args`: positions of the arguments with one row a token; a row of the result depends on that row alone.
 
+    `compiles`: cases, small in what is no constant of the kernel, that launch each of its configurations once.
     `invariant`: the keywords a run needs for that to hold bit for bit, where it does not always.
     """
 
@@ -58,6 +59,7 @@ class KernelSpec:
     cost: Callable[[Case], Cost]
     tests: tuple[Case, ...]
     benches: tuple[Case, ...]
+    compiles: tuple[Case, ...] = ()
     prepare: Mapping[str, Callable[..., tuple[Any, ...]]] = field(default_factory=dict)
     row_args: tuple[int, ...] = (0,)
     invariant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
