@@ -8,7 +8,7 @@ CONFIG ?= examples/demo.yaml
 ARGS ?=
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
 READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=2 $(PY) -m pytest
 
@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "minserve needs Python 3.11 or later, got: $$($(PYTHON) --version 2>&1).  make PYTHON=... names another"; exit 1; }
 	@echo "setting up .venv (a few minutes the first time, once)"
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	@test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) setuptools
 	$(if $(TORCH_URL),$(PIP) --no-deps --index-url $(TORCH_URL) torch)
 	$(PIP) torch
