@@ -17,23 +17,22 @@ def quantize(w_NK: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.floa
     N, K = w_NK.shape
     group = scheme.group_size or K
     assert K % group == 0, f"{K=} is not a multiple of {group=}: see Scheme.fit"
-    if not bool(torch.isfinite(w_NK).all()):
-        raise ValueError("weights must be finite to be quantized")
     w_NQg = w_NK.float().reshape(N, K // group, group)
+    low_NQ, high_NQ = torch.aminmax(w_NQg, dim=-1)
+    if not bool(torch.isfinite(low_NQ).all() & torch.isfinite(high_NQ).all()):
+        raise ValueError("weights must be finite to be quantized")
+    zero_NQ = None
     if scheme.symmetric:
-        scale_NQ, zero_NQ = w_NQg.abs().amax(-1) / SYMMETRIC_DIVISOR[scheme.bits], None
+        scale_NQ = _storable(torch.maximum(high_NQ, -low_NQ) / SYMMETRIC_DIVISOR[scheme.bits], scale_dtype)
     else:
         # zero must be a code: the range always holds it
-        low_NQ, high_NQ = w_NQg.amin(-1).clamp_max(0), w_NQg.amax(-1).clamp_min(0)
-        scale_NQ = (high_NQ - low_NQ) / (2**scheme.bits - 1)
-        zero_NQ = low_NQ
-    scale_NQ = _storable(scale_NQ, scale_dtype)
+        low_NQ, high_NQ = low_NQ.clamp_max(0), high_NQ.clamp_min(0)
+        scale_NQ = _storable((high_NQ - low_NQ) / (2**scheme.bits - 1), scale_dtype)
+        zero_NQ = (scheme.low - low_NQ / scale_NQ).round().clamp(scheme.low, scheme.high)
+    codes_NQg = (w_NQg / scale_NQ[..., None]).round_()
     if zero_NQ is not None:
-        zero_NQ = (scheme.low - zero_NQ / scale_NQ).round().clamp(scheme.low, scheme.high)
-    codes_NQg = (w_NQg / scale_NQ[..., None]).round()
-    if zero_NQ is not None:
-        codes_NQg = codes_NQg + zero_NQ[..., None]
-    codes_NK = codes_NQg.clamp(scheme.low, scheme.high).to(torch.int8).view(N, K)
+        codes_NQg += zero_NQ[..., None]
+    codes_NK = codes_NQg.clamp_(scheme.low, scheme.high).to(torch.int8).view(N, K)
     return QuantWeight(scheme, codes_NK, scale_NQ, None if zero_NQ is None else zero_NQ.to(torch.int8))
 
 
