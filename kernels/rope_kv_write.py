@@ -309,7 +309,7 @@ def rope_kv_write_cpu(
         _store_codes(kv_T2GK, keys, pool, step, layer)
     else:
         keys.index_copy_(0, write.key_LX[layer], kv_T2GK.view(T * 2 * G, K).view(word))
-    return turned[:, :num_heads].to(qkv_TX.dtype)
+    return turned[:, :num_heads].to(qkv_TX.dtype).contiguous()
 
 
 def _rows_at_every_word(words: Tensor, width: int, stride: int = 1) -> Tensor:
