@@ -1,6 +1,6 @@
 """The bytes of a slab pool as a tensor, and the slab sets that one model leases from it.
 
-On a CPU the bytes are a memfd that every process maps; on a GPU they come from the keeper (see `keeper`).  A set is one
+On a CPU the bytes are a memfd that every process maps; on a GPU the keeper exports them.  A set is one
 slab for each layer, any slabs; `LeasedSets.slab_table_SL[set, layer]` is the byte offset of a slab in the pool.
 Nothing here knows blocks: inside a set they are the Batcher's.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minserve.cuda_memory import DeviceMemory, PoolHandle, import_memory, open_driver
 from minserve.shared_memory import create_memfd, reopen_memfd
 from minserve.slab_table import Lease, SlabTable
 from sched.slabs import PoolPlan
@@ -69,6 +70,28 @@ class SlabPool:
                 os.close(own)
             raise
 
+    @classmethod
+    def attach_device(
+        cls,
+        table_fd: int,
+        handle: PoolHandle,
+        fds: tuple[int, ...],
+        device: str,
+        *,
+        timeout_s: float | None = None,
+    ) -> "SlabPool":
+        """A GPU pool that the keeper exported.  All descriptors stay the caller's, who may close them afterwards."""
+        table = SlabTable.attach(table_fd, timeout_s=timeout_s)
+        memory = None
+        try:
+            memory = import_memory(open_driver(), torch.device(device).index or 0, handle, fds)
+            return cls(table, device_tensor(memory), release=memory.release)
+        except BaseException:
+            table.close()
+            if memory is not None:
+                memory.release()
+            raise
+
     def fill(self, byte: int = NAN_BYTE) -> None:
         """Overwrites every byte, leased or not: for tests, before anything is served."""
         self.bytes.fill_(byte)
@@ -92,6 +115,24 @@ def map_memfd(fd: int, num_bytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
 
 
+@dataclass(frozen=True)
+class _CudaArray:
+    """What torch needs to see memory that it did not allocate."""
+
+    __cuda_array_interface__: dict[str, object]
+
+
+def device_tensor(memory: DeviceMemory) -> Tensor:
+    """A uint8 view of imported memory; it must be dropped before `memory.release`."""
+    interface = {
+        "shape": (memory.num_bytes,),
+        "typestr": "|u1",
+        "data": (memory.pointer, False),
+        "version": 3,
+    }
+    return torch.as_tensor(_CudaArray(interface), device=f"cuda:{memory.device}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Draining:
     set_id: int
@@ -106,7 +147,7 @@ def no_fence() -> Callable[[], bool]:
 
 def cuda_fence() -> Callable[[], bool]:
     """Passed once the GPU has done all that was enqueued on the current stream before."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record()
     return event.query
 

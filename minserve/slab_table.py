@@ -67,7 +67,8 @@ class Lease:
     @property
     def inherited(self) -> Int64s:
         """The slabs that hold another model's bytes, or nobody's yet."""
-        return self.slabs[owner_of(self.before) != self.owner]
+        inherited: Int64s = self.slabs[owner_of(self.before) != self.owner]
+        return inherited
 
 
 @dataclass(frozen=True, slots=True)
