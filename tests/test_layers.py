@@ -15,7 +15,7 @@ ORDER = {
         spec launch
         quant_rows rmsnorm silu_mul linear gemm_w8a8 gemm_w4a8
         kv_layout kv_read kv_rows kv_work kv_step rope_kv_write attn_cpu attn_tile attn_decode attn_prefill attention
-        sample catalog
+        kv_case catalog
     """,
     "quant": """
         scheme pack rtn
@@ -28,11 +28,10 @@ ORDER = {
     "minserve": """
         sampling schema config
         model_config rope checkpoint resolve linear weights
-        slab_words shared_memory slab_table pool keeper
+        slab_words shared_memory slab_table cuda_memory pool keeper
         models sampler inputs runner engine loading
         text llm
         wire host agent protocol answers loop worker frontend listener responses server serve
-        demo
     """,
 }
 MAY_IMPORT = {
