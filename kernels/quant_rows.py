@@ -1,8 +1,8 @@
 """Dynamic quantization of rows to int8: scale = absmax / 127, codes = round-half-even(x / scale).
 
 T rows, D columns.  Reads T*D, writes T*D bytes: bandwidth-bound.  A row of zeros has codes 0 and scale 0.
-The arithmetic (one IEEE division a row, one multiplication an element) is the same on every device and in every fused
-kernel, so codes do not depend on where they were computed.
+The arithmetic (the reciprocal of the scale once a row, one multiplication an element) is the same on every device and
+in every fused kernel, so codes do not depend on where they were computed.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.spec import Case, Cost, KernelSpec, case
 
-# below this the reciprocal overflows; a row that small is quantized as if its largest value were this
-TINIEST_ABSMAX = 1e-30
+# the reciprocal of a smaller scale could overflow: codes of a row that small are taken with this one, and are near 0
+TINIEST_SCALE = 1e-30
 
 
 class QuantRows(NamedTuple):
@@ -44,9 +44,9 @@ class RowConfig:
 
 def quant_rows_ref(x_TD: Tensor) -> QuantRows:
     x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    absmax = x.abs().amax(-1, keepdim=True)
-    codes = (x * (127.0 / absmax.clamp_min(TINIEST_ABSMAX))).round().to(torch.int8)
-    return QuantRows(codes, absmax.squeeze(-1) / 127.0)
+    scale_T = x.abs().amax(-1) / 127.0
+    codes_TD = (x * scale_T.clamp_min(TINIEST_SCALE).reciprocal()[:, None]).round().to(torch.int8)
+    return QuantRows(codes_TD, scale_T)
 
 
 @triton.jit
@@ -58,9 +58,8 @@ def round_to_int8(b_x):
 @triton.jit
 def quantize_row(b_x):
     """The codes and the scale of one row of float32 values; lanes past the row must hold 0."""
-    b_max = tl.max(tl.abs(b_x), 0)
-    b_codes = round_to_int8(b_x * tl.div_rn(127.0, tl.maximum(b_max, 1e-30)))
-    return b_codes, tl.div_rn(b_max, 127.0)
+    b_scale = tl.div_rn(tl.max(tl.abs(b_x), 0), 127.0)
+    return round_to_int8(b_x * tl.div_rn(1.0, tl.maximum(b_scale, 1e-30))), b_scale
 
 
 @triton.jit
@@ -86,13 +85,10 @@ def quant_rows_triton(x_TD: Tensor, config: RowConfig | None = None) -> QuantRow
 
 
 def quant_rows_cpu(x_TD: Tensor) -> QuantRows:
-    if x_TD.shape[0] == 0:
-        return quant_rows_ref(x_TD)
-    low, high = x_TD.aminmax(dim=-1, keepdim=True)
-    absmax = torch.maximum(high, low.neg_()).float()
+    scale_T = x_TD.abs().amax(-1).float() / 127.0
     # a 16-bit row times a float32 column is float32: no separate widening pass
-    codes = (x_TD * (127.0 / absmax.clamp_min(TINIEST_ABSMAX))).round_().to(torch.int8)
-    return QuantRows(codes, absmax.squeeze(-1) / 127.0)
+    codes_TD = (x_TD * scale_T.clamp_min(TINIEST_SCALE).reciprocal_()[:, None]).round_().to(torch.int8)
+    return QuantRows(codes_TD, scale_T)
 
 
 def quant_rows(x_TD: Tensor) -> QuantRows:

@@ -8,6 +8,7 @@ With `quant`, y leaves as int8 codes and one scale a row, exactly as quant_rows(
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,10 +120,7 @@ def rmsnorm_cpu(
 ) -> NormOut:
     sum_TD = None if residual_TD is None else x_TD + residual_TD
     h = x_TD if sum_TD is None else sum_TD
-    wide = h.float()
-    # in place from here on: one buffer of float32 a call, and no pass over it more than the maths needs
-    rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    y = (wide * rstd).to(h.dtype).mul_(w_D)
+    y = F.rms_norm(h.float(), w_D.shape, None, eps).to(h.dtype).mul_(w_D)
     if not quant:
         return NormOut(y, sum_TD, None)
     codes, scale_T = quant_rows_cpu(y)

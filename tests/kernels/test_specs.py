@@ -87,3 +87,16 @@ def test_a_row_does_not_see_its_neighbours(spec: KernelSpec, run: str):
             piece = parts(spec.bind(run, moved(some(start, stop), run), **options)())
             for part, full in zip(piece, whole, strict=True):
                 assert torch.equal(part, full[start:stop]), f"{case.id}: rows {start}..{stop} differ"
+
+
+@pytest.mark.gpu
+def test_offsets_above_two_to_the_31():
+    """Rows that begin past 2^31 elements: 4 GiB in, 2 GiB out, of which the last rows are compared."""
+    rows, width = 2**17 + 3, 2**14
+    gu = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(5, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gu[-5:] = tail.cuda()
+    spec = next(s for s in SPECS if s.name == "silu_mul")
+    out = parts(spec.runs["triton"](gu))[0][-5:]
+    truth = parts(spec.ref(tail.double()))[0]
+    assert_no_worse(out, parts(spec.ref(tail))[0], truth)
