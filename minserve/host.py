@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -44,12 +45,20 @@ BOOT = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import minserve; sys.path.pop(0); "
     "from minserve.worker import main; main()"
 )
-PING_S = 1.0
-STALLED_S = 10.0  # shown in /health; one step of a big model on a slow CPU may take as long
-KILL_S = 300.0
-STOP_S = 5.0
 MAX_DEATHS, DEATHS_WITHIN_S = 5, 600.0
 MAX_LINE = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds.  A silent worker is shown as stalled in /health, as one step of a big model on a slow CPU may well be;
+    one that stays silent, or has requests and makes no step, is killed."""
+
+    ping_s: float = 1.0
+    stalled_s: float = 10.0
+    kill_s: float = 300.0
+    stop_s: float = 5.0
+    back_off_s: float = 0.5
 
 
 class Sink(Protocol):
@@ -118,10 +127,15 @@ class Host:
     """Keeps one model's worker alive until `stop`.  All methods belong to the event loop's thread."""
 
     def __init__(
-        self, name: str, start: Start, boot: str, reclaim: Callable[[], Awaitable[int]], back_off_s: float = 0.5
+        self,
+        name: str,
+        start: Start,
+        boot: str,
+        reclaim: Callable[[], Awaitable[int]],
+        patience: Patience | None = None,
     ) -> None:
         self.name, self._start, self._boot, self._reclaim = name, start, boot, reclaim
-        self._back_off_s = back_off_s
+        self._patience = patience or Patience()
         self.state = "loading"
         self.reason = ""
         self.loaded: Loaded | None = None
@@ -156,7 +170,11 @@ class Host:
 
     @property
     def stalled(self) -> bool:
-        return self.state == "ready" and self._pinged_s - self._pong_s > STALLED_S
+        return self.state == "ready" and self._silent_s() > self._patience.stalled_s
+
+    def _silent_s(self) -> float:
+        """Since when a ping waits for its answer."""
+        return time.monotonic() - self._pinged_s if self._pong_s < self._pinged_s else 0.0
 
     def submit(self, request: Submit, sink: Sink) -> None:
         """From here on `sink` is told how the request ends.  Only in state ready."""
@@ -200,7 +218,7 @@ class Host:
             return 0.0
         self.restarts += 1
         # the first one comes back at once
-        return min(30.0, self._back_off_s * float(2 ** (len(self._deaths) - 1) - 1))
+        return min(30.0, self._patience.back_off_s * float(2 ** (len(self._deaths) - 1) - 1))
 
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
@@ -261,20 +279,19 @@ class Host:
                         self.name, process.pid, why, lost, slabs)  # fmt: skip
 
     async def _watch(self) -> None:
-        """Pings; a worker that neither answers nor makes progress for KILL_S is killed, and so restarted."""
+        """Pings, and kills a worker that has stopped working: it is then restarted."""
         seq = 0
         while True:
-            await asyncio.sleep(PING_S)
+            await asyncio.sleep(self._patience.ping_s)
             if self.state != "ready":
                 continue
             now = time.monotonic()
             if self._pong_s >= self._pinged_s:
                 seq, self._pinged_s = seq + 1, now
                 self._send(Ping(seq))
-            silent = now - self._pinged_s if self._pong_s < self._pinged_s else 0.0
-            stuck = now - self._moved_s if self._sinks else 0.0
-            if max(silent, stuck) > KILL_S:
-                log.error("[%s] no progress for %.0f s: killing worker %s", self.name, max(silent, stuck), self.pid)
+            idle_s = max(self._silent_s(), now - self._moved_s if self._sinks else 0.0)
+            if idle_s > self._patience.kill_s:
+                log.error("[%s] no progress for %.0f s: killing worker %s", self.name, idle_s, self.pid)
                 self.kill()
 
     def kill(self) -> None:
@@ -327,7 +344,7 @@ class Host:
         if self._process is None or self._process.poll() is not None:
             await asyncio.wait([life], timeout=0.1)  # its burial may be under way
             life.cancel()  # it was waiting for its next life
-        ways = ((self._ask, STOP_S), (self._terminate, 1.0), (self.kill, 30.0))
+        ways = ((self._ask, self._patience.stop_s), (self._terminate, 1.0), (self.kill, 30.0))
         for make, wait_s in ways:
             if not life.done():
                 make()

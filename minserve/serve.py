@@ -96,9 +96,9 @@ def say(line: str) -> None:
 class Service:
     """A configured server: `run` returns the exit status."""
 
-    def __init__(self, config: Config, listener: socket.socket, boot: str) -> None:
+    def __init__(self, config: Config, boot: str) -> None:
         self._began = time.monotonic()
-        self._config, self._listener = config, listener
+        self._config, self._url = config, ""
         broken: dict[str, str] = {}
         tokenizers = load_tokenizers(config, broken)
         self.agent = Agent(config, broken, boot)
@@ -108,12 +108,6 @@ class Service:
         self._signals = 0
         self._signalled = asyncio.Event()
 
-    @property
-    def url(self) -> str:
-        host, port = self._listener.getsockname()[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        return f"http://{shown}:{port}"
-
     def describe(self) -> None:
         say(banner())
         for name, value in self._config.changed().items():
@@ -122,12 +116,13 @@ class Service:
             for line in pool.describe():
                 say(line)
 
-    async def run(self) -> int:
+    async def run(self, listener: socket.socket) -> int:
+        self._url = reachable(listener)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         self.agent.start()
-        http = asyncio.create_task(self._http.serve(sockets=[self._listener]), name="http")
+        http = asyncio.create_task(self._http.serve(sockets=[listener]), name="http")
         status = asyncio.create_task(self._report(), name="status line")
         ended = asyncio.create_task(self._drain(), name="drain")
         code = 0
@@ -164,14 +159,14 @@ class Service:
         if not up:
             sys.stderr.write("minserve: no model could be loaded\n")
             return False
-        say(f"ready in {time.monotonic() - self._began:.1f} s: {self.url} serves {', '.join(up)}")
+        say(f"ready in {time.monotonic() - self._began:.1f} s: {self._url} serves {', '.join(up)}")
         say(self._curl(up[0]))
         return True
 
     def _curl(self, name: str) -> str:
         key = " -H 'Authorization: Bearer KEY'" if api_keys(self._config.server) else ""
         body = f'{{"model": "{name}", "prompt": "Once upon a time", "max_tokens": 32}}'
-        return f"try: curl {self.url}/v1/completions{key} -H 'content-type: application/json' -d '{body}'"
+        return f"try: curl {self._url}/v1/completions{key} -H 'content-type: application/json' -d '{body}'"
 
     async def _drain(self) -> None:
         """From the first signal until nothing is under way, time is up, or the second signal."""
@@ -202,6 +197,13 @@ class Service:
                 before[host.name] = host.stats
 
 
+def reachable(listener: socket.socket) -> str:
+    """The URL to use on this machine."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
 def status_line(host: Host, before: Stats) -> str:
     """Rates since `before`; "" where nothing happened."""
     now = host.stats
@@ -226,8 +228,8 @@ def main(argv: Sequence[str] | None = None, boot: str = BOOT) -> int:
     args = read_arguments(argv)
     try:
         config = read_config(args)
+        service = Service(config, boot)
         listener = bind(config.server.host, config.server.port)
-        service = Service(config, listener, boot)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"minserve: {error}\n")
         return 2
@@ -236,7 +238,7 @@ def main(argv: Sequence[str] | None = None, boot: str = BOOT) -> int:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level)))
     raise_open_files()
     service.describe()
-    return check(service) if args.check else uvloop.run(service.run())
+    return check(service) if args.check else uvloop.run(service.run(listener))
 
 
 if __name__ == "__main__":

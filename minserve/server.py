@@ -51,7 +51,10 @@ def header(scope: Scope, name: bytes) -> str:
 
 
 async def receive_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body of a JSON request, not a byte over the cap."""
+    """The whole body of a JSON request, not a byte over the cap.
+
+    What comes after a refusal is read and dropped: closing the connection would take the answer away with it.
+    """
     kind = header(scope, b"content-type").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "content-type must be application/json", "unsupported_media_type")

@@ -16,7 +16,6 @@ from minserve.host import ROOT
 from minserve.loop import ServedEngine, serve
 from minserve.resolve import resolve_model
 from minserve.sampling import SamplingParams
-from minserve.serve import main as serve_main
 from minserve.slab_table import Lease, SlabTable
 from minserve.wire import Loaded, Start, Stats, Submit, TokenEvent, TokenLogprobs
 
@@ -150,6 +149,3 @@ def main() -> None:
     """The worker's."""
     serve(open_oracle, sys.argv[1:])
 
-
-if __name__ == "__main__":
-    sys.exit(serve_main(boot=BOOT))

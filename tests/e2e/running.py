@@ -42,7 +42,7 @@ def write_config(folder: Path, models: list[dict[str, Any]], **server: Any) -> P
 class Server:
     """`lines` is what it has printed so far; `url` is known once it is listening."""
 
-    def __init__(self, *args: str, module: str = "tests.e2e.oracle", port: int = 0, cwd: Path = ROOT) -> None:
+    def __init__(self, *args: str, module: str = "tests.e2e.oracle_server", port: int = 0, cwd: Path = ROOT) -> None:
         command = [sys.executable, "-m", module, *args, "--port", str(port)]
         self.process = subprocess.Popen(
             command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
