@@ -6,7 +6,7 @@ computed beyond it is thrown away.  Stop strings and text are not known here.
 """
 
 import logging
-import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,7 +75,8 @@ class Counters:
 
 
 class Engine:
-    """`eos_ids` end a sequence unless it ignores them.  Not thread safe: one thread calls everything."""
+    """`eos_ids` end a sequence unless it ignores them.  `seed` makes requests without one of their own reproducible, in
+    the order in which they come.  Not thread safe: one thread calls everything."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Engine:
         eos_ids: tuple[int, ...],
         max_model_len: int,
         overlap: bool = True,
+        seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
@@ -95,6 +97,7 @@ class Engine:
         self._max_model_len = max_model_len
         self._overlap = overlap
         self._clock = clock
+        self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._sequences: dict[int, _Sequence] = {}
         self._flight: tuple[StepPlan, StepHandle] | None = None
 
@@ -118,7 +121,7 @@ class Engine:
                 f"However, your prompt has {len(r.prompt)} tokens and no room is left for an answer."
             )
         wanted = room if r.params.max_tokens is None else min(r.params.max_tokens, room)
-        seed = int.from_bytes(os.urandom(8), "little") if r.params.seed is None else r.params.seed + r.index
+        seed = self._seeds.getrandbits(64) if r.params.seed is None else r.params.seed + r.index
         seq = _Sequence(r, wanted, seed)
         self.batcher.add(
             Request(

@@ -45,11 +45,11 @@ class Row:
 
 
 class PromptRows(NamedTuple):
-    """Rows `[first_row, first_row + count)` of the step predict the prompt tokens from `position` on."""
+    """Rows `[first_row, first_row + num_rows)` of the step predict the prompt tokens from `position` on."""
 
     rid: int
     first_row: int
-    count: int
+    num_rows: int
     position: int
     history_row: int
     num_top: int
@@ -118,7 +118,7 @@ class RowTable:
         index = np.fromiter((row.index for row in rows), dtype=np.int64, count=len(rows))
         table = self._blocks[index, : max(row.num_blocks for row in rows)]
         ends = np.cumsum(counts)
-        base = np.repeat(index * self.width + starts - (ends - counts), counts)
+        first = index * self.width + np.asarray(starts, np.int64) - (ends - counts)
         sampled = [
             i for i in range(len(rows)) if i < len(plan.decode) or plan.chunks[i - len(plan.decode)].samples
         ]
@@ -128,7 +128,7 @@ class RowTable:
             starts=starts,
             counts=counts,
             block_table_BN=table,
-            history_index_T=base + np.arange(ends[-1]),
+            history_index_T=np.repeat(first, counts) + np.arange(ends[-1]),
             sampled_rids=[row.rid for row in picked],
             sampled_rows_R=[int(ends[i]) - 1 for i in sampled],
             write_index_R=[rows[i].index * self.width + starts[i] + counts[i] for i in sampled],

@@ -100,9 +100,9 @@ class LLM:
         max_model_len: int | None = None,
         pool_bytes: int | None = None,
         deterministic: bool = False,
-        overlap: bool = True,
         **keys: Any,
     ) -> None:
+        overlap = bool(keys.pop("overlap", True))
         config = Config.single(
             model,
             gpu={"device": pick_device(device), "pool_bytes": pool_bytes},
@@ -115,7 +115,6 @@ class LLM:
         )
         self._local = LocalEngine.start(config, overlap=overlap)
         self.engine = self._local.engine
-        self._default_seed = config.models[0].seed
         folder = Path(config.models[0].tokenizer or config.models[0].path)
         found = folder.is_file() or (folder / "tokenizer.json").is_file()
         self.tokenizer = Tokenizer.load(folder, config.models[0].chat_template) if found else None
@@ -136,7 +135,7 @@ class LLM:
 
         `prompts`: a text, token ids, or a list of either.  The bar shows on a terminal unless `use_tqdm` says so.
         """
-        asked = [prompts] if _is_one(prompts) else list(prompts)
+        asked = _listed(prompts)
         params = self._spread(sampling_params, len(asked))
         ids = [self._encode(p) for p in asked]
         results = [
@@ -232,8 +231,18 @@ class LLM:
         self.close()
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, a text or token ids, becomes a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [p for p in prompts if isinstance(p, int)]
+    if not ids:
+        return [p for p in prompts if not isinstance(p, int)]
+    if len(ids) < len(prompts):
+        raise ValueError(
+            "prompts must be a text, token ids, or a list of either: got token ids mixed with others"
+        )
+    return [ids]
 
 
 def kl_divergence(reference_TV: Tensor, other_TV: Tensor) -> float:

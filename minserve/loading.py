@@ -70,7 +70,14 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool = True) 
         overlap=overlap,
     )
     batcher = Batcher(blocks, limits)
-    return Engine(runner, batcher, eos_ids=r.config.eos_ids, max_model_len=r.max_model_len, overlap=overlap)
+    return Engine(
+        runner,
+        batcher,
+        eos_ids=r.config.eos_ids,
+        max_model_len=r.max_model_len,
+        overlap=overlap,
+        seed=r.entry.seed,
+    )
 
 
 def plan_pool(shapes_of: list[ResolvedModel], gpu: GpuConfig, free_bytes: int) -> PoolPlan:

@@ -202,8 +202,8 @@ class Runner:
 
     def _prompt_logprobs(self, p: PromptRows, x_TD: Tensor, residual_TD: Tensor) -> PromptLogprobs:
         values: list[TokenLogprobs | None] = []
-        for lo in range(0, p.count, HEAD_ROWS):
-            n = min(HEAD_ROWS, p.count - lo)
+        for lo in range(0, p.num_rows, HEAD_ROWS):
+            n = min(HEAD_ROWS, p.num_rows - lo)
             rows = slice(p.first_row + lo, p.first_row + lo + n)
             logits_RV = self._head(x_TD[rows], residual_TD[rows])
             next_R = self.rows.history[p.history_row, p.position + lo : p.position + lo + n].long()

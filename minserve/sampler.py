@@ -116,7 +116,8 @@ def _draw_filtered(probs_RV: Tensor, top_k: Tensor, top_p: Tensor, uniform_R: Te
 def _sample_rows(logits_RV: Tensor, batch: SampleBatch, tokens_R: Tensor) -> None:
     """Overwrites the greedy choice of every row with a temperature.  A row's path depends on that row alone."""
     vocab, device = logits_RV.shape[1], logits_RV.device
-    plain, filtered = [], []
+    plain: list[int] = []
+    filtered: list[int] = []
     for r, t in enumerate(batch.temperature):
         if t:
             limited = 0 < batch.top_k[r] < vocab or batch.top_p[r] < 1

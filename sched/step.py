@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
 
     rid: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     samples: bool
 
 
