@@ -128,7 +128,7 @@ class RowTable:
             starts=starts,
             counts=counts,
             block_table_BN=table,
-            history_index_T=np.repeat(first, counts) + np.arange(ends[-1]),
+            history_index_T=np.repeat(first, counts) + np.arange(ends[-1], dtype=np.int64),
             sampled_rids=[row.rid for row in picked],
             sampled_rows_R=[int(ends[i]) - 1 for i in sampled],
             write_index_R=[rows[i].index * self.width + starts[i] + counts[i] for i in sampled],
