@@ -146,6 +146,7 @@ class Host:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
         self._deaths: deque[float] = deque()
+        self._answered = False
         self._pinged_s = self._pong_s = self._moved_s = 0.0
         self._stopping = False
 
@@ -207,13 +208,15 @@ class Host:
         self.first_load.set()
 
     def _after_death(self) -> float:
-        """Seconds to wait before the next life; too many deaths end in state failed."""
+        """Seconds to wait before the next life; too many lives that answered nothing end in state failed."""
         now = time.monotonic()
+        if self._answered:
+            self._deaths.clear()
         self._deaths.append(now)
         while now - self._deaths[0] > DEATHS_WITHIN_S:
             self._deaths.popleft()
         if len(self._deaths) >= MAX_DEATHS:
-            self._fail(f"the worker died {len(self._deaths)} times within {DEATHS_WITHIN_S:.0f} s")
+            self._fail(f"the worker died {len(self._deaths)} times and answered nothing in between")
             self._stopping = True
             return 0.0
         self.restarts += 1
@@ -229,6 +232,7 @@ class Host:
         """One process from spawn to waitpid; afterwards it owns nothing and nobody waits for it."""
         self.state, self.reason, self.loaded, self.stats = "loading", "", None, Stats()
         self._pinged_s = self._pong_s = 0.0
+        self._answered = False
         ours, theirs = socket.socketpair()
         try:
             self._process = process = self._spawn(theirs)
@@ -300,7 +304,7 @@ class Host:
 
     def _take(self, message: FromWorker) -> None:
         if isinstance(message, Tokens):
-            self._moved_s = time.monotonic()
+            self._moved_s, self._answered = time.monotonic(), True
             for event in message.events:
                 ended = event.finish_reason is not None
                 sink = self._sinks.pop(event.rid, None) if ended else self._sinks.get(event.rid)

@@ -1,0 +1,141 @@
+"""Real workers on a tiny random float32 Llama: the server says what the LLM class says, and kills harm nobody else.
+
+A third model has no weights, so it never runs: the test holds slabs in its name and fills them with a canary.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from minserve import LLM, SamplingParams
+from minserve.pool import SlabPool
+from tests.e2e.running import VOCAB, Server, running, wait_for, write_config, write_model
+from tests.e2e.test_faults import Reader
+from tests.tiny import write_llama, write_tokenizer
+
+PROMPTS = ["hello", "the rain", "a", "one two three four five six"]
+CANARY = 0xA5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    write_llama(folder / "tiny", seed=3, vocab_size=VOCAB)
+    write_tokenizer(folder / "tiny", VOCAB)
+    write_model(folder / "empty")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    models = [
+        {"name": "left", "path": "tiny"},
+        {"name": "right", "path": "tiny", "quantization": "w8a8-int8", "kv_dtype": "int8", "deterministic": True},
+        {"name": "canary", "path": "empty"},
+    ]
+    with running(write_config(folder, models), module="minserve.serve") as server:
+        yield server
+
+
+def complete(server: Server, **body: Any) -> Any:
+    fields = {"temperature": 0, "max_tokens": 20, **body}
+    answer = httpx.post(f"{server.url}/v1/completions", json=fields, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_server_says_what_the_library_says(server: Server, folder: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    for name, keys in (("left", {}), ("right", {"quantization": "w8a8-int8", "kv_dtype": "int8", "deterministic": True})):
+        with LLM(folder / "tiny", pool_bytes=64 << 20, reserve_tokens=256, **keys) as llm:
+            want = [o.outputs[0].text for o in llm.generate(PROMPTS, params)]
+            got = complete(server, model=name, prompt=PROMPTS, ignore_eos=True)
+            assert [c["text"] for c in got["choices"]] == want
+            sampled = SamplingParams(max_tokens=12, seed=11, n=2, stop=["e"])
+            want = [[o.text for o in r.outputs] for r in llm.generate(PROMPTS, sampled)]
+            got = complete(server, model=name, prompt=PROMPTS, temperature=1, seed=11, n=2, stop="e", max_tokens=12)
+            assert [c["text"] for c in got["choices"]] == [t for pair in want for t in pair]
+
+
+def test_echoed_logprobs_are_the_models(server: Server, folder: Path) -> None:
+    with LLM(folder / "tiny", pool_bytes=64 << 20, reserve_tokens=256) as llm:
+        assert llm.tokenizer is not None
+        ids = llm.tokenizer.encode(PROMPTS[-1])
+        logits = llm.logits(ids).double().numpy()
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = [logs[i, t] for i, t in enumerate(ids[1:])]
+    got = complete(server, model="left", prompt=ids, echo=True, logprobs=3, max_tokens=0)["choices"][0]["logprobs"]
+    assert got["token_logprobs"][0] is None
+    np.testing.assert_allclose(got["token_logprobs"][1:], want, atol=1e-4)
+
+
+def test_what_cannot_run_is_refused(server: Server) -> None:
+    body = {"model": "left", "prompt": [5] * 255, "max_tokens": 50, "temperature": 0}
+    assert complete(server, **body)["usage"]["completion_tokens"] == 1  # clamped to the window
+    answer = httpx.post(f"{server.url}/v1/completions", json={**body, "prompt": [5] * 256})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    failed = httpx.post(f"{server.url}/v1/completions", json={**body, "model": "canary"})
+    assert (failed.status_code, failed.json()["error"]["code"]) == (503, "model_failed")
+    assert "model canary failed:" in server.output
+
+
+def attach(server: Server) -> SlabPool:
+    """The server's own pool, through its descriptors."""
+    fds = {}
+    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        name = os.readlink(link)
+        if "minserve-slab" in name:
+            fds["table" if "table" in name else "pool"] = os.open(link, os.O_RDWR)
+    pool = SlabPool.attach(fds["table"], fds["pool"])
+    for fd in fds.values():
+        os.close(fd)
+    return pool
+
+
+def changed(pool: SlabPool, slabs: list[int]) -> list[int]:
+    return [s for s in slabs if not bool((pool.slab(s) == CANARY).all())]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_workers_leak_nothing_and_touch_nothing(server: Server, kills: int) -> None:
+    pool, rng = attach(server), random.Random(kills)
+    owner = pool.table.owner_of("canary")
+    wait_for(lambda: server.health()["models"]["left"]["state"] == "ready", 30, server.describe)
+    before = complete(server, model="right", prompt=PROMPTS, logprobs=3)["choices"]
+    lease = pool.table.lease(owner, 200)
+    assert lease is not None
+    for slab in lease.slabs.tolist():
+        pool.slab(slab).fill_(CANARY)
+    for _ in range(kills):
+        pid = server.workers()["left"]
+        readers = [Reader(server, "left", p, 150) for p in PROMPTS]
+        readers[0].begun.wait(30)
+        time.sleep(rng.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+        for reader in readers:
+            reader.join(30)
+            assert reader.cut or not reader.data.startswith(b"data") or reader.events[-1] is None
+        assert complete(server, model="right", prompt=PROMPTS, logprobs=3)["choices"] == before
+        pool.table.check()
+        assert changed(pool, lease.slabs.tolist()) == []
+        wait_for(lambda: server.health()["models"]["left"]["state"] == "ready", 60, server.describe)
+        # its sets came back with its death; the new one has none yet
+        assert pool.table.counts().models["left"].live == 0
+    assert complete(server, model="left", prompt=PROMPTS)["choices"]
+    # this very test sees a byte that is not what it was
+    victim = lease.slabs.tolist()[7]
+    pool.slab(victim)[100] = 0
+    assert changed(pool, lease.slabs.tolist()) == [victim]
+    pool.table.drain(owner, lease)
+    pool.table.free(owner, lease)
+    pool.close()
+    # each engine keeps at most one empty set of its two layers
+    server.assert_idle(spare_slabs=2 * 2)
