@@ -4,20 +4,29 @@ T tokens of the step, H query heads in G groups that share a KV head, K head dim
 before it, read back from the pool (so write first): chunk cuts and preemption change no input.
 """
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from kernels.attn_cpu import attn_cpu
 from kernels.attn_decode import attn_decode
 from kernels.attn_prefill import attn_prefill
+from kernels.kv_case import Paged, places
+from kernels.kv_layout import KvLayout
 from kernels.kv_read import read_kv
 from kernels.kv_step import KvStep
+from kernels.rope_kv_write import rope_kv_write_cpu
+from kernels.spec import Case, Cost, KernelSpec, case
 
 
 def attention_ref(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> Tensor:
     """Sequence by sequence on the dequantized keys and values, in the type of q (fp64: the truth)."""
     lay, spans, out_THK = step.layout, step.spans, torch.empty_like(q_THK)
-    for start, count, row, blocks_N in zip(spans.start_B, spans.count_B, spans.row_B, spans.block_BN, strict=True):
+    for start, count, row, blocks_N in zip(
+        spans.start_B, spans.count_B, spans.row_B, spans.block_BN, strict=True
+    ):
         end = int(start + count)
         ids = blocks_N[: lay.blocks_for(end)].tolist()
         key_TGK, value_TGK = (x[:end].to(q_THK) for x in read_kv(pool, lay, step.slab_table_SL, ids, layer))
@@ -26,7 +35,9 @@ def attention_ref(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: 
         score_HTT = q_HTK @ key_TGK.permute(1, 2, 0).repeat_interleave(heads, 0) * scale
         past = torch.ones(int(count), end, dtype=torch.bool, device=q_THK.device).triu_(int(start) + 1)
         prob_HTT = score_HTT.masked_fill_(past, float("-inf")).softmax(-1)
-        out_THK[row : row + count] = (prob_HTT @ value_TGK.transpose(0, 1).repeat_interleave(heads, 0)).transpose(0, 1)
+        out_THK[row : row + count] = (
+            prob_HTT @ value_TGK.transpose(0, 1).repeat_interleave(heads, 0)
+        ).transpose(0, 1)
     return out_THK
 
 
@@ -44,6 +55,98 @@ def attention(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: floa
     lay = step.layout
     assert q_THK.is_contiguous(), f"{q_THK.stride()=}"
     assert len(q_THK) == step.num_tokens, f"{q_THK.shape=} {step.num_tokens=}"
-    assert q_THK.shape[1] % lay.num_kv_heads == 0 and q_THK.shape[2] == lay.head_dim, f"{q_THK.shape=} {lay=}"
+    assert q_THK.shape[1] % lay.num_kv_heads == 0, f"{q_THK.shape=} {lay=}"
+    assert q_THK.shape[2] == lay.head_dim, f"{q_THK.shape=} {lay=}"
     run = attn_cpu if step.work is None else attention_triton
     return run(q_THK, pool, step, layer, scale)
+
+
+def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
+    """`decodes` with `context` tokens each, or a fresh chunk of `chunk` tokens, or one of everything around a block:
+    decodes of 1, P - 1, P, P + 1 and 3P + 5 tokens, a chunk with context and a fresh one."""
+    if "chunk" in c.dims or "decodes" in c.dims:
+        decodes = tuple((b, c["context"] - 1, 1) for b in range(c.dims.get("decodes", 0)))
+        return (*decodes, (len(decodes), 0, c["chunk"])) if "chunk" in c.dims else decodes
+    P = KvLayout(c["fmt"], c["G"], c["K"]).block_tokens
+    decodes = tuple((b, length - 1, 1) for b, length in enumerate((1, P - 1, P, P + 1, 3 * P + 5)))
+    return (*decodes, (5, P - 1, 3), (6, 0, 2))
+
+
+class _Steps(NamedTuple):
+    plain: KvStep
+    deterministic: KvStep
+
+
+def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
+    """Layer 1 of the pool holds every sequence up to its last row; nothing else but NaN is there."""
+    layout = KvLayout(c["fmt"], c["G"], c["K"])
+    ends = {seq: start + count for seq, start, count in _spans(c)}
+    paged = Paged.make(layout, tuple(ends[seq] for seq in sorted(ends)), generator)
+    context_T2 = places(*((seq, 0, end) for seq, end in ends.items()))
+    qkv_TX = torch.randn(len(context_T2), 3 * c["G"] * c["K"], generator=generator).to(c.dtype)
+    one_MK = torch.ones(max(ends.values()), c["K"])
+    step = paged.step(context_T2, triton=False)
+    rope_kv_write_cpu(qkv_TX, one_MK, torch.zeros_like(one_MK), paged.pool, step, 1, c["G"])
+    place_T2 = places(*_spans(c))
+    q_THK = torch.randn(len(place_T2), c["H"], c["K"], generator=generator).to(c.dtype)
+    return q_THK, place_T2, paged, c["K"] ** -0.5
+
+
+def _prepare(triton: bool, q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> tuple[Any, ...]:
+    paged = paged.to(q_THK.device)
+    steps = _Steps(*(paged.step(place_T2, triton, deterministic) for deterministic in (False, True)))
+    return q_THK, paged.pool, steps, scale
+
+
+def _run(q_THK: Tensor, pool: Tensor, steps: _Steps, scale: float, deterministic: bool = False) -> Tensor:
+    return attention(q_THK, pool, steps.deterministic if deterministic else steps.plain, 1, scale)
+
+
+def _ref(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> Tensor:
+    return attention_ref(q_THK, paged.pool, paged.step(place_T2), 1, scale)
+
+
+def _cost(c: Case) -> Cost:
+    layout = KvLayout(c["fmt"], c["G"], c["K"])
+    token_bytes = layout.block_bytes // layout.block_tokens
+    spans = _spans(c)
+    rows = sum(count for _, _, count in spans)
+    pairs = sum(count * start + count * (count + 1) // 2 for _, start, count in spans)
+    read = sum(start + count for _, start, count in spans) * token_bytes
+    return Cost(read + 2 * rows * c["H"] * c["K"] * c.dtype.itemsize, 4 * pairs * c["H"] * c["K"])
+
+
+_WIDE = {"H": 32, "G": 8, "K": 128}
+SPEC = KernelSpec(
+    name="attention",
+    runs={"cpu": _run, "triton": _run},
+    prepare={"cpu": partial(_prepare, False), "triton": partial(_prepare, True)},
+    ref=_ref,
+    make=_make,
+    cost=_cost,
+    row_args=(0, 1),
+    # what a row of a chunk is added up with depends on the chunk's cut, unless the step is deterministic
+    invariant={"cpu": {"deterministic": True}, "triton": {"deterministic": True}},
+    tests=(
+        case(torch.float32, H=4, G=2, K=16, fmt="fp32"),
+        case(torch.bfloat16, H=3, G=1, K=80, fmt="bf16"),
+        case(torch.float16, H=2, G=2, K=64, fmt="fp16"),
+        case(torch.float32, H=16, G=1, K=8, fmt="int8"),
+        case(torch.bfloat16, H=4, G=2, K=128, fmt="int8"),
+        case(torch.float32, H=10, G=2, K=32, fmt="int4"),
+        case(torch.bfloat16, H=2, G=1, K=256, fmt="int4"),
+        case(torch.bfloat16, H=2, G=1, K=32, fmt="fp32"),
+    ),
+    compiles=(
+        *(
+            case(torch.bfloat16, **_WIDE, fmt=fmt, decodes=1, context=9, chunk=9)
+            for fmt in ("bf16", "int8", "int4")
+        ),
+        case(torch.float32, H=8, G=8, K=64, fmt="fp32", decodes=1, context=9, chunk=9),
+    ),
+    benches=tuple(
+        case(torch.bfloat16, **_WIDE, fmt=fmt, **spans)
+        for fmt in ("bf16", "int8", "int4")
+        for spans in ({"decodes": 16, "context": 1024}, {"chunk": 1024})
+    ),
+)

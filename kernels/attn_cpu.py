@@ -35,7 +35,9 @@ class PartReader:
         P, K = self.layout.block_tokens, self.layout.head_dim
         if self.layout.fmt == "int4":
             out = self._floats(len(head_X)).view(-1, blocks * P, K)
-            _unpack(codes.view(torch.uint8).view(-1, blocks * P, K // 2), out[..., : K // 2], out[..., K // 2 :])
+            _unpack(
+                codes.view(torch.uint8).view(-1, blocks * P, K // 2), out[..., : K // 2], out[..., K // 2 :]
+            )
             return out
         return self._convert(codes, (-1, blocks * P, K))
 
@@ -103,7 +105,9 @@ def attn_cpu(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float
         out_THK[:num_decodes] = o_BHK if rows.back_B is None else o_BHK.index_select(0, rows.back_B)
     chunk = _tokens_alone if step.deterministic else _chunk
     for c in rows.chunks:
-        out_THK[c.row : c.row + c.count] = chunk(reader, q_THK[c.row : c.row + c.count].float(), c, layer, scale)
+        out_THK[c.row : c.row + c.count] = chunk(
+            reader, q_THK[c.row : c.row + c.count].float(), c, layer, scale
+        )
     return out_THK
 
 

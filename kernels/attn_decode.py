@@ -34,7 +34,11 @@ class AttnDecodeConfig:
     def pick(cls, head_dim: int, heads_per_kv: int, item_bytes: int) -> "AttnDecodeConfig":
         block_d = max(32, triton.next_power_of_2(head_dim))
         # fp32 tiles of 256 dims: three in flight do not fit in shared memory
-        return cls(block_d, max(8, triton.next_power_of_2(heads_per_kv)), num_stages=2 if item_bytes * block_d > 512 else 3)
+        return cls(
+            block_d,
+            max(8, triton.next_power_of_2(heads_per_kv)),
+            num_stages=2 if item_bytes * block_d > 512 else 3,
+        )
 
 
 @triton.jit(do_not_specialize=["num_items"])

@@ -110,7 +110,9 @@ def _attn_prefill_kernel(
     tl.store(out + o_col[None, :] + o_d[:, None], b_y.to(out.dtype.element_ty), mask=m_out)
 
 
-def attn_prefill(out_THK: Tensor, q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> None:
+def attn_prefill(
+    out_THK: Tensor, q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float
+) -> None:
     """Writes the rows of `out_THK` that belong to chunks."""
     lay, work = step.layout, step.work
     _, H, K = q_THK.shape

@@ -28,7 +28,9 @@ def typed_views(pool: Tensor, layout: KvLayout) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def load_queries(q, o_col, m_c, K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def load_queries(
+    q, o_col, m_c, K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+):
     """Columns of q that start at `o_col`: [BLOCK_D, C], or for 4 bit the two halves of the head, [BLOCK_D / 2, C]."""
     if BITS == 4:
         o_d = tl.arange(0, BLOCK_D // 2)
@@ -209,10 +211,39 @@ def attend_keys(
         i_next = tl.load(p_blocks + tl.minimum(i_first // P + 2, i_last))
         if BITS == 4:
             b_acc, b_max, b_sum = attend_block4(
-                b_acc, b_max, b_sum, b_q0, b_q1, codes, scales, unit, i_first, i_end, o_pos, scale_log2, K, BLOCK_D, P
+                b_acc,
+                b_max,
+                b_sum,
+                b_q0,
+                b_q1,
+                codes,
+                scales,
+                unit,
+                i_first,
+                i_end,
+                o_pos,
+                scale_log2,
+                K,
+                BLOCK_D,
+                P,
             )
         else:
             b_acc, b_max, b_sum = attend_block(
-                b_acc, b_max, b_sum, b_q0, b_q1, codes, scales, unit, i_first, i_end, o_pos, scale_log2, K, BLOCK_D, P, BITS
+                b_acc,
+                b_max,
+                b_sum,
+                b_q0,
+                b_q1,
+                codes,
+                scales,
+                unit,
+                i_first,
+                i_end,
+                o_pos,
+                scale_log2,
+                K,
+                BLOCK_D,
+                P,
+                BITS,
             )
     return b_acc, b_max, b_sum

@@ -1,6 +1,15 @@
 """Every kernel the tests and the bench know; a new op is one new file and one line here."""
 
-from kernels import gemm_w4a8, gemm_w8a8, linear, quant_rows, rmsnorm, silu_mul
+from kernels import (
+    attention,
+    gemm_w4a8,
+    gemm_w8a8,
+    linear,
+    quant_rows,
+    rmsnorm,
+    rope_kv_write,
+    silu_mul,
+)
 from kernels.spec import KernelSpec
 
 SPECS: tuple[KernelSpec, ...] = (
@@ -10,4 +19,6 @@ SPECS: tuple[KernelSpec, ...] = (
     linear.SPEC,
     gemm_w8a8.SPEC,
     gemm_w4a8.SPEC,
+    rope_kv_write.SPEC,
+    attention.SPEC,
 )

@@ -33,12 +33,16 @@ class KvLayout:
         if self.fmt not in KV_FORMATS:
             raise ValueError(f"kv format {self.fmt!r} is unknown: choose one of {', '.join(KV_FORMATS)}")
         if self.num_kv_heads < 1 or self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}: need >= 1 and an even number")
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}: need >= 1 and an even number"
+            )
         if not self.block_tokens:
             object.__setattr__(self, "block_tokens", DEFAULT_BLOCK_TOKENS[self.fmt])
         least = 32 if self.fmt == "int4" else 16  # int4 dots run over P/2 tokens, and tensor cores want 16
         if self.block_tokens < least or self.block_tokens & (self.block_tokens - 1):
-            raise ValueError(f"block_tokens={self.block_tokens}: a power of two >= {least} is needed for {self.fmt}")
+            raise ValueError(
+                f"block_tokens={self.block_tokens}: a power of two >= {least} is needed for {self.fmt}"
+            )
 
     @property
     def quantized(self) -> bool:

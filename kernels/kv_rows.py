@@ -41,7 +41,9 @@ class WriteRows(NamedTuple):
     key_LX: Tensor
     value_LX: Tensor  # int8, int4: byte address of a token's first value code
     scale_LX: Tensor
-    half_X: tuple[Tensor, Tensor] | None  # int4: rows (token, head) whose values go to low and to high nibbles
+    half_X: (
+        tuple[Tensor, Tensor] | None
+    )  # int4: rows (token, head) whose values go to low and to high nibbles
 
 
 class DecodeGroup(NamedTuple):
@@ -140,7 +142,9 @@ def _group_decodes(
         size, least, most = 0, sorted_N[0], 0
         for blocks in sorted_N:
             least, longest = min(least, blocks), max(most, blocks)
-            if size and ((size + 1) * longest > budget or (order is not None and longest > GROUP_STRETCH * least + 1)):
+            if size and (
+                (size + 1) * longest > budget or (order is not None and longest > GROUP_STRETCH * least + 1)
+            ):
                 break
             size, most = size + 1, longest
         groups.append(_decode_group(layout, slab_table_SL, spans, first, order_B[first : first + size]))

@@ -61,7 +61,8 @@ def _spans(layout: KvLayout, block_table_BN: Tensor, starts: list[int], counts: 
     start_B, count_B = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     B, N = block_table_BN.shape
     assert len(start_B) == len(count_B) == B, f"{len(start_B)=} {len(count_B)=} {block_table_BN.shape=}"
-    assert B > 0 and count_B.min() > 0 and start_B.min() >= 0, f"{starts=} {counts=}"
+    assert B, "a step without sequences"
+    assert min(count_B.min(), start_B.min() + 1) > 0, f"{starts=} {counts=}"
     most = layout.blocks_for(int((start_B + count_B).max()))
     assert most <= N, f"{most} blocks are needed, the block table has room for {N}"
     num_decodes = B if count_B.max() == 1 else int((count_B > 1).argmax())

@@ -21,7 +21,9 @@ class GpuWork(NamedTuple):
 
     block_BN: Tensor
     pos_T: Tensor
-    touch_X4: Tensor  # (block id, first lane, lanes, first row): blocks written to, one program a block and head
+    touch_X4: (
+        Tensor  # (block id, first lane, lanes, first row): blocks written to, one program a block and head
+    )
     piece_X4: Tensor  # (sequence, row, first key, end of keys): decode pieces
     merge_X3: Tensor  # (row, first piece, pieces)
     chunk_X4: Tensor  # (sequence, first row, rows, first position)

@@ -2,34 +2,25 @@
 
 T tokens, H query heads, G KV heads, K head dim, qkv_TX with X = (H + 2G) K.  Bound by bandwidth, and by launches when
 T is small.  Quantized formats: scale = absmax / qmax of a token and head, rounded to fp16 first; codes = rint(x / scale)
-with that rounded scale.  A nibble of V shares its byte with another token: the Triton kernel takes all tokens of a block
-in one program, the CPU path does low nibbles before high ones.
+with that rounded scale.  A nibble of V shares its byte with another token of the block.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_case import Paged, places, rope_tables
 from kernels.kv_layout import MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
+from kernels.kv_write_triton import rope_kv_write_triton
+from kernels.spec import Case, Cost, KernelSpec, case
 
-
-@dataclass(frozen=True)
-class RopeKvWriteConfig:
-    """Tiles: half a head (rope works on halves) and all query heads of a token."""
-
-    block_half: int
-    block_h: int
-    num_warps: int = 4
-
-    @classmethod
-    def pick(cls, head_dim: int, num_heads: int) -> "RopeKvWriteConfig":
-        return cls(triton.next_power_of_2(head_dim // 2), triton.next_power_of_2(num_heads))
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# the tests' rows: a decode, and chunks over the edges of blocks and of their halves
+SPANS = ((0, 5, 1), (1, 30, 4), (2, 15, 18))
 
 
 def rotate(x_TXK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
@@ -65,7 +56,13 @@ def rope_kv_write_ref(
             at = int(step.slab_table_SL[block >> SLOT_BITS, layer]) + (block & SLOT_MASK) * lay.block_bytes
             for g in range(G):
                 part = pool[at + g * lay.head_bytes :][: lay.head_bytes]
-                _store_one(lay, part, lane, turned[int(row) + t, num_heads + g], heads[int(row) + t, num_heads + G + g])
+                _store_one(
+                    lay,
+                    part,
+                    lane,
+                    turned[int(row) + t, num_heads + g],
+                    heads[int(row) + t, num_heads + G + g],
+                )
     return turned[:, :num_heads].to(qkv_TX.dtype)
 
 
@@ -76,7 +73,9 @@ def _store_one(lay: KvLayout, part: Tensor, lane: int, key_K: Tensor, value_K: T
         keys.view(FLOAT_DTYPES[lay.fmt]).view(P, K)[lane] = key_K
         values.view(FLOAT_DTYPES[lay.fmt]).view(P, K)[lane] = value_K
         return
-    (key, key_scale), (value, value_scale) = (quantize_heads(x.float(), lay.fmt) for x in (key_K, value_K))
+    (key, key_scale), (value, value_scale) = (
+        quantize_heads(x.to(torch.promote_types(x.dtype, torch.float32)), lay.fmt) for x in (key_K, value_K)
+    )
     scales.view(torch.float16).view(P, 2)[lane] = torch.stack((key_scale, value_scale))
     if lay.fmt == "int8":
         keys.view(torch.int8).view(P, K)[lane] = key
@@ -86,208 +85,6 @@ def _store_one(lay: KvLayout, part: Tensor, lane: int, key_K: Tensor, value_K: T
     keys.view(P, K // 2)[lane] = key[: K // 2] | key[K // 2 :] << 4
     column = values.view(K, P // 2)[:, lane % (P // 2)]
     column.copy_(column & 0xF0 | value if lane < P // 2 else column & 0x0F | value << 4)
-
-
-@triton.jit
-def _rope_q_kernel(
-    out,
-    qkv,
-    cos,
-    sin,
-    pos,
-    stride_qkv_t,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    i_t = tl.program_id(0).to(tl.int64)
-    HALF: tl.constexpr = K // 2
-    o_h = tl.arange(0, BLOCK_H)[:, None]
-    o_d = tl.arange(0, BLOCK_HALF)[None, :]
-    m_d = o_d < HALF
-    m_hd = (o_h < H) & m_d
-    i_pos = tl.load(pos + i_t).to(tl.int64)
-    p_x = qkv + i_t * stride_qkv_t + o_h * K + o_d
-    b_x1 = tl.load(p_x, mask=m_hd, other=0.0).to(tl.float32)
-    b_x2 = tl.load(p_x + HALF, mask=m_hd, other=0.0).to(tl.float32)
-    p_cos = cos + i_pos * K + o_d
-    p_sin = sin + i_pos * K + o_d
-    b_y1 = b_x1 * tl.load(p_cos, mask=m_d, other=0.0) - b_x2 * tl.load(p_sin, mask=m_d, other=0.0)
-    b_y2 = b_x2 * tl.load(p_cos + HALF, mask=m_d, other=0.0) + b_x1 * tl.load(p_sin + HALF, mask=m_d, other=0.0)
-    p_y = out + (i_t * H + o_h) * K + o_d
-    tl.store(p_y, b_y1.to(out.dtype.element_ty), mask=m_hd)
-    tl.store(p_y + HALF, b_y2.to(out.dtype.element_ty), mask=m_hd)
-
-
-@triton.jit
-def _scale_of(b_absmax, QMAX: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
-    b_qmax = tl.full(b_absmax.shape, QMAX, tl.float32)
-    return tl.minimum(tl.maximum(tl.div_rn(b_absmax, b_qmax), LEAST), MOST).to(tl.float16)
-
-
-@triton.jit
-def _codes_of(b_x, b_scale, QMAX: tl.constexpr):
-    b_s = tl.broadcast_to(b_scale.to(tl.float32)[:, None], b_x.shape)
-    b_c = (tl.div_rn(b_x, b_s) + 12582912.0) - 12582912.0  # round half to even: 1.5 * 2^23
-    return tl.minimum(tl.maximum(b_c, -QMAX), QMAX).to(tl.int32)
-
-
-@triton.jit
-def _load_values(qkv_v, i_row, o_lane, i_lane, n_lanes, stride_qkv_t, o_d, K: tl.constexpr):
-    m_lane = (o_lane >= i_lane) & (o_lane < i_lane + n_lanes)
-    p_v = qkv_v + (i_row + o_lane - i_lane).to(tl.int64)[:, None] * stride_qkv_t + o_d[None, :]
-    return tl.load(p_v, mask=m_lane[:, None] & (o_d < K)[None, :], other=0.0).to(tl.float32), m_lane
-
-
-@triton.jit
-def _kv_write_kernel(
-    codes,
-    halves,
-    qkv,
-    cos,
-    sin,
-    pos,
-    slab_table,
-    touches,
-    stride_qkv_t,
-    stride_slab,
-    layer,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    BITS: tl.constexpr,
-    HEAD_BYTES: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
-    QMAX: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
-):
-    """One program a written block and KV head.  `codes`: the pool in the format's type; `halves`: as int16, for scales."""
-    p_touch = touches + tl.program_id(0) * 4
-    i_g = tl.program_id(1)
-    i_block = tl.load(p_touch)
-    i_lane = tl.load(p_touch + 1)
-    n_lanes = tl.load(p_touch + 2)
-    i_row = tl.load(p_touch + 3)
-    i_slot = (i_block & ((1 << SLOT_BITS) - 1)).to(tl.int64)
-    at = tl.load(slab_table + (i_block >> SLOT_BITS).to(tl.int64) * stride_slab + layer)
-    at += (i_slot * G + i_g) * HEAD_BYTES
-
-    HALF: tl.constexpr = K // 2
-    HALF_P: tl.constexpr = P // 2
-    KEY_BYTES: tl.constexpr = P * K * BITS // 8
-    o_n = tl.arange(0, P)
-    o_h = tl.arange(0, BLOCK_HALF)
-    m_n = (o_n >= i_lane) & (o_n < i_lane + n_lanes)
-    m_nh = m_n[:, None] & (o_h < HALF)[None, :]
-    o_row = (i_row + o_n - i_lane).to(tl.int64)
-    o_cos = tl.load(pos + o_row, mask=m_n, other=0).to(tl.int64)[:, None] * K + o_h[None, :]
-    p_k = qkv + o_row[:, None] * stride_qkv_t + (H + i_g) * K + o_h[None, :]
-    b_x1 = tl.load(p_k, mask=m_nh, other=0.0).to(tl.float32)
-    b_x2 = tl.load(p_k + HALF, mask=m_nh, other=0.0).to(tl.float32)
-    b_c1 = tl.load(cos + o_cos, mask=m_nh, other=0.0)
-    b_s1 = tl.load(sin + o_cos, mask=m_nh, other=0.0)
-    b_c2 = tl.load(cos + HALF + o_cos, mask=m_nh, other=0.0)
-    b_s2 = tl.load(sin + HALF + o_cos, mask=m_nh, other=0.0)
-    b_k1 = b_x1 * b_c1 - b_x2 * b_s1
-    b_k2 = b_x2 * b_c2 + b_x1 * b_s2
-
-    o_d = tl.arange(0, 2 * BLOCK_HALF)
-    qkv_v = qkv + (H + G + i_g) * K
-    if BITS >= 16:
-        p_c = codes + at // (BITS // 8)
-        o_k = o_n[:, None] * K + o_h[None, :]
-        tl.store(p_c + o_k, b_k1.to(codes.dtype.element_ty), mask=m_nh)
-        tl.store(p_c + HALF + o_k, b_k2.to(codes.dtype.element_ty), mask=m_nh)
-        b_v, _ = _load_values(qkv_v, i_row, o_n, i_lane, n_lanes, stride_qkv_t, o_d, K)
-        m_v = m_n[:, None] & (o_d < K)[None, :]
-        tl.store(p_c + P * K + o_n[:, None] * K + o_d[None, :], b_v.to(codes.dtype.element_ty), mask=m_v)
-    else:
-        p_c = codes + at
-        p_s = halves + (at + 2 * KEY_BYTES) // 2
-        b_ks = _scale_of(tl.maximum(tl.max(tl.abs(b_k1), 1), tl.max(tl.abs(b_k2), 1)), QMAX, LEAST, MOST)
-        tl.store(p_s + 2 * o_n, b_ks.to(tl.int16, bitcast=True), mask=m_n)
-        b_q1 = _codes_of(b_k1, b_ks, QMAX)
-        b_q2 = _codes_of(b_k2, b_ks, QMAX)
-        if BITS == 8:
-            o_k = o_n[:, None] * K + o_h[None, :]
-            tl.store(p_c + o_k, b_q1.to(tl.int8), mask=m_nh)
-            tl.store(p_c + HALF + o_k, b_q2.to(tl.int8), mask=m_nh)
-            b_v, _ = _load_values(qkv_v, i_row, o_n, i_lane, n_lanes, stride_qkv_t, o_d, K)
-            b_vs = _scale_of(tl.max(tl.abs(b_v), 1), QMAX, LEAST, MOST)
-            tl.store(p_s + 2 * o_n + 1, b_vs.to(tl.int16, bitcast=True), mask=m_n)
-            m_v = m_n[:, None] & (o_d < K)[None, :]
-            b_vq = _codes_of(b_v, b_vs, QMAX)
-            tl.store(p_c + KEY_BYTES + o_d[None, :] * P + o_n[:, None], b_vq.to(tl.int8), mask=m_v)
-        else:
-            b_kb = (b_q1 + 8) | ((b_q2 + 8) << 4)
-            tl.store(p_c + o_n[:, None] * HALF + o_h[None, :], b_kb.to(tl.int8), mask=m_nh)
-            o_l = tl.arange(0, HALF_P)
-            b_lo, m_lo = _load_values(qkv_v, i_row, o_l, i_lane, n_lanes, stride_qkv_t, o_d, K)
-            b_hi, m_hi = _load_values(qkv_v, i_row, o_l + HALF_P, i_lane, n_lanes, stride_qkv_t, o_d, K)
-            b_los = _scale_of(tl.max(tl.abs(b_lo), 1), QMAX, LEAST, MOST)
-            b_his = _scale_of(tl.max(tl.abs(b_hi), 1), QMAX, LEAST, MOST)
-            tl.store(p_s + 2 * o_l + 1, b_los.to(tl.int16, bitcast=True), mask=m_lo)
-            tl.store(p_s + 2 * (o_l + HALF_P) + 1, b_his.to(tl.int16, bitcast=True), mask=m_hi)
-            # a nibble that is not written keeps its token: [kept low | kept high] by lane
-            m_v = (m_lo | m_hi)[:, None] & (o_d < K)[None, :]
-            p_v = p_c + KEY_BYTES + o_d[None, :] * HALF_P + o_l[:, None]
-            b_old = tl.load(p_v, mask=m_v, other=0).to(tl.int32)
-            b_low = tl.where(m_lo[:, None], _codes_of(b_lo, b_los, QMAX) + 8, b_old & 15)
-            b_high = tl.where(m_hi[:, None], _codes_of(b_hi, b_his, QMAX) + 8, (b_old >> 4) & 15)
-            tl.store(p_v, (b_low | (b_high << 4)).to(tl.int8), mask=m_v)
-
-
-def rope_kv_write_triton(
-    qkv_TX: Tensor, cos_MK: Tensor, sin_MK: Tensor, pool: Tensor, step: KvStep, layer: int, num_heads: int
-) -> Tensor:
-    lay, work = step.layout, step.work
-    assert work is not None, "this KvStep was built for the CPU path"
-    T, G, K = qkv_TX.shape[0], lay.num_kv_heads, lay.head_dim
-    config = RopeKvWriteConfig.pick(K, num_heads)
-    out_THK = torch.empty(T, num_heads, K, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    _rope_q_kernel[(T,)](
-        out_THK,
-        qkv_TX,
-        cos_MK,
-        sin_MK,
-        work.pos_T,
-        qkv_TX.stride(0),
-        H=num_heads,
-        K=K,
-        BLOCK_H=config.block_h,
-        BLOCK_HALF=config.block_half,
-        num_warps=config.num_warps,
-    )
-    _kv_write_kernel[(len(work.touch_X4), G)](
-        pool.view(FLOAT_DTYPES.get(lay.fmt, torch.int8)),
-        pool.view(torch.int16),
-        qkv_TX,
-        cos_MK,
-        sin_MK,
-        work.pos_T,
-        step.slab_table_SL,
-        work.touch_X4,
-        qkv_TX.stride(0),
-        step.slab_table_SL.stride(0),
-        layer,
-        H=num_heads,
-        G=G,
-        K=K,
-        P=lay.block_tokens,
-        BITS=8 * lay.row_bytes // K,
-        HEAD_BYTES=lay.head_bytes,
-        BLOCK_HALF=config.block_half,
-        SLOT_BITS=SLOT_BITS,
-        QMAX=QMAX.get(lay.fmt, 1),
-        LEAST=MIN_SCALE,
-        MOST=MAX_SCALE,
-        num_warps=config.num_warps,
-    )
-    return out_THK
 
 
 def rope_kv_write_cpu(
@@ -303,7 +100,7 @@ def rope_kv_write_cpu(
     kv_T2GK[:, 0] = turned[:, num_heads:]
     kv_T2GK[:, 1] = heads[:, num_heads + G :]
     write = rows.write
-    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[write.word]
+    word = WORDS[write.word]
     keys = _rows_at_every_word(pool.view(word), lay.row_bytes // write.word)
     if lay.quantized:
         _store_codes(kv_T2GK, keys, pool, step, layer)
@@ -337,14 +134,71 @@ def _store_codes(kv_T2GK: Tensor, keys: Tensor, pool: Tensor, step: KvStep, laye
         columns.index_copy_(0, at, columns.index_select(0, at) & kept | value_XK[half_X] << shift)
 
 
-RopeKvWrite = Callable[[Tensor, Tensor, Tensor, Tensor, KvStep, int, int], Tensor]
-
-
 def rope_kv_write(
     qkv_TX: Tensor, cos_MK: Tensor, sin_MK: Tensor, pool: Tensor, step: KvStep, layer: int, num_heads: int
 ) -> Tensor:
     """Returns the rotated q_THK; writes the step's keys and values into `pool`.  Tables are fp32 [positions, K]."""
-    assert qkv_TX.shape == (step.num_tokens, (num_heads + 2 * step.layout.num_kv_heads) * step.layout.head_dim)
+    assert qkv_TX.shape == (
+        step.num_tokens,
+        (num_heads + 2 * step.layout.num_kv_heads) * step.layout.head_dim,
+    )
     assert qkv_TX.stride(1) == 1
-    run: RopeKvWrite = rope_kv_write_cpu if step.work is None else rope_kv_write_triton
+    run = rope_kv_write_cpu if step.work is None else rope_kv_write_triton
     return run(qkv_TX, cos_MK, sin_MK, pool, step, layer, num_heads)
+
+
+def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
+    return tuple((b, 1000, 1) for b in range(c["decodes"])) if "decodes" in c.dims else SPANS
+
+
+def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
+    layout = KvLayout(c["fmt"], c["G"], c["K"])
+    spans = _spans(c)
+    length = max(start + count for _, start, count in spans)
+    paged = Paged.make(layout, (length,) * (1 + max(seq for seq, _, _ in spans)), generator)
+    width = (c["H"] + 2 * c["G"]) * c["K"]
+    place_T2 = places(*spans)
+    qkv_TX = torch.randn(len(place_T2), width + c.dims.get("pad", 0), generator=generator).to(c.dtype)
+    return qkv_TX[:, :width], place_T2, *rope_tables(length, c["K"]), paged, c["H"]
+
+
+def _write(
+    run: Any, qkv_TX: Tensor, place_T2: Tensor, cos_MK: Tensor, sin_MK: Tensor, paged: Paged, num_heads: int
+) -> tuple[Tensor | None, ...]:
+    """Writes layer 1 of a copy of the pool: (q, what it then holds for these rows, bit patterns for 16-bit floats)."""
+    paged = paged.to(qkv_TX.device)
+    step = paged.step(place_T2, triton=run is rope_kv_write_triton)
+    q_THK = run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1, num_heads)
+    held = paged.stored(place_T2, 1)
+    return q_THK, *(x.view(torch.int16) if x is not None and x.dtype.itemsize == 2 else x for x in held)
+
+
+def _cost(c: Case) -> Cost:
+    tokens, layout = len(places(*_spans(c))), KvLayout(c["fmt"], c["G"], c["K"])
+    rows = (2 * c["H"] + 2 * c["G"]) * c["K"] * c.dtype.itemsize
+    return Cost(tokens * (rows + layout.block_bytes // layout.block_tokens), tokens * 6 * c["H"] * c["K"])
+
+
+SPEC = KernelSpec(
+    name="rope_kv_write",
+    runs={"cpu": partial(_write, rope_kv_write_cpu), "triton": partial(_write, rope_kv_write_triton)},
+    ref=partial(_write, rope_kv_write_ref),
+    make=_make,
+    cost=_cost,
+    row_args=(0, 1),
+    tests=(
+        case(torch.float32, H=4, G=2, K=16, fmt="fp32"),
+        case(torch.bfloat16, H=3, G=1, K=80, fmt="bf16", pad=16),
+        case(torch.float16, H=2, G=2, K=64, fmt="fp16"),
+        case(torch.float32, H=5, G=1, K=8, fmt="int8"),
+        case(torch.bfloat16, H=4, G=2, K=80, fmt="int8"),
+        case(torch.float32, H=2, G=2, K=10, fmt="int4"),
+        case(torch.bfloat16, H=4, G=2, K=64, fmt="int4"),
+    ),
+    compiles=tuple(
+        case(torch.bfloat16, H=32, G=8, K=128, fmt=fmt, decodes=1) for fmt in ("bf16", "int8", "int4")
+    ),
+    benches=tuple(
+        case(torch.bfloat16, H=32, G=8, K=128, fmt=fmt, decodes=32) for fmt in ("bf16", "int8", "int4")
+    ),
+)

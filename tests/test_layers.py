@@ -14,8 +14,9 @@ ORDER = {
     "kernels": """
         spec launch
         quant_rows rmsnorm silu_mul linear gemm_w8a8 gemm_w4a8
-        kv_layout kv_read kv_rows kv_work kv_step rope_kv_write attn_cpu attn_tile attn_decode attn_prefill attention
-        kv_case catalog
+        kv_layout kv_read kv_rows kv_work kv_step kv_case kv_write_triton rope_kv_write
+        attn_cpu attn_tile attn_decode attn_prefill attention
+        catalog
     """,
     "quant": """
         scheme pack rtn
