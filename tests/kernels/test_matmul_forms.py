@@ -101,6 +101,17 @@ def test_a_deterministic_row_is_the_same_in_every_batch(form, dtype):
             assert torch.equal(linear(x[start:stop], prepared, deterministic=True), whole[start:stop])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_deterministic_row_is_the_same_in_every_batch_on_a_gpu(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 512, generator=generator).to(dtype).cuda()
+    prepared = prepare_linear(torch.randn(384, 512, generator=generator).to(dtype).cuda())
+    whole = linear(x, prepared, deterministic=True)
+    for start, stop in ((0, 1), (33, 50), (69, 70), (1, 70)):
+        assert torch.equal(linear(x[start:stop], prepared, deterministic=True), whole[start:stop])
+
+
 def live_bytes(prepared: PreparedLinear) -> int:
     return sum(t.untyped_storage().nbytes() for t in (prepared.weight, prepared.bias_N) if t is not None)
 
