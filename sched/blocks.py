@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 
-SLOT_MASK = MAX_SLOTS - 1
-
 
 class BlockPool:
     """`num_free` counts free blocks in the sets held now; `allocate` may lease more."""
@@ -26,7 +24,8 @@ class BlockPool:
         self.num_free = 0
         self.num_released = 0  # ever: a refusal is worth no second try before it has grown
         self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
-        self._refs: list[int] = []  # at set * slots + slot
+        self._live: set[int] = set()
+        self._shared: dict[int, int] = {}  # references beyond the first, where there are any
         self._urgent: set[int] = set()
         # a held set is the current one, open (some blocks free), empty (all free), or full and in none of these
         self._current: int | None = None
@@ -40,7 +39,7 @@ class BlockPool:
 
     @property
     def num_live(self) -> int:
-        return len(self._free) * self.slots - self.num_free
+        return len(self._live)
 
     def allocate(self, n: int, *, headroom: int = 0, urgent: bool = False) -> list[int] | None:
         """`n` blocks with one reference each, or None and no change.
@@ -49,7 +48,6 @@ class BlockPool:
         """
         if n + headroom > self.num_free and not self._lease_for(n + headroom, urgent):
             return None
-        refs, slots = self._refs, self.slots
         taken: list[int] = []
         while n:
             free = self._current_free or self._next_set()
@@ -58,22 +56,26 @@ class BlockPool:
             part.reverse()
             taken += part
             n -= len(part)
-        for block in taken:
-            refs[(block >> SLOT_BITS) * slots + (block & SLOT_MASK)] = 1
+        self._live.update(taken)
         self.num_free -= len(taken)
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each of these live blocks."""
         for block in blocks:
-            self._refs[self._live_index(block)] += 1
+            if block not in self._live:
+                raise _not_allocated(block)
+            self._shared[block] = self._shared.get(block, 0) + 1
 
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less; the last one frees the block, and its set may go back to the source."""
         for block in blocks:
-            index = self._live_index(block)
-            self._refs[index] -= 1
-            if not self._refs[index]:
+            if block not in self._live:
+                raise _not_allocated(block)
+            extra = self._shared.pop(block, 0)
+            if extra > 1:
+                self._shared[block] = extra - 1
+            elif not extra:
                 self._free_block(block)
 
     def trim(self) -> None:
@@ -81,19 +83,11 @@ class BlockPool:
         while self._empty:
             self._give_back(self._empty[-1])
 
-    def _live_index(self, block: int) -> int:
-        set_id, slot = block >> SLOT_BITS, block & SLOT_MASK
-        index = set_id * self.slots + slot
-        if set_id not in self._free or slot >= self.slots or not self._refs[index]:
-            raise ValueError(
-                f"block {block} (set {set_id}, slot {slot}) is not allocated: freed twice or foreign"
-            )
-        return index
-
     def _free_block(self, block: int) -> None:
         set_id = block >> SLOT_BITS
         free = self._free[set_id]
         free.append(block)
+        self._live.remove(block)
         self.num_free += 1
         self.num_released += 1
         if len(free) == self.slots:
@@ -143,7 +137,6 @@ class BlockPool:
         first = set_id << SLOT_BITS
         self._free[set_id] = list(range(first + self.slots - 1, first - 1, -1))
         self._empty.append(set_id)
-        self._refs.extend([0] * ((set_id + 1) * self.slots - len(self._refs)))
         self.num_free += self.slots
 
     def _give_back(self, set_id: int) -> None:
@@ -156,17 +149,17 @@ class BlockPool:
 
     def check(self) -> None:
         """Recounts everything.  Raises AssertionError where the structures disagree."""
-        assert self.num_free == sum(map(len, self._free.values())), (
-            f"{self.num_free=} is not the sum of the sets"
+        free_blocks = {block for free in self._free.values() for block in free}
+        all_blocks = {s << SLOT_BITS | slot for s in self._free for slot in range(self.slots)}
+        assert self.num_free == sum(map(len, self._free.values())) == len(free_blocks), f"{self.num_free=}"
+        assert not free_blocks & self._live, f"{free_blocks & self._live} are both free and held"
+        assert free_blocks | self._live == all_blocks, (
+            f"{free_blocks ^ self._live ^ all_blocks} are lost or foreign"
         )
+        assert self._shared.keys() <= self._live, f"{self._shared.keys() - self._live} are shared but free"
         for set_id, free in self._free.items():
-            refs = self._refs[set_id * self.slots : (set_id + 1) * self.slots]
-            slots = [block & SLOT_MASK for block in free]
             assert {block >> SLOT_BITS for block in free} <= {set_id}, (
-                f"a foreign block in set {set_id}: {free}"
-            )
-            assert sorted(slots) == [i for i, r in enumerate(refs) if r == 0], (
-                f"set {set_id}: {slots=} {refs=}"
+                f"foreign blocks in set {set_id}: {free}"
             )
             places = [set_id == self._current, set_id in self._open, set_id in self._empty]
             assert sum(places) == 1 or not (free or any(places)), f"set {set_id}: {len(free)=} {places=}"
@@ -175,3 +168,8 @@ class BlockPool:
         assert len(set(self._empty)) == len(self._empty), f"{self._empty=}"
         assert self._urgent <= self._free.keys(), f"{self._urgent=} not held"
         assert set(self._open) <= self._free.keys(), "open sets not held"
+
+
+def _not_allocated(block: int) -> ValueError:
+    where = f"set {block >> SLOT_BITS}, slot {block & (MAX_SLOTS - 1)}"
+    return ValueError(f"block {block} ({where}) is not allocated: freed twice or foreign")

@@ -141,7 +141,7 @@ def test_the_youngest_is_preempted_for_an_elder() -> None:
     assert plan.left == (1,)
     assert (b.num_preemptions, b.num_running, b.num_waiting) == (1, 1, 1)
     plans = [plan]
-    while not plans[-1].chunks:
+    while not plans[-1].chunks and len(plans) < 20:
         plans.append(step(b)[0])
     # its two tokens are part of the prompt now: 7 + 2, and the step samples the third
     assert plans[-1].chunks == (Chunk(1, 0, 9, True),)
@@ -162,6 +162,53 @@ def test_with_a_step_in_flight_the_needy_one_pauses_until_blocks_are_free() -> N
     four = b.plan(0.0)
     assert four.decode == (0,)
     assert four.grants[0].blocks[0] in (4096 * 2, 4096 * 3), "a block that request 1 held"
+
+
+def test_no_more_are_preempted_than_free_enough() -> None:
+    b = build(num_sets=6, P=4, slots=1, max_model_len=24)
+    b.add(Request(rid=0, prompt_tokens=7, max_tokens=9))
+    for request in requests([1, 2], prompt=5, output=9):
+        b.add(request)
+    one, two, three = b.plan(0.0), b.plan(0.0), b.plan(0.0)
+    assert two.decode == (0, 1, 2)
+    assert (three.decode, three.left) == ((1,), (2,)), "0 pauses for what 2 will free, 1 goes on"
+    for plan in (one, two):
+        b.advance(plan, 1, 0.0)
+    assert b.plan(0.0).decode == (1, 0)
+    b.check()
+
+
+def test_a_preempted_one_waits_until_its_tokens_are_known() -> None:
+    sets = Sets(20)
+    sets.foreign = 16
+    limits = Limits(max_running=4, max_step_tokens=64, max_chunk_tokens=64, max_model_len=16, max_waiting=9)
+    w = Witness(Batcher(BlockPool(sets, 1, 4), limits))
+    for request in requests([0, 1], prompt=7, output=9):
+        w.add(request)
+    plans = [w.plan(0.0) for _ in range(3)]
+    assert plans[2].left == (1,)
+    sets.foreign = 0
+    assert w.plan(0.0).decode == (0,)
+    assert w.batcher.num_waiting == 1, "there is room, but its second token is in step 1, not advanced"
+    w.advance(0.0)
+    assert not w.plan(0.0).chunks
+    w.advance(0.0)
+    assert w.plan(0.0).chunks == (Chunk(1, 0, 9, True),)
+
+
+def test_nobody_is_admitted_past_a_paused_one() -> None:
+    sets = Sets(3)
+    limits = Limits(max_running=4, max_step_tokens=64, max_chunk_tokens=64, max_model_len=12, max_waiting=9)
+    b = Batcher(BlockPool(sets, 1, 4), limits)
+    b.add(Request(rid=0, prompt_tokens=8, max_tokens=4))
+    step(b)
+    b.add(Request(rid=1, prompt_tokens=4, max_tokens=1))
+    refusals = iter(
+        [True] * 3
+    )  # request 0 asks, asks again as it is alone, and urgently; then one set is there
+    sets.refuses = lambda: next(refusals, False)
+    assert b.plan(0.0).empty
+    assert b.plan(0.0).decode == (0,)
 
 
 def test_urgent_when_alone() -> None:
@@ -228,9 +275,7 @@ def test_slack_order() -> None:
     # deadlines 5.0, 4.0 and 5.0, the last with 20 ms more of prompt to compute
     for rid, ttft, prompt in ((0, 5.0, 10), (1, 4.0, 10), (2, 5.0, 210)):
         b.add(Request(rid=rid, prompt_tokens=prompt, max_tokens=1, ttft_s=ttft))
-    order = []
-    while b.has_work:
-        order += step(b)[1]
+    order = [rid for _ in range(12) for rid in step(b)[1]]
     assert order == [1, 2, 0]
 
 
@@ -299,7 +344,7 @@ def test_a_resumed_request_keeps_its_pace() -> None:
     for request in requests([0, 1], prompt=7, output=9):
         b.add(request)
     now = 0.0
-    while b.has_work:
+    for _ in range(40):
         for seq in list(b._active.values()):
             if seq.state.value == "running" and seq.first_s is not None:
                 produced = seq.produced + b._step - 1 - seq.base
@@ -308,6 +353,7 @@ def test_a_resumed_request_keeps_its_pace() -> None:
         step(b, now)
         now += 0.1
     assert b.num_preemptions == 1
+    assert not b.has_work
 
 
 def test_what_can_never_run_is_refused() -> None:
@@ -343,10 +389,9 @@ def test_plans_are_advanced_in_order() -> None:
 def test_the_longest_sequence_fits_the_smallest_pool() -> None:
     b = build(num_sets=5, P=4, slots=2, max_model_len=40)
     b.add(Request(rid=0, prompt_tokens=1, max_tokens=39))
-    ended: tuple[int, ...] = ()
-    while b.has_work:
-        ended += step(b)[1]
-    assert ended == (0,)
+    ended = [rid for _ in range(40) for rid in step(b)[1]]
+    assert ended == [0]
+    assert not b.has_work
 
 
 def test_step_cost_is_linear() -> None:
