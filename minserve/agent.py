@@ -1,7 +1,8 @@
 """The agent of a machine: its slab pools, and a host for each model's worker.  No CUDA, no torch.
 
-A module in the front end's process.  It plans a pool for the models that share it, creates the table and the bytes as
-memfds, and hands their descriptors to the workers.  A model whose files are wrong fails alone.
+A module in the front end's process.  It plans a pool for the models that share it, creates the table and the bytes
+(memfds; a GPU's bytes are its keeper's), and hands the descriptors to the workers.  A model whose files are wrong
+fails alone.
 """
 
 import asyncio
@@ -9,11 +10,15 @@ import dataclasses
 import itertools
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
+from minserve.keeper import Keeper
 from minserve.resolve import ResolvedModel, host_pool_bytes, resolve_model
 from minserve.shared_memory import create_memfd
 from minserve.slab_table import PoolCounts, SlabTable
@@ -24,17 +29,21 @@ log = logging.getLogger("minserve")
 
 # a stopped worker may sit on the table's lock: nobody waits for it longer than this at a time
 LOCK_TIMEOUT_S = 2.0
+# of one worker: CUDA context, workspaces and activations
+GPU_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One GPU's slab pool, or the host's."""
+    """One GPU's slab pool, or the host's.  `fds` and `handle` are what a worker needs to map its bytes."""
 
     name: str
     device: str
     plan: PoolPlan
     table: SlabTable
-    pool_fd: int
+    fds: tuple[int, ...]
+    handle: str = ""
+    keeper: Keeper | None = None
 
     def describe(self) -> list[str]:
         plan = self.plan
@@ -47,14 +56,49 @@ class Pool:
             )
         return lines
 
+    def close(self) -> None:
+        """After the workers have ended."""
+        if self.keeper is not None:
+            self.keeper.close()
+        else:
+            os.close(self.fds[0])
+        self.table.close()
+
 
 def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> Pool:
-    """ValueError where the models do not fit into the pool."""
-    size = gpu.pool_bytes or host_pool_bytes()
+    """ValueError where the models do not fit into the pool; RuntimeError where a GPU does not give its memory."""
+    on_gpu = device.startswith("cuda")
+    size = gpu.pool_bytes or (gpu_pool_bytes(device, gpu, models) if on_gpu else host_pool_bytes())
     shapes = [m.shape for m in models]
-    plan = solve(shapes, size) if gpu.slab_bytes is None else solve(shapes, size, max_slab_bytes=gpu.slab_bytes)
-    table = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S)
-    return Pool(gpu.name or "pool", device, plan, table, create_memfd("minserve-slab-pool", plan.pool_bytes))
+    plan = (
+        solve(shapes, size) if gpu.slab_bytes is None else solve(shapes, size, max_slab_bytes=gpu.slab_bytes)
+    )
+    table, name = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
+    if not on_gpu:
+        return Pool(name, device, plan, table, (create_memfd("minserve-slab-pool", plan.pool_bytes),))
+    keeper = Keeper(int(device.removeprefix("cuda:")), plan.pool_bytes)
+    return Pool(name, device, plan, table, keeper.fds, keeper.handle.to_json(), keeper)
+
+
+def gpu_pool_bytes(device: str, gpu: GpuConfig, models: list[ResolvedModel]) -> int:
+    """What is left of the GPU's fraction after the weights, as large as their files, and a margin for each process."""
+    # asked in a child: this process must not open CUDA
+    ask = f"import torch; print(*torch.cuda.mem_get_info({device!r}))"
+    found = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=False
+    )
+    if found.returncode != 0:
+        raise RuntimeError(f"{device} cannot be used: {found.stderr.strip().splitlines()[-1:]}")
+    free, total = map(int, found.stdout.split())
+    weights = sum(f.stat().st_size for m in models for f in Path(m.entry.path).glob("*.safetensors"))
+    taken = weights + len(models) * max(GPU_MARGIN_BYTES, total // 50)
+    left = free - int(total * (1 - gpu.memory_fraction)) - taken
+    if left <= 0:
+        raise ValueError(
+            f"{device} has {free / 2**30:.1f} GiB free, weights and processes of {len(models)} models take about "
+            f"{taken / 2**30:.1f} GiB: nothing is left for the pool; serve fewer models or raise memory_fraction"
+        )
+    return left
 
 
 class Agent:
@@ -89,7 +133,7 @@ class Agent:
         self.pools.append(pool)
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
-            start = Start(dataclasses.asdict(m.entry), device, owner, pool.table.fd, pool.pool_fd)
+            start = Start(dataclasses.asdict(m.entry), device, owner, pool.table.fd, pool.fds, pool.handle)
             self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner))
 
     def start(self) -> None:
@@ -120,8 +164,7 @@ class Agent:
         """Ends all workers; afterwards none of ours is left."""
         await asyncio.gather(*(self.hosts[name].stop(life) for name, life in self._lives.items()))
         for pool in self.pools:
-            os.close(pool.pool_fd)
-            pool.table.close()
+            pool.close()
 
 
 def reclaimer(table: SlabTable, owner: int) -> Callable[[], Awaitable[int]]:

@@ -68,7 +68,11 @@ def top_entries(tokenizer: Tokenizer, token_id: int, lp: TokenLogprobs, as_ids: 
 
 
 def chat_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, as_ids: bool = False
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprobs],
+    top: int,
+    as_ids: bool = False,
 ) -> dict[str, Any]:
     """choices[].logprobs of chat: one entry a token with its bytes and `top` alternatives."""
 
@@ -117,7 +121,12 @@ class EventWriter:
 
 
 def whole(
-    response_id: str, created: int, model: str, chat: bool, choices: list[dict[str, Any]], tally: dict[str, int]
+    response_id: str,
+    created: int,
+    model: str,
+    chat: bool,
+    choices: list[dict[str, Any]],
+    tally: dict[str, int],
 ) -> bytes:
     """The body of an answer that is not streamed."""
     kind = "chat.completion" if chat else "text_completion"
@@ -125,14 +134,20 @@ def whole(
     return orjson.dumps(head | {"choices": choices, "usage": tally})
 
 
-def choice(
-    index: int, text: str, chat: bool, logprobs: Any, finish: tuple[str, Any]
-) -> dict[str, Any]:
+def choice(index: int, text: str, chat: bool, logprobs: Any, finish: tuple[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish[0], "stop_reason": finish[1]}
+    return {
+        "index": index,
+        **said,
+        "logprobs": logprobs,
+        "finish_reason": finish[0],
+        "stop_reason": finish[1],
+    }
 
 
-def model_object(name: str, root: str, created: int, max_model_len: int | None, status: dict[str, Any]) -> dict[str, Any]:
+def model_object(
+    name: str, root: str, created: int, max_model_len: int | None, status: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

@@ -193,7 +193,12 @@ class Frontend:
             raise ApiError(400, f"model is required: one of {names}", "missing_parameter", "model")
         served = self._by_name.get(name)
         if served is None:
-            raise ApiError(404, f"The model {name!r:.130} does not exist. Served are: {names}", "model_not_found", "model")
+            raise ApiError(
+                404,
+                f"The model {name!r:.130} does not exist. Served are: {names}",
+                "model_not_found",
+                "model",
+            )
         return served
 
     def note_finish(self, served: Served) -> None:
@@ -220,9 +225,13 @@ class Frontend:
         """Queue caps, in sequences and tokens; cheap, so that refusing is too."""
         entry = served.entry
         if sequences > min(MAX_SEQUENCES, entry.max_queued_requests, self._max_queued):
-            raise ApiError(400, f"The request asks for {sequences} sequences, more than can ever be queued.", param="n")
+            raise ApiError(
+                400, f"The request asks for {sequences} sequences, more than can ever be queued.", param="n"
+            )
         if prompt_tokens > entry.max_queued_tokens:
-            raise ApiError(400, f"The prompts have {prompt_tokens} tokens, more than can ever be queued.", param="prompt")
+            raise ApiError(
+                400, f"The prompts have {prompt_tokens} tokens, more than can ever be queued.", param="prompt"
+            )
         full = served.busy + sequences > entry.max_queued_requests
         full = full or self.num_requests + sequences > self._max_queued
         if full or served.waiting_tokens + prompt_tokens > entry.max_queued_tokens:
@@ -272,7 +281,9 @@ class Frontend:
         if not prompt:
             raise ApiError(400, "The prompt has no tokens.", param=where)
         if not 0 <= min(prompt) <= max(prompt) < loaded.vocab_size:
-            raise ApiError(400, f"{where} has token ids outside the vocabulary [0, {loaded.vocab_size})", param=where)
+            raise ApiError(
+                400, f"{where} has token ids outside the vocabulary [0, {loaded.vocab_size})", param=where
+            )
         if len(prompt) >= loaded.max_model_len:
             raise too_long(loaded.max_model_len, f"{len(prompt)} tokens", where)
 
@@ -296,7 +307,9 @@ class Frontend:
         """Token ids of messages under the model's chat template; `body` is a chat or a tokenize body."""
         template = self.tokenizer(served).chat
         if template is None:
-            raise ApiError(400, f"The model {served.entry.name} has no chat template.", "no_chat_template", "messages")
+            raise ApiError(
+                400, f"The model {served.entry.name} has no chat template.", "no_chat_template", "messages"
+            )
         messages = read_messages(body.messages)
         try:
             # in a thread: a template may loop for as long as its deadline lets it
@@ -310,7 +323,9 @@ class Frontend:
 
 
 def failed(served: Served) -> ApiError:
-    return ApiError(503, f"The model {served.entry.name} has failed; the server's log says why.", "model_failed")
+    return ApiError(
+        503, f"The model {served.entry.name} has failed; the server's log says why.", "model_failed"
+    )
 
 
 def too_long(max_model_len: int, found: str, param: str) -> ApiError:

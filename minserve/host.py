@@ -157,7 +157,7 @@ class Host:
         async def nothing() -> int:
             return 0
 
-        host = cls(name, Start({}, "", 0, -1, -1), "", nothing)
+        host = cls(name, Start({}, "", 0, -1, ()), "", nothing)
         host._fail(reason)
         return host
 
@@ -254,10 +254,18 @@ class Host:
         await self._bury(process)
 
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        fds = (theirs.fileno(), self._start.table_fd, self._start.pool_fd)
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", self._boot, "worker", self.name, str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[fd for fd in fds if fd >= 0],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                self._boot,
+                "worker",
+                self.name,
+                str(theirs.fileno()),
+                str(os.getpid()),
+            ],
+            pass_fds=[theirs.fileno(), self._start.table_fd, *self._start.pool_fds],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -64,7 +64,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._in_head and self.parser is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.refuse(ApiError(431, f"The headers are over {MAX_HEADER_BYTES} bytes.", "headers_too_large"))
+                self.refuse(
+                    ApiError(431, f"The headers are over {MAX_HEADER_BYTES} bytes.", "headers_too_large")
+                )
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0

@@ -130,7 +130,9 @@ class CompletionBody(Body, kw_only=True):
         if all(type(x) is int for x in p):
             return [p]
         if len(p) > MAX_PROMPTS:
-            raise ApiError(400, f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(p)}", param="prompt")
+            raise ApiError(
+                400, f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(p)}", param="prompt"
+            )
         for i, x in enumerate(p):
             ids = isinstance(x, list) and x and all(type(t) is int for t in x)
             if not isinstance(x, str) and not ids:
@@ -201,7 +203,11 @@ def read_messages(given: Any) -> list[dict[str, Any]]:
 
 
 def read_message(given: Any, where: str) -> dict[str, Any]:
-    if not isinstance(given, dict) or not isinstance(given.get("role"), str) or not 0 < len(given["role"]) <= 64:
+    if (
+        not isinstance(given, dict)
+        or not isinstance(given.get("role"), str)
+        or not 0 < len(given["role"]) <= 64
+    ):
         raise ApiError(400, f"{where} must be an object with a role", param=where)
     if given.get("tool_calls") or given.get("function_call"):
         raise ApiError(400, "tool calls are not supported", "unsupported_parameter", f"{where}.tool_calls")
@@ -222,7 +228,9 @@ def read_content(given: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             shown = f"{kind:.40}" if isinstance(kind, str) else "missing"
-            raise ApiError(400, f"only parts of type text are read, {where}[{i}] is {shown}", param=f"{where}[{i}]")
+            raise ApiError(
+                400, f"only parts of type text are read, {where}[{i}] is {shown}", param=f"{where}[{i}]"
+            )
         if not isinstance(part.get("text"), str):
             raise ApiError(400, f"{where}[{i}].text must be a string", param=f"{where}[{i}].text")
         texts.append(part["text"])
@@ -233,7 +241,9 @@ def read_content(given: Any, where: str) -> str:
 REFUSED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("tools", "functions", "bad_words", "structured_outputs", "suffix"), lambda v: not v),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), lambda v: False),
-    **dict.fromkeys(("chat_template", "allowed_token_ids", "prompt_logprobs", "prompt_embeds"), lambda v: False),
+    **dict.fromkeys(
+        ("chat_template", "allowed_token_ids", "prompt_logprobs", "prompt_embeds"), lambda v: False
+    ),
     **dict.fromkeys(("truncate_prompt_tokens", "logits_processors", "audio"), lambda v: False),
     **dict.fromkeys(("tool_choice", "function_call"), lambda v: v in ("none", "auto")),
     "use_beam_search": lambda v: v is False,
@@ -248,7 +258,9 @@ def read_object(data: bytes) -> dict[str, Any]:
     try:
         found = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"The body is not valid JSON: {error.msg:.100} (byte {error.pos})", "invalid_json") from None
+        raise ApiError(
+            400, f"The body is not valid JSON: {error.msg:.100} (byte {error.pos})", "invalid_json"
+        ) from None
     if not isinstance(found, dict):
         raise ApiError(400, "The body must be a JSON object", "invalid_json")
     return {k: v for k, v in found.items() if v is not None}

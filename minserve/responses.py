@@ -143,7 +143,9 @@ class Response:
         return answers.usage(self.job.prompt_tokens, self.job.completion_tokens)
 
     def _echoes(self, s: Sequence) -> bool:
-        return isinstance(self.job.body, CompletionBody) and self.job.body.echo and s.index not in self._offsets
+        return (
+            isinstance(self.job.body, CompletionBody) and self.job.body.echo and s.index not in self._offsets
+        )
 
     def _shown(self, s: Sequence) -> str:
         """New text, after the prompt's where the first of it is echoed."""

@@ -42,7 +42,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", help="default 127.0.0.1")
     parser.add_argument("--port", type=int, help="default 8000; 0 is any free port")
     parser.add_argument("--log-level", help="debug, info, warning or error")
-    parser.add_argument("--check", action="store_true", help="read everything, print the plan of the pool, and end")
+    parser.add_argument(
+        "--check", action="store_true", help="read everything, print the plan of the pool, and end"
+    )
     parser.add_argument("--version", action="version", version=minserve.__version__)
     add_model_flags(parser)
     return parser.parse_args(argv)
@@ -54,7 +56,9 @@ def read_config(args: argparse.Namespace) -> Config:
     if (args.config is None) == (args.model is None):
         raise ValueError("give either a CONFIG.yaml or --model PATH; examples/demo.yaml is one to try")
     if args.config is not None and own:
-        raise ValueError(f"--{next(iter(own)).replace('_', '-')} goes with --model; in a file it is a key of the model")
+        raise ValueError(
+            f"--{next(iter(own)).replace('_', '-')} goes with --model; in a file it is a key of the model"
+        )
     config = load_config(args.config) if args.model is None else Config.single(args.model, **own)
     config = config.with_server(host=args.host, port=args.port, log_level=args.log_level)
     config.check_here()
@@ -64,7 +68,9 @@ def read_config(args: argparse.Namespace) -> Config:
 def banner() -> str:
     versions = " · ".join(f"{name} {installed(name)}" for name in ("torch", "triton", "uvicorn"))
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False) if (ROOT / ".git").exists() else None
+    found = (
+        subprocess.run(git, capture_output=True, text=True, check=False) if (ROOT / ".git").exists() else None
+    )
     revision = f" ({found.stdout.strip()})" if found is not None and found.returncode == 0 else ""
     return f"minserve {minserve.__version__}{revision} · Python {platform.python_version()} · {versions}"
 
@@ -230,7 +236,7 @@ def main(argv: Sequence[str] | None = None, boot: str = BOOT) -> int:
         config = read_config(args)
         service = Service(config, boot)
         listener = bind(config.server.host, config.server.port)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"minserve: {error}\n")
         return 2
     level = config.server.log_level.upper()

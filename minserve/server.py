@@ -75,7 +75,9 @@ async def receive_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:.0f} s.", "body_timeout") from None
+        raise ApiError(
+            408, f"The body did not arrive within {BODY_TIMEOUT_S:.0f} s.", "body_timeout"
+        ) from None
 
 
 class Generate:
@@ -148,7 +150,10 @@ class Pages:
     def _model(self, served: Served) -> dict[str, Any]:
         host = served.host
         window = host.loaded.max_model_len if host.loaded is not None else served.entry.max_model_len
-        status = {"value": "loaded" if host.state == "ready" else host.state, "failed": host.state == "failed"}
+        status = {
+            "value": "loaded" if host.state == "ready" else host.state,
+            "failed": host.state == "failed",
+        }
         name = served.entry.name
         return answers.model_object(name, name, self._created, window, status)
 
@@ -169,7 +174,11 @@ class Pages:
         else:
             ids = await self._front.encode(served, body.prompt, body.add_special_tokens is not False)
         tokenizer, loaded = self._front.tokenizer(served), served.host.loaded
-        found: dict[str, Any] = {"count": len(ids), "max_model_len": loaded and loaded.max_model_len, "tokens": ids}
+        found: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": loaded and loaded.max_model_len,
+            "tokens": ids,
+        }
         if body.return_token_strs:
             found["token_strs"] = [tokenizer.token_text(t) for t in ids]
         return reply(found)
@@ -187,7 +196,9 @@ class Pages:
     async def health(self, request: Request) -> Plain:
         """The process lives, and no model is lost for good."""
         states = {name: self._state(s) for name, s in self._front.models.items()}
-        pools = {name: counts and counts.leased for name, counts in (await self._front.agent.counts()).items()}
+        pools = {
+            name: counts and counts.leased for name, counts in (await self._front.agent.counts()).items()
+        }
         bad = any(s.host.state == "failed" or s.host.stalled for s in self._front.models.values())
         found = {"status": "degraded" if bad else "ok", "models": states, "leased_slabs": pools}
         return reply(found, 503 if bad else 200)
@@ -262,9 +273,12 @@ def build_app(front: Frontend, *, keys: tuple[str, ...], max_body_bytes: int) ->
         Route("/ready", pages.ready),
         Route("/version", pages.version),
     ]
-    handlers: Any = {HTTPException: http_error, ApiError: api_error, Disconnected: vanished, Exception: our_fault}
+    handlers: Any = {
+        HTTPException: http_error,
+        ApiError: api_error,
+        Disconnected: vanished,
+        Exception: our_fault,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Gate(app, keys)
-
-

@@ -23,7 +23,9 @@ WORD_MARK = "\u2581"
 MAX_MESSAGES = 1024
 MAX_RENDERED_CHARS = 8 << 20
 RENDER_DEADLINE_S = 2.0
-TEMPLATE_NAMES = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
+TEMPLATE_NAMES = frozenset(
+    {"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"}
+)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -50,7 +52,9 @@ class Tokenizer:
         kinds = decoder_kinds(msgspec.json.decode(inner.decoder.__getstate__()) if inner.decoder else None)
         self._byte_level = "ByteLevel" in kinds
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise ValueError(f"tokenizer.json: decoder {sorted(kinds)} is not one of ByteLevel, ByteFallback, Metaspace")
+            raise ValueError(
+                f"tokenizer.json: decoder {sorted(kinds)} is not one of ByteLevel, ByteFallback, Metaspace"
+            )
         self._alphabet = byte_alphabet() if self._byte_level else {}
         added = inner.get_added_tokens_decoder()
         self._added = {i: t.content.encode() for i, t in added.items()}
@@ -59,7 +63,9 @@ class Tokenizer:
         self.longest_piece = max(map(len, inner.get_vocab(with_added_tokens=True)), default=1)
         self._bytes: dict[int, bytes] = {}
         self.bos_token, self.eos_token = (token_name(names.get(k)) for k in ("bos_token", "eos_token"))
-        self.bos_id, self.eos_id = (inner.token_to_id(t) if t else None for t in (self.bos_token, self.eos_token))
+        self.bos_id, self.eos_id = (
+            inner.token_to_id(t) if t else None for t in (self.bos_token, self.eos_token)
+        )
         self.chat = None if template is None else ChatTemplate(template, self.bos_token, self.eos_token)
 
     @classmethod
@@ -131,7 +137,9 @@ class IncrementalDetokenizer:
     `at_start`: the first token opens the text, so its word mark is not a space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, at_start: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, at_start: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -245,10 +253,22 @@ class ChatTemplate:
         shadowed = TEMPLATE_NAMES & set(extra or ())
         if shadowed:
             raise ValueError(f"chat_template_kwargs must not name {sorted(shadowed)}")
-        names = {**(extra or {}), **self._names, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        names = {
+            **(extra or {}),
+            **self._names,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             text = self._bounded(names)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"the chat template refused the messages: {error!s:.200}") from error
         return cut_after(text, messages[-1]["content"]) if continue_final_message else text
 
@@ -288,5 +308,7 @@ def read_template(folder: Path, names: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     found = names.get("chat_template")
     if isinstance(found, list):
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+        found = next(
+            (t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     return found if isinstance(found, str) else None

@@ -23,13 +23,17 @@ class WireError(ValueError):
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """The first message to a worker: a ModelEntry as plain values, and where its share of the pool is."""
+    """The first message to a worker: a ModelEntry as plain values, and where its share of the pool is.
+
+    `pool_fds` is the memfd of a pool in host memory, or goes with `pool_handle`, a PoolHandle of a GPU's.
+    """
 
     entry: dict[str, Any]
     device: str
     owner: int
     table_fd: int
-    pool_fd: int
+    pool_fds: tuple[int, ...]
+    pool_handle: str = ""
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from minserve.config import ModelEntry
+from minserve.cuda_memory import PoolHandle
 from minserve.engine import Engine, EngineRequest, TokenEvent
 from minserve.loading import load_model, start_engine
 from minserve.loop import ServedEngine, serve
@@ -46,13 +47,22 @@ class EngineServed:
         self._engine.close()
 
 
+def attach_pool(start: Start) -> SlabPool:
+    if not start.pool_handle:
+        return SlabPool.attach(start.table_fd, start.pool_fds[0])
+    handle = PoolHandle.from_json(start.pool_handle)
+    return SlabPool.attach_device(start.table_fd, handle, start.pool_fds, start.device)
+
+
 def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
     """Weights, then this model's share of the pool.  ValueError says what is wrong with the model's files."""
     began = time.monotonic()
+    if start.device.startswith("cuda"):
+        torch.cuda.set_device(start.device)  # kernels launch on the current device
     resolved = resolve_model(ModelEntry.read(start.entry), start.device)
     model = load_model(resolved, start.device)
     loaded_s = time.monotonic() - began
-    pool = SlabPool.attach(start.table_fd, start.pool_fd)
+    pool = attach_pool(start)
     sets = LeasedSets(pool, resolved.entry.name)
     engine = start_engine(model, sets)
     tokens = pool.plan.max_sets(resolved.entry.name) * sets.shape.set_tokens

@@ -67,7 +67,9 @@ def dechunk(data: bytes) -> bytes:
         at = end + 4 + size
 
 
-async def one(address: tuple[str, int], body: dict[str, Any], phase: str | None, rng: random.Random) -> Outcome:
+async def one(
+    address: tuple[str, int], body: dict[str, Any], phase: str | None, rng: random.Random
+) -> Outcome:
     outcome, began = Outcome(body, phase), time.monotonic()
     reader, writer = await asyncio.open_connection(*address)
     try:
@@ -100,7 +102,12 @@ async def load(url: str, models: list[str], count: int, seed: int = 0, max_token
     rng = random.Random(seed)
     jobs = []
     for i in range(count):
-        body = {"model": models[i % len(models)], "prompt": f"Tell me of number {i}", "seed": i, "stream": True}
+        body = {
+            "model": models[i % len(models)],
+            "prompt": f"Tell me of number {i}",
+            "seed": i,
+            "stream": True,
+        }
         body |= {"max_tokens": rng.randrange(1, max_tokens), "stream_options": {"include_usage": True}}
         phase = rng.choice(PHASES) if rng.random() < LEAVERS else None
         jobs.append(one((host, int(port)), body, phase, random.Random(i)))
@@ -115,8 +122,12 @@ def main() -> None:
     stayed = [o for o in found if o.left is None]
     wrong = collections.Counter(w for o in stayed if (w := o.check()))
     first = sorted(o.first_s for o in stayed)
-    print(f"{len(found)} clients, {len(found) - len(stayed)} left, {sum(wrong.values())} errors: {dict(wrong)}")
-    print(f"{time.monotonic() - began:.1f} s; first token p50 {first[len(first) // 2]:.2f} s, p99 {first[-len(first) // 100]:.2f} s")
+    print(
+        f"{len(found)} clients, {len(found) - len(stayed)} left, {sum(wrong.values())} errors: {dict(wrong)}"
+    )
+    print(
+        f"{time.monotonic() - began:.1f} s; first token p50 {first[len(first) // 2]:.2f} s, p99 {first[-len(first) // 100]:.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
+)
 JSON = "application/json"
 HUGE = 10**30
 NOT_NUMBERS: list[Any] = ["1", "", [], {}, True]
@@ -39,7 +44,14 @@ GRID: dict[str, tuple[list[Any], list[Any]]] = {
     "best_of": ([1], [0, 2, -1, 2**63]),
     "priority": ([0, -5, 2**31 - 1], [2**31, 2**63, HUGE]),
 }
-FLAGS = ("stream", "echo", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "add_special_tokens")
+FLAGS = (
+    "stream",
+    "echo",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "add_special_tokens",
+)
 UNSUPPORTED: dict[str, Any] = {
     "tools": [{"type": "function"}],
     "functions": [{"name": "f"}],
@@ -190,7 +202,14 @@ def other_routes(vocab: int) -> Iterator[Case]:
     for body in ({}, {"tokens": "x"}, {"tokens": ["x"]}, {"tokens": [-1]}, {"tokens": [vocab]}, {"tokens": [2**63]},
                  {"tokens": [1.5]}, {"tokens": [True]}, {"tokens": 5}):  # fmt: skip
         yield case("detokenize", 400, {"model": "a", **body}, DETOKENIZE)
-    for path in ("/v1/embeddings", "/v1/responses", "/v1/completions/", "/v1//completions", "/V1/completions", "/admin"):
+    for path in (
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/completions/",
+        "/v1//completions",
+        "/V1/completions",
+        "/admin",
+    ):
         yield case("unknown route", 404, ask(), path)
     for path in ("/health", "/v1/models", "/version"):
         yield case("wrong method", 405, ask(), path)

@@ -148,4 +148,3 @@ def open_oracle(start: Start) -> tuple[ServedEngine, Loaded]:
 def main() -> None:
     """The worker's."""
     serve(open_oracle, sys.argv[1:])
-

@@ -33,7 +33,11 @@ def write_model(folder: Path, **overrides: Any) -> Path:
 def write_config(folder: Path, models: list[dict[str, Any]], **server: Any) -> Path:
     """JSON is YAML; the pool has room for a thousand small sets."""
     gpus = [{"device": "cpu", "pool_bytes": "256 MiB", "slab_bytes": "64 KiB"}]
-    file = {"server": {"shutdown_timeout_s": 5, **server}, "nodes": [{"name": "local", "gpus": gpus}], "models": models}
+    file = {
+        "server": {"shutdown_timeout_s": 5, **server},
+        "nodes": [{"name": "local", "gpus": gpus}],
+        "models": models,
+    }
     path = folder / "config.yaml"
     path.write_text(json.dumps(file))
     return path
@@ -42,7 +46,9 @@ def write_config(folder: Path, models: list[dict[str, Any]], **server: Any) -> P
 class Server:
     """`lines` is what it has printed so far; `url` is known once it is listening."""
 
-    def __init__(self, *args: str, module: str = "tests.e2e.oracle_server", port: int = 0, cwd: Path = ROOT) -> None:
+    def __init__(
+        self, *args: str, module: str = "tests.e2e.oracle_server", port: int = 0, cwd: Path = ROOT
+    ) -> None:
         command = [sys.executable, "-m", module, *args, "--port", str(port)]
         self.process = subprocess.Popen(
             command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -113,8 +119,14 @@ class Server:
 
         def idle() -> bool:
             found = self.health()
-            counts = [m[k] for m in found["models"].values() for k in ("requests", "running", "waiting", "queued_tokens")]
-            return not any(counts) and all(n is not None and n <= spare_slabs for n in found["leased_slabs"].values())
+            counts = [
+                m[k]
+                for m in found["models"].values()
+                for k in ("requests", "running", "waiting", "queued_tokens")
+            ]
+            return not any(counts) and all(
+                n is not None and n <= spare_slabs for n in found["leased_slabs"].values()
+            )
 
         wait_for(idle, within_s, lambda: str(self.health()))
 

@@ -62,14 +62,18 @@ class Reader(threading.Thread):
 
 
 def complete(server: Server, model: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/completions", json={"model": model, "prompt": "x", **body}, timeout=30)
+    return httpx.post(
+        f"{server.url}/v1/completions", json={"model": model, "prompt": "x", **body}, timeout=30
+    )
 
 
 def test_a_client_that_leaves_frees_everything(server: Server) -> None:
     body = {"model": "a", "prompt": [SLOW, 5], "max_tokens": 200, "n": 4}
     for stream, patience in ((True, None), (False, 0.3)):
         if patience is None:
-            with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": stream}) as answer:
+            with httpx.stream(
+                "POST", f"{server.url}/v1/completions", json={**body, "stream": stream}
+            ) as answer:
                 parts = answer.iter_raw()
                 next(parts)
                 assert server.health()["models"]["a"]["requests"] == 4

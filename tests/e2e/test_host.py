@@ -39,12 +39,14 @@ class Ears:
         self.end = error
 
 
-def live(folder: Path, name: str, story: Callable[[Host], Awaitable[None]], patience: Patience = HASTY) -> Host:
+def live(
+    folder: Path, name: str, story: Callable[[Host], Awaitable[None]], patience: Patience = HASTY
+) -> Host:
     """Runs `story` beside a host's life, then stops it; the pool must be whole and empty afterwards."""
     config = Config.single(write_model(folder), name=name, gpu={"device": "cpu", "pool_bytes": 64 << 20})
     resolved = resolve_model(config.models[0], "cpu")
     pool = open_pool(config.gpus[0], "cpu", [resolved])
-    start = Start(dataclasses.asdict(config.models[0]), "cpu", 0, pool.table.fd, pool.pool_fd)
+    start = Start(dataclasses.asdict(config.models[0]), "cpu", 0, pool.table.fd, pool.fds)
 
     async def run() -> Host:
         host = Host(name, start, BOOT, reclaimer(pool.table, 0), patience)
@@ -58,8 +60,7 @@ def live(folder: Path, name: str, story: Callable[[Host], Awaitable[None]], pati
     host = asyncio.run(run())
     pool.table.check()
     assert pool.table.counts().leased == 0
-    pool.table.close()
-    os.close(pool.pool_fd)
+    pool.close()
     assert host.num_requests == 0
     return host
 
@@ -130,7 +131,11 @@ def test_a_worker_that_cannot_live_is_given_up(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_is_not_tried_again(tmp_path: Path) -> None:
     async def story(host: Host) -> None:
-        assert (host.state, host.reason, host.restarts) == ("failed", "tensor model.norm.weight is missing", 0)
+        assert (host.state, host.reason, host.restarts) == (
+            "failed",
+            "tensor model.norm.weight is missing",
+            0,
+        )
 
     live(tmp_path, "refuses", story)
 

@@ -69,7 +69,9 @@ def test_every_body_gets_its_status(server: Server) -> None:
     assert "Traceback" not in server.output, server.output
     server.assert_idle()
     counts = collections.Counter((c.category, c.status) for c in table)
-    sys.stdout.write("".join(f"{n:4} {category} -> {status}\n" for (category, status), n in sorted(counts.items())))
+    sys.stdout.write(
+        "".join(f"{n:4} {category} -> {status}\n" for (category, status), n in sorted(counts.items()))
+    )
 
 
 def raw(server: Server, data: bytes, patience_s: float = 5.0) -> bytes:

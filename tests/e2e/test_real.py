@@ -38,7 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[Server]:
     models = [
         {"name": "left", "path": "tiny"},
-        {"name": "right", "path": "tiny", "quantization": "w8a8-int8", "kv_dtype": "int8", "deterministic": True},
+        {
+            "name": "right",
+            "path": "tiny",
+            "quantization": "w8a8-int8",
+            "kv_dtype": "int8",
+            "deterministic": True,
+        },
         {"name": "canary", "path": "empty"},
     ]
     with running(write_config(folder, models), module="minserve.serve") as server:
@@ -54,14 +60,19 @@ def complete(server: Server, **body: Any) -> Any:
 
 def test_the_server_says_what_the_library_says(server: Server, folder: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    for name, keys in (("left", {}), ("right", {"quantization": "w8a8-int8", "kv_dtype": "int8", "deterministic": True})):
+    for name, keys in (
+        ("left", {}),
+        ("right", {"quantization": "w8a8-int8", "kv_dtype": "int8", "deterministic": True}),
+    ):
         with LLM(folder / "tiny", pool_bytes=64 << 20, reserve_tokens=256, **keys) as llm:
             want = [o.outputs[0].text for o in llm.generate(PROMPTS, params)]
             got = complete(server, model=name, prompt=PROMPTS, ignore_eos=True)
             assert [c["text"] for c in got["choices"]] == want
             sampled = SamplingParams(max_tokens=12, seed=11, n=2, stop=["e"])
             want = [[o.text for o in r.outputs] for r in llm.generate(PROMPTS, sampled)]
-            got = complete(server, model=name, prompt=PROMPTS, temperature=1, seed=11, n=2, stop="e", max_tokens=12)
+            got = complete(
+                server, model=name, prompt=PROMPTS, temperature=1, seed=11, n=2, stop="e", max_tokens=12
+            )
             assert [c["text"] for c in got["choices"]] == [t for pair in want for t in pair]
 
 
@@ -72,7 +83,9 @@ def test_echoed_logprobs_are_the_models(server: Server, folder: Path) -> None:
         logits = llm.logits(ids).double().numpy()
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = [logs[i, t] for i, t in enumerate(ids[1:])]
-    got = complete(server, model="left", prompt=ids, echo=True, logprobs=3, max_tokens=0)["choices"][0]["logprobs"]
+    got = complete(server, model="left", prompt=ids, echo=True, logprobs=3, max_tokens=0)["choices"][0][
+        "logprobs"
+    ]
     assert got["token_logprobs"][0] is None
     np.testing.assert_allclose(got["token_logprobs"][1:], want, atol=1e-4)
 
@@ -109,6 +122,8 @@ def test_killed_workers_leak_nothing_and_touch_nothing(server: Server, kills: in
     pool, rng = attach(server), random.Random(kills)
     owner = pool.table.owner_of("canary")
     wait_for(lambda: server.health()["models"]["left"]["state"] == "ready", 30, server.describe)
+    # its worker has ended and been buried: what it owns now is ours
+    wait_for(lambda: "[canary] worker" in server.output, 30, server.describe)
     before = complete(server, model="right", prompt=PROMPTS, logprobs=3)["choices"]
     lease = pool.table.lease(owner, 200)
     assert lease is not None

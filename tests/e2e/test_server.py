@@ -26,7 +26,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     write_model(folder / "m")
-    models = [{"name": "a", "path": "m", "aliases": ["alpha"]}, {"name": "b/c", "path": "m", "max_queued_requests": 8}]
+    models = [
+        {"name": "a", "path": "m", "aliases": ["alpha"]},
+        {"name": "b/c", "path": "m", "max_queued_requests": 8},
+    ]
     with running(write_config(folder, models)) as server:
         yield server
 
@@ -71,7 +74,11 @@ def test_an_answer_is_what_the_oracle_says(http: httpx.Client, tokenizer: Tokeni
     got = post(http, prompt="hello", max_tokens=9, seed=5)
     want = tokenizer.decode(oracle_tokens(tuple(prompt), 5, 0, 9, VOCAB))
     assert got["choices"][0]["text"] == want
-    assert got["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 9, "total_tokens": len(prompt) + 9}
+    assert got["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": 9,
+        "total_tokens": len(prompt) + 9,
+    }
     assert post(http, prompt=prompt, max_tokens=9, seed=5)["choices"] == got["choices"]
     assert post(http, prompt=prompt, max_tokens=9, seed=6)["choices"] != got["choices"]
 
@@ -151,7 +158,9 @@ def test_echo_and_logprobs_line_up(http: httpx.Client, tokenizer: Tokenizer) -> 
     assert len(lp["tokens"]) == len(ids) + 2
     assert lp["token_logprobs"][0] is lp["top_logprobs"][0] is None
     # evaluation tools compare these two for equality
-    for token, value, top in zip(lp["tokens"][1:], lp["token_logprobs"][1:], lp["top_logprobs"][1:], strict=True):
+    for token, value, top in zip(
+        lp["tokens"][1:], lp["token_logprobs"][1:], lp["top_logprobs"][1:], strict=True
+    ):
         assert top[token] == value
     assert got["text"].startswith("echo me")
     assert lp["text_offset"] == list(itertools.accumulate([0, *map(len, lp["tokens"][:-1])]))
@@ -161,12 +170,19 @@ def test_echo_and_logprobs_line_up(http: httpx.Client, tokenizer: Tokenizer) -> 
     chunks = streamed(http, prompt=ids, max_tokens=2, echo=True, logprobs=1)
     assert joined(chunks)[0] == got["text"]
     assert [t for e in chunks for c in e["choices"] for t in c["logprobs"]["tokens"]] == lp["tokens"]
-    named = post(http, prompt=ids, max_tokens=1, logprobs=0, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]
+    named = post(http, prompt=ids, max_tokens=1, logprobs=0, return_tokens_as_token_ids=True)["choices"][0][
+        "logprobs"
+    ]
     assert named["tokens"][0].startswith("token_id:")
 
 
 def test_chat_logprobs(http: httpx.Client) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 3,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     content = post(http, "/v1/chat/completions", **body)["choices"][0]["logprobs"]["content"]
     assert [len(c["top_logprobs"]) for c in content] == [2, 2, 2]
     assert all(c["top_logprobs"][0] == {k: c[k] for k in ("token", "logprob", "bytes")} for c in content)
@@ -189,7 +205,9 @@ def test_the_openai_client_is_at_home(client: openai.OpenAI) -> None:
     assert "".join(p.choices[0].text for p in parts) == whole.choices[0].text
     messages: Any = [{"role": "user", "content": "hi"}]
     said = client.chat.completions.create(model="a", messages=messages, max_completion_tokens=6)
-    stream = client.chat.completions.create(model="a", messages=messages, max_completion_tokens=6, stream=True)
+    stream = client.chat.completions.create(
+        model="a", messages=messages, max_completion_tokens=6, stream=True
+    )
     assert "".join(p.choices[0].delta.content or "" for p in stream) == said.choices[0].message.content
     assert said._request_id
     with pytest.raises(openai.NotFoundError, match="does not exist"):
@@ -201,7 +219,9 @@ def test_the_openai_client_is_at_home(client: openai.OpenAI) -> None:
 def test_a_failure_in_mid_stream_is_an_event_and_a_cut(server: Server, client: openai.OpenAI) -> None:
     got: list[bytes] = []
     with (
-        httpx.stream("POST", f"{server.url}/v1/completions", json={"model": "a", "prompt": [BREAK], "stream": True}) as r,
+        httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={"model": "a", "prompt": [BREAK], "stream": True}
+        ) as r,
         pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"),
     ):
         got.extend(r.iter_raw())
@@ -246,7 +266,10 @@ def test_a_full_queue_says_come_again(http: httpx.Client, server: Server) -> Non
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "queue_full"
         assert 1 <= int(refused.headers["retry-after"]) <= 30
-        assert http.post("/v1/completions", json={**body, "model": "a", "prompt": "x", "n": 1}).status_code == 200
+        assert (
+            http.post("/v1/completions", json={**body, "model": "a", "prompt": "x", "n": 1}).status_code
+            == 200
+        )
     assert http.post("/v1/completions", json={**body, "n": 9}).status_code == 400  # never fits
     server.assert_idle()
 
@@ -256,19 +279,49 @@ def test_keys_guard_every_route_that_is_not_public(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# two\nkey-one\nkey-two\n")
     models = [{"name": "a", "path": "m"}]
     with running(write_config(tmp_path, models, api_keys_file="keys")) as server:
-        gets = ["/v1/models", "/v1/models/a", "/version", "/docs", "/openapi.json", "/", "/metrics", "//health", "/health/"]
+        gets = [
+            "/v1/models",
+            "/v1/models/a",
+            "/version",
+            "/docs",
+            "/openapi.json",
+            "/",
+            "/metrics",
+            "//health",
+            "/health/",
+        ]
         posts = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
         for method, path in [*(("GET", p) for p in gets), *(("POST", p) for p in posts)]:
-            for given in (None, "Bearer", "Bearer key-three", "Basic key-one", "Bearer key-one\xe9".encode("latin-1")):
+            for given in (
+                None,
+                "Bearer",
+                "Bearer key-three",
+                "Basic key-one",
+                "Bearer key-one\xe9".encode("latin-1"),
+            ):
                 headers = {} if given is None else {"authorization": given}
-                assert httpx.request(method, server.url + path, headers=headers).status_code == 401, (path, given)
-        assert httpx.get(f"{server.url}/health").status_code == httpx.get(f"{server.url}/ready").status_code == 200
+                assert httpx.request(method, server.url + path, headers=headers).status_code == 401, (
+                    path,
+                    given,
+                )
+        assert (
+            httpx.get(f"{server.url}/health").status_code
+            == httpx.get(f"{server.url}/ready").status_code
+            == 200
+        )
         for key in ("key-one", "key-two"):
-            assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+            assert (
+                httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+                == 200
+            )
         assert "key-one" not in server.output
 
 
 def test_errors_have_openais_shape(http: httpx.Client) -> None:
-    for answer in (http.get("/nope"), http.get("/v1/completions"), http.post("/v1/completions", content=b"{")):
+    for answer in (
+        http.get("/nope"),
+        http.get("/v1/completions"),
+        http.post("/v1/completions", content=b"{"),
+    ):
         error = json.loads(answer.text)["error"]
         assert set(error) == {"message", "type", "param", "code"}

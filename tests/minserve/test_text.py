@@ -10,7 +10,14 @@ from tokenizers import Tokenizer as Inner
 from minserve.text import WORD_MARK, ChatTemplate, IncrementalDetokenizer, StopStrings, Tokenizer
 from tests.tiny import write_tokenizer
 
-SAMPLES = ["plain words", "日本語のテキスト", "🙂🙃 family 👨‍👩‍👧", "naïve café — “quotes”", "a\u0301 \u200d \U0001f9ff", "\x00\t\n end"]
+SAMPLES = [
+    "plain words",
+    "日本語のテキスト",
+    "🙂🙃 family 👨‍👩‍👧",
+    "naïve café — “quotes”",
+    "a\u0301 \u200d \U0001f9ff",
+    "\x00\t\n end",
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +28,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def fallback_tokenizer() -> Tokenizer:
     """Llama 2's kind: a word mark, byte tokens for what the vocabulary does not hold."""
-    vocab = {"<s>": 0, "</s>": 1, **{f"<0x{b:02X}>": b + 2 for b in range(256)}, WORD_MARK + "hi": 258, "there": 259}
+    vocab = {
+        "<s>": 0,
+        "</s>": 1,
+        **{f"<0x{b:02X}>": b + 2 for b in range(256)},
+        WORD_MARK + "hi": 258,
+        "there": 259,
+    }
     vocab[WORD_MARK + "there"] = 260
     inner = Inner(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     inner.decoder = decoders.Sequence(
-        [decoders.Replace(WORD_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace(WORD_MARK, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     inner.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
     return Tokenizer(inner, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}, None)
@@ -94,7 +112,10 @@ def test_stop_strings_equal_brute_force_for_every_cut(include: bool) -> None:
     rng = random.Random(2)
     for _ in range(500):
         text = "".join(rng.choice("aab🙂") for _ in range(rng.randrange(1, 30)))
-        stops = ["".join(rng.choice("aab🙂") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+        stops = [
+            "".join(rng.choice("aab🙂") for _ in range(rng.randrange(1, 5)))
+            for _ in range(rng.randrange(1, 4))
+        ]
         matcher, shown, at = StopStrings(stops, include), "", 0
         while at < len(text) and matcher.matched is None:
             size = rng.randrange(1, 5)

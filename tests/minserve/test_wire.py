@@ -6,6 +6,7 @@ import socket
 import msgspec
 import pytest
 
+from minserve import engine, sampler
 from minserve.sampling import SamplingParams
 from minserve.wire import (
     HEAD,
@@ -54,9 +55,6 @@ def test_messages_survive_every_cut(kinds: object, messages: list[object]) -> No
 
 
 def test_the_engines_events_need_no_translation() -> None:
-    engine = pytest.importorskip("minserve.engine")
-    from minserve import sampler
-
     assert engine.TokenEvent._fields == TokenEvent.__struct_fields__
     assert sampler.TokenLogprobs._fields == TokenLogprobs.__struct_fields__
     lp = sampler.TokenLogprobs(-0.25, 1, ((5, -0.25), (6, -9999.0)))
