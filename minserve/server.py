@@ -225,6 +225,9 @@ class Pages:
         status = "draining" if self._front.draining else "ready" if good else "not ready"
         return reply({"status": status, "models": up}, 200 if good else 503)
 
+    async def embeddings(self, request: Request) -> Plain:
+        raise ApiError(501, "This server generates text; it serves no embeddings.", "not_supported")
+
     async def version(self, request: Request) -> Plain:
         return reply({"version": minserve.__version__})
 
@@ -269,6 +272,7 @@ def build_app(front: Frontend, *, keys: tuple[str, ...], max_body_bytes: int) ->
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/tokenize", pages.tokenize, methods=["POST"]),
         Route("/detokenize", pages.detokenize, methods=["POST"]),
+        Route("/v1/embeddings", pages.embeddings, methods=["POST"]),
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/version", pages.version),
