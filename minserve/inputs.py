@@ -117,8 +117,9 @@ class RowTable:
         counts = [1] * len(plan.decode) + [c.count for c in plan.chunks]
         index = np.fromiter((row.index for row in rows), dtype=np.int64, count=len(rows))
         table = self._blocks[index, : max(row.num_blocks for row in rows)]
-        ends = np.cumsum(counts)
-        first = index * self.width + np.asarray(starts, np.int64) - (ends - counts)
+        count_B = np.asarray(counts, np.int64)
+        ends = np.cumsum(count_B)
+        first = index * self.width + np.asarray(starts, np.int64) - (ends - count_B)
         sampled = [
             i for i in range(len(rows)) if i < len(plan.decode) or plan.chunks[i - len(plan.decode)].samples
         ]
@@ -128,7 +129,7 @@ class RowTable:
             starts=starts,
             counts=counts,
             block_table_BN=table,
-            history_index_T=np.repeat(first, counts) + np.arange(ends[-1], dtype=np.int64),
+            history_index_T=np.repeat(first, count_B) + np.arange(ends[-1], dtype=np.int64),
             sampled_rids=[row.rid for row in picked],
             sampled_rows_R=[int(ends[i]) - 1 for i in sampled],
             write_index_R=[rows[i].index * self.width + starts[i] + counts[i] for i in sampled],
