@@ -203,7 +203,7 @@ def other_routes(vocab: int) -> Iterator[Case]:
                  {"tokens": [1.5]}, {"tokens": [True]}, {"tokens": 5}):  # fmt: skip
         yield case("detokenize", 400, {"model": "a", **body}, DETOKENIZE)
     for path in (
-        "/v1/embeddings",
+        "/v1/nothing",
         "/v1/responses",
         "/v1/completions/",
         "/v1//completions",
@@ -211,5 +211,6 @@ def other_routes(vocab: int) -> Iterator[Case]:
         "/admin",
     ):
         yield case("unknown route", 404, ask(), path)
+    yield case("not served", 501, ask(), "/v1/embeddings")
     for path in ("/health", "/v1/models", "/version"):
         yield case("wrong method", 405, ask(), path)
