@@ -5,6 +5,7 @@ Signals are not its business: `serve` decides when the server ends.
 
 import asyncio
 import contextlib
+import logging
 import resource
 import socket
 from collections.abc import Iterator
@@ -96,8 +97,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
 
+def not_a_cut(record: logging.LogRecord) -> bool:
+    """A stream that fails is cut on purpose, by an application that ends before its response: no news for the log."""
+    return not record.getMessage().startswith("ASGI callable returned without completing")
+
+
 class HttpServer(uvicorn.Server):
     def __init__(self, app: ASGIApp) -> None:
+        logging.getLogger("uvicorn.error").addFilter(not_a_cut)
         super().__init__(
             uvicorn.Config(
                 app,

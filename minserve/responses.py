@@ -6,6 +6,7 @@ success.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from typing import Any
@@ -16,6 +17,8 @@ from starlette.types import Receive, Send
 from minserve import answers
 from minserve.frontend import Job, Sequence
 from minserve.protocol import ApiError, ChatBody, CompletionBody
+
+log = logging.getLogger("minserve")
 
 WRITE_TIMEOUT_S = 60.0
 JSON_TYPE = (b"content-type", b"application/json")
@@ -113,6 +116,7 @@ class Response:
             await self._write(send, data, more=True)
         if not started:
             raise job.error
+        log.warning("[%s] stream %s cut: %s", self.model, self.id, job.error)
         # an event for clients that read events, then a cut for those that do not: see the module's first lines
         await self._write(send, answers.event(job.error.body()), more=True)
 

@@ -274,8 +274,20 @@ def test_a_full_queue_says_come_again(http: httpx.Client, server: Server) -> Non
     server.assert_idle()
 
 
-GETS = "/v1/models /v1/models/a /version /docs /openapi.json / /metrics //health /health/ /health%2f /ready/x".split()
-POSTS = "/v1/completions /v1/chat/completions /v1/embeddings /tokenize /detokenize".split()
+GETS = [
+    "/v1/models",
+    "/v1/models/a",
+    "/version",
+    "/docs",
+    "/openapi.json",
+    "/",
+    "/metrics",
+    "//health",
+    "/health/",
+    "/health%2f",
+    "/ready/x",
+]
+POSTS = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"]
 WRONG_KEYS = (b"", b"Bearer", b"Bearer key-three", b"Basic key-one", b"Bearer key-one\xe9", b"Bearer key-on")
 
 
