@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minserve import answers
+from minserve.host import ROOT
 from minserve.protocol import (
     REFUSED,
     ApiError,
@@ -130,9 +131,8 @@ def test_a_long_message_is_cut() -> None:
 
 def test_every_field_of_a_body_is_used() -> None:
     """A field that is read and then forgotten would be accepted and do nothing."""
-    source = "".join(
-        open(f"minserve/{name}.py").read() for name in ("protocol", "frontend", "responses", "server")
-    )
+    readers = ("protocol", "frontend", "responses", "server")
+    source = "".join((ROOT / f"minserve/{name}.py").read_text() for name in readers)
     for kind in (Body, *KINDS):
         for name in kind.__struct_fields__:
             assert f".{name}" in source or f'"{name}"' in source, name
