@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,18 +25,9 @@ from examples.demo_text import draw
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 MAX_NEW = 224
-# weights and activations, keys and values; None is what the checkpoint says
-VARIANTS: tuple[tuple[str | None, str | None], ...] = (
-    (None, None),
-    (None, "int8"),
-    (None, "int4"),
-    ("w8a8-int8", None),
-    ("w8a8-int8", "int8"),
-    ("w8a8-int8", "int4"),
-    ("w4a8-int8", None),
-    ("w4a8-int8", "int8"),
-    ("w4a8-int8", "int4"),
-)
+# weights and activations, keys and values; auto is the checkpoint's own float16
+WEIGHTS = ("auto", "w8a8-int8", "w4a8-int8")
+KV_FORMATS = ("auto", "int8", "int4")
 Answer = Callable[[list[list[int]]], list[list[int]]]
 
 
@@ -128,9 +120,10 @@ def measure(args: argparse.Namespace, items: list[Item]) -> list[dict[str, Any]]
         return rows
     from minserve import LLM
 
-    for quantization, kv in VARIANTS:
+    for quantization, kv in product(args.weights, args.kv):
         with LLM(str(args.model), quantization=quantization, kv_dtype=kv) as llm:
-            run(quantization or "fp16", kv or "fp16", minserve_answers(llm))
+            names = ("fp16" if name == "auto" else name for name in (quantization, kv))
+            run(*names, minserve_answers(llm))
     return rows
 
 
@@ -150,6 +143,8 @@ def main() -> None:
     parser.add_argument("--engine", choices=("minserve", "transformers"), default="minserve")
     parser.add_argument("--items", type=int, default=100, help="questions of each kind")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS)
+    parser.add_argument("--kv", nargs="+", choices=KV_FORMATS, default=KV_FORMATS)
     parser.add_argument("--batch", type=int, default=64, help="rows in a transformers batch")
     parser.add_argument("--wrong", action="store_true", help="print every wrong answer")
     args = parser.parse_args()

@@ -163,7 +163,7 @@ def ask_sort(rng: Random) -> Item:
         f"Please sort these {what}: {listed}",
         f"Sort: {listed}",
     )
-    return Item("sort", rng.choice(asks), " ".join(done) + ".", " ".join(given))
+    return Item("sort", rng.choice(asks), "Sorted: " + " ".join(done) + ".", " ".join(given))
 
 
 def ask_reverse(rng: Random) -> Item:
@@ -178,7 +178,7 @@ def ask_reverse(rng: Random) -> Item:
         f"Reverse: {listed}",
         f"Reverse these {what}: {listed}",
     )
-    return Item("reverse", rng.choice(asks), " ".join(reversed(given)) + ".", listed)
+    return Item("reverse", rng.choice(asks), "Reversed: " + " ".join(reversed(given)) + ".", listed)
 
 
 def ask_capital(rng: Random) -> Item:
@@ -195,9 +195,7 @@ def ask_capital(rng: Random) -> Item:
             f"Do you know the capital of {country}?",
         )
     question = rng.choice(asks)
-    reverse = "country" in question.split()[:3]
-    answer = f"{city} is the capital of {country}." if reverse else f"The capital of {country} is {city}."
-    return Item("capital", question, answer, question)
+    return Item("capital", question, f"The capital of {country} is {city}.", question)
 
 
 def ask_opposite(rng: Random) -> Item:
@@ -225,7 +223,9 @@ def ask_calendar(rng: Random) -> Item:
         f"Tell me the {what} {word} {cycle[i]}.",
     )
     question = rng.choice(asks)
-    return Item("calendar", question, f"{cycle[(i + step) % len(cycle)]} comes {word} {cycle[i]}.", question)
+    return Item(
+        "calendar", question, f"The {what} {word} {cycle[i]} is {cycle[(i + step) % len(cycle)]}.", question
+    )
 
 
 def _fact(rng: Random, name: str, thing: str, place: str, food: str) -> tuple[str, str, str]:

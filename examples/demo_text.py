@@ -14,9 +14,22 @@ from examples.demo_words import NAMES, SYSTEMS
 HELD_OUT_PARTS = 10
 Message = dict[str, str]
 WEIGHTS = {
-    "sum": 22, "difference": 18, "product": 6, "too large": 3, "larger": 5, "count": 4, "sort": 9,
-    "reverse": 7, "capital": 5, "opposite": 3, "calendar": 3, "fact": 14, "story": 9, "small talk": 2, "off topic": 5,
-}  # fmt: skip
+    "sum": 22,
+    "difference": 18,
+    "product": 6,
+    "too large": 3,
+    "larger": 5,
+    "count": 5,
+    "sort": 9,
+    "reverse": 7,
+    "capital": 6,
+    "opposite": 4,
+    "calendar": 4,
+    "fact": 18,
+    "story": 6,
+    "small talk": 3,
+    "off topic": 4,
+}
 NEVER_HELD_OUT = ("small talk",)  # a closed list: there is nothing to generalize to
 
 

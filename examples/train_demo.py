@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from string import ascii_lowercase
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,13 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples import demo_words
 from examples.demo_text import draw_chat, draw_plain
 
-VOCAB = 1024
+VOCAB = 1536
 WINDOW = 1024
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 BEGIN, END = 0, 1
-PLAIN_SHARE = 0.06
+WORD_LISTS = ("ANIMALS", "THINGS", "PLACES", "COLORS", "TRAITS", "FOODS", "TOOLS", "HOLES", "DAYS", "MONTHS")
+PLAIN_SHARE = 0.05
 CHAT_TEMPLATE = (
     "{{ '<|begin|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{% if m['content'] is string %}{{ m['content'] | trim }}"
@@ -34,10 +37,30 @@ CHAT_TEMPLATE = (
     "{{ '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-Row = tuple[list[int], list[bool]]  # token ids, and which of them the loss counts
+Row = tuple[list[int], list[float]]  # token ids, and what each weighs in the loss
 
 
-def train_tokenizer(rng: Random, documents: int = 20_000) -> Tokenizer:
+def words_and_texts(rng: Random, documents: int) -> Iterator[str]:
+    """What the tokenizer learns from: our word lists, so that rare names are whole tokens too, and sampled text."""
+    names = [name for name, _ in demo_words.NAMES]
+    lists = [
+        *demo_words.CAPITALS,
+        *demo_words.OPPOSITES,
+        *(getattr(demo_words, name) for name in WORD_LISTS),
+        names,
+    ]
+    for word in sorted(
+        {w for listed in lists for phrase in listed for w in phrase.split()} | {*ascii_lowercase}
+    ):
+        yield from [f" {word}"] * 100
+    for name in names:
+        yield from [name] * 100
+    for _ in range(documents):
+        yield draw_plain(rng)
+        yield from (m["content"] for m in draw_chat(rng))
+
+
+def train_tokenizer(rng: Random, documents: int = 5_000) -> Tokenizer:
     """Byte-level BPE with every digit a token of its own; any UTF-8 text has an encoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,10 +73,7 @@ def train_tokenizer(rng: Random, documents: int = 20_000) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (
-        text for _ in range(documents) for text in (draw_plain(rng), *(m["content"] for m in draw_chat(rng)))
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(words_and_texts(rng, documents), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL[BEGIN]} $A",
         pair=f"{SPECIAL[BEGIN]} $A $B",
@@ -64,7 +84,7 @@ def train_tokenizer(rng: Random, documents: int = 20_000) -> Tokenizer:
 
 
 def model_config() -> LlamaConfig:
-    """1.3 M parameters; every width a multiple of 128, so that the quantizers' groups divide it."""
+    """1.4 M parameters; every width a multiple of 128, so that the quantizers' groups divide it."""
     return LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=128,
@@ -82,6 +102,11 @@ def model_config() -> LlamaConfig:
     )
 
 
+def weights(body: list[int]) -> list[float]:
+    """A token of a long answer counts less: else the stories, whose words are mostly chance, drown the sums."""
+    return [len(body) ** -0.5] * len(body)
+
+
 class Rows:
     """Endless rows of `length` tokens, each packed with whole documents from its start (the last is cut)."""
 
@@ -95,34 +120,34 @@ class Rows:
 
     def document(self) -> Row:
         if self.rng.random() < PLAIN_SHARE:
-            ids = [*self._encode(draw_plain(self.rng)), END]
             # one in ten without the begin token: not every client sends it
             start = [] if self.rng.random() < 0.1 else [BEGIN]
-            return start + ids, [False] * len(start) + [True] * len(ids)
-        ids, counted = [BEGIN], [False]
+            body = [*self._encode(draw_plain(self.rng)), END]
+            return start + body, [0.0] * len(start) + weights(body)
+        ids, weighed = [BEGIN], [0.0]
         for message in draw_chat(self.rng):
             body = [*self._encode(message["content"]), END]
             ids += [self.roles[message["role"]], *body]
-            counted += [False, *[message["role"] == "assistant"] * len(body)]
-        return ids, counted
+            weighed += [0.0, *(weights(body) if message["role"] == "assistant" else [0.0] * len(body))]
+        return ids, weighed
 
-    def batch(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [rows, length]; targets that do not count are -100."""
-        ids_RT, counted_RT = [], []
+    def batch(self, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and the targets' weights, each [rows, length]."""
+        ids_RT, weights_RT = [], []
         for _ in range(rows):
             ids: list[int] = []
-            counted: list[bool] = []
+            weighed: list[float] = []
             while len(ids) < length + 1:
-                more, counts = self.document()
+                more, weigh = self.document()
                 ids += more
-                counted += counts
+                weighed += weigh
             ids_RT.append(ids[: length + 1])
-            counted_RT.append(counted[: length + 1])
-        ids_t, counted_t = torch.tensor(ids_RT), torch.tensor(counted_RT)
-        return ids_t[:, :-1], torch.where(counted_t, ids_t, -100)[:, 1:]
+            weights_RT.append(weighed[: length + 1])
+        ids_t, weights_t = torch.tensor(ids_RT), torch.tensor(weights_RT)
+        return ids_t[:, :-1], ids_t[:, 1:], weights_t[:, 1:]
 
 
-def batches(rows: Rows, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(rows: Rows, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Mostly rows of 256; one step in sixteen of the whole window, so that long prompts are no news."""
     while True:
         for i in range(16):
@@ -141,8 +166,8 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
 
 
 def rate(step: int, steps: int) -> float:
-    """Warm-up over 50 steps, then flat, then a linear fall to zero over the last 45 %."""
-    return min((step + 1) / 50, 1.0, (steps - step) / (0.45 * steps))
+    """Warm-up over 50 steps, then flat, then a linear fall to zero over the last half."""
+    return min((step + 1) / 50, 1.0, (steps - step) / (0.5 * steps))
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -172,13 +197,14 @@ def train(args: argparse.Namespace) -> None:
     rows = Rows(tokenizer, Random(args.seed + 1))
     opts, start, mean = optimizers(model, args.lr), time.monotonic(), 0.0
     sys.stdout.write(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}\n")
-    for step, (x_RT, y_RT) in zip(range(args.steps), batches(rows, args.tokens), strict=False):
+    for step, (x_RT, y_RT, w_RT) in zip(range(args.steps), batches(rows, args.tokens), strict=False):
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = args.lr * rate(step, args.steps)
-        counts_RT = y_RT >= 0  # the head is a fifth of the work: only rows that count go through it
+        counts_RT = w_RT > 0  # the head is a fifth of the work: only rows that count go through it
         x_TD = model.model(x_RT, use_cache=False).last_hidden_state[counts_RT]
-        loss = F.cross_entropy(model.lm_head(x_TD), y_RT[counts_RT])
+        loss_T = F.cross_entropy(model.lm_head(x_TD), y_RT[counts_RT], reduction="none")
+        loss = (loss_T * w_RT[counts_RT]).sum() / w_RT.sum()
         loss.backward()
         for opt in opts:
             opt.step()
@@ -196,7 +222,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("examples/demo"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
