@@ -62,8 +62,10 @@ def attention(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: floa
 
 
 def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
-    """`decodes` with `context` tokens each, or a fresh chunk of `chunk` tokens, or one of everything around a block:
-    decodes of 1, P - 1, P, P + 1 and 3P + 5 tokens, a chunk with context and a fresh one."""
+    """`spans` as they are, or `decodes` with `context` tokens each, or a fresh chunk of `chunk` tokens; else everything
+    around a block: decodes of 1, P - 1, P, P + 1 and 3P + 5 tokens, a chunk with context and a fresh one."""
+    if "spans" in c.dims:
+        return c["spans"]
     if "chunk" in c.dims or "decodes" in c.dims:
         decodes = tuple((b, c["context"] - 1, 1) for b in range(c.dims.get("decodes", 0)))
         return (*decodes, (len(decodes), 0, c["chunk"])) if "chunk" in c.dims else decodes

@@ -7,6 +7,7 @@ is read once for all of them.  Not split over the keys: chunks bring enough prog
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,12 +29,17 @@ class AttnPrefillConfig:
     num_stages: int = 2
 
     @classmethod
-    def pick(cls, head_dim: int, heads_per_kv: int) -> "AttnPrefillConfig":
+    def pick(cls, head_dim: int, heads_per_kv: int, bits: int, dtype: torch.dtype) -> "AttnPrefillConfig":
+        """`dtype`: of the dot products."""
         block_d = max(32, triton.next_power_of_2(head_dim))
         block_h = triton.next_power_of_2(heads_per_kv)
-        # 64 columns of up to 128 dims: the fp32 accumulator takes 64 registers a thread of 4 warps
-        columns = 64 if block_d <= 128 else 32
-        return cls(block_d, block_h, max(1, min(CHUNK_TOKENS, columns // block_h)))
+        # 64 columns of 128 dims fill the registers of 4 warps; unpacking 4 bit needs more of them, and fp32 products,
+        # which no tensor core takes, far more
+        columns = 64 if block_d <= 128 and bits >= 8 else 32
+        if dtype == torch.float32:
+            columns = 16
+        num_warps = 8 if dtype == torch.float32 else 4
+        return cls(block_d, block_h, max(1, min(CHUNK_TOKENS, columns // block_h)), num_warps)
 
 
 @triton.jit
@@ -117,7 +123,8 @@ def attn_prefill(
     lay, work = step.layout, step.work
     _, H, K = q_THK.shape
     G = lay.num_kv_heads
-    config = AttnPrefillConfig.pick(K, H // G)
+    bits, dtype = 8 * lay.row_bytes // K, compute_dtype(q_THK.dtype, lay.fmt)
+    config = AttnPrefillConfig.pick(K, H // G, bits, dtype)
     parts = CHUNK_TOKENS // config.tokens
     codes, scales = typed_views(pool, lay)
     _attn_prefill_kernel[(len(work.chunk_X4) * parts, G)](
@@ -136,11 +143,11 @@ def attn_prefill(
         G=G,
         K=K,
         P=lay.block_tokens,
-        BITS=8 * lay.row_bytes // K,
+        BITS=bits,
         BLOCK_UNITS=lay.block_bytes // UNIT_BYTES,
         HEAD_UNITS=lay.head_bytes // UNIT_BYTES,
         SLOT_BITS=SLOT_BITS,
-        DTYPE=TL_DTYPES[compute_dtype(q_THK.dtype, lay.fmt)],
+        DTYPE=TL_DTYPES[dtype],
         BLOCK_D=config.block_d,
         BLOCK_H=config.block_h,
         TOKENS=config.tokens,

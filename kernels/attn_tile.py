@@ -32,16 +32,13 @@ def load_queries(
     q, o_col, m_c, K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Columns of q that start at `o_col`: [BLOCK_D, C], or for 4 bit the two halves of the head, [BLOCK_D / 2, C]."""
-    if BITS == 4:
-        o_d = tl.arange(0, BLOCK_D // 2)
-        m_q = (o_d < K // 2)[:, None] & m_c[None, :]
-        p_q = q + o_col[None, :] + o_d[:, None]
-        b_q0 = tl.load(p_q, mask=m_q, other=0.0)
-        b_q1 = tl.load(p_q + K // 2, mask=m_q, other=0.0)
-        return b_q0.to(DTYPE), b_q1.to(DTYPE)
-    o_d = tl.arange(0, BLOCK_D)
-    b_q = tl.load(q + o_col[None, :] + o_d[:, None], mask=(o_d < K)[:, None] & m_c[None, :], other=0.0)
-    return b_q.to(DTYPE), b_q.to(DTYPE)
+    PARTS: tl.constexpr = 2 if BITS == 4 else 1
+    o_d = tl.arange(0, BLOCK_D // PARTS)
+    m_q = (o_d < K // PARTS)[:, None] & m_c[None, :]
+    p_q = q + o_col[None, :] + o_d[:, None]
+    b_q0 = tl.load(p_q, mask=m_q, other=0.0)
+    b_q1 = tl.load(p_q + (K - K // PARTS), mask=m_q, other=0.0)
+    return b_q0.to(DTYPE), b_q1.to(DTYPE)
 
 
 @triton.jit

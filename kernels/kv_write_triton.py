@@ -21,7 +21,7 @@ class RopeKvWriteConfig:
 
     block_half: int
     block_h: int
-    num_warps: int = 4
+    num_warps: int = 8
 
     @classmethod
     def pick(cls, head_dim: int, num_heads: int) -> "RopeKvWriteConfig":
