@@ -35,7 +35,7 @@ class AttnPrefillConfig:
         block_h = triton.next_power_of_2(heads_per_kv)
         # 64 columns of 128 dims fill the registers of 4 warps; unpacking 4 bit needs more of them, and fp32 products,
         # which no tensor core takes, far more
-        columns = 64 if block_d <= 128 and bits >= 8 else 32
+        columns = 64 // (1 if block_d <= 128 else 2) // (1 if bits >= 8 else 2)
         if dtype == torch.float32:
             columns = 16
         num_warps = 8 if dtype == torch.float32 else 4
