@@ -269,6 +269,8 @@ class Host:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            # threads of several models spinning on the same cores made a step 10 times slower (docs/log.md)
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             start_new_session=True,  # Ctrl-C is the agent's to handle
         )
 
