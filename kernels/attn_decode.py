@@ -41,7 +41,8 @@ class AttnDecodeConfig:
         )
 
 
-@triton.jit(do_not_specialize=["num_items"])
+# one variant whatever the step and the layer: a compilation while serving is a stall
+@triton.jit(do_not_specialize=["num_items", "stride_block", "layer"])
 def _attn_decode_kernel(
     part_o,
     part_max,

@@ -42,7 +42,7 @@ class AttnPrefillConfig:
         return cls(block_d, block_h, max(1, min(CHUNK_TOKENS, columns // block_h)), num_warps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_block", "layer"])
 def _attn_prefill_kernel(
     out,
     q,

@@ -17,6 +17,7 @@ FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 QMAX = {"int8": 127, "int4": 7}
 KV_FORMATS = (*FLOAT_BYTES, *QMAX)
 DEFAULT_BLOCK_TOKENS = {"fp32": 16, "bf16": 32, "fp16": 32, "int8": 32, "int4": 32}
+MAX_BLOCK_TOKENS = 256  # decode pieces are whole blocks
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # what fp16 can hold, and never 0: codes are x / scale
 
 
@@ -39,9 +40,9 @@ class KvLayout:
         if not self.block_tokens:
             object.__setattr__(self, "block_tokens", DEFAULT_BLOCK_TOKENS[self.fmt])
         least = 32 if self.fmt == "int4" else 16  # int4 dots run over P/2 tokens, and tensor cores want 16
-        if self.block_tokens < least or self.block_tokens & (self.block_tokens - 1):
+        if not least <= self.block_tokens <= MAX_BLOCK_TOKENS or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(
-                f"block_tokens={self.block_tokens}: a power of two >= {least} is needed for {self.fmt}"
+                f"block_tokens={self.block_tokens}: {self.fmt} needs a power of two from {least} to {MAX_BLOCK_TOKENS}"
             )
 
     @property

@@ -164,7 +164,7 @@ def _store_key_codes(
         tl.store(p_key + o_n[:, None] * HALF + o_h[None, :], b_byte.to(tl.int8), mask=m_nh)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _kv_write_kernel(
     codes,
     halves,

@@ -42,6 +42,7 @@ def test_blocks_for_rounds_up():
         (("bf16", 1, 63), ["head_dim=63", "even"]),
         (("bf16", 1, 64, 24), ["block_tokens=24", "power of two"]),
         (("bf16", 1, 64, 8), ["block_tokens=8", "16"]),
+        (("bf16", 1, 64, 512), ["block_tokens=512", "256"]),
         (("int4", 1, 64, 16), ["block_tokens=16", "32"]),
     ],
 )
