@@ -75,7 +75,9 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 0, 2**31)
         _integer("min_tokens", self.min_tokens, 0, 2**31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
+            raise ValueError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
         if self.seed is not None:
             _integer("seed", self.seed, INT64.start, INT64.stop - 1)
         for name in ("logprobs", "prompt_logprobs"):
@@ -105,7 +107,9 @@ class SamplingParams:
         if self.logit_bias is None:
             return
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
+            raise ValueError(
+                f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}"
+            )
         for token, bias in self.logit_bias.items():
             _integer("logit_bias token id", token, 0, 2**31)
             _number(f"logit_bias of token {token}", bias, -100, 100)
