@@ -3,8 +3,8 @@
     python -m bench.demo_accuracy [--items 100] [--engine transformers]
 
 Greedy answers to questions that training never saw (examples/demo_text.py splits by hash; small talk is a
-closed list, learned by heart).  An answer counts when it equals the expected one; a story when it is whole and
-keeps its characters, places and things.
+closed list, learned by heart).  An answer counts when it equals the expected one; a story when it is whole
+and keeps its characters, places and things.
 """
 
 import argparse

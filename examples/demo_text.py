@@ -14,19 +14,19 @@ from examples.demo_words import NAMES, SYSTEMS
 HELD_OUT_PARTS = 10
 Message = dict[str, str]
 WEIGHTS = {
-    "sum": 22,
-    "difference": 18,
-    "product": 6,
+    "sum": 20,
+    "difference": 17,
+    "product": 5,
     "too large": 3,
-    "larger": 5,
-    "count": 5,
+    "larger": 7,
+    "count": 7,
     "sort": 9,
-    "reverse": 7,
+    "reverse": 6,
     "capital": 6,
     "opposite": 4,
     "calendar": 4,
-    "fact": 18,
-    "story": 6,
+    "fact": 28,
+    "story": 8,
     "small talk": 3,
     "off topic": 4,
 }

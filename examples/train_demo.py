@@ -41,7 +41,7 @@ Row = tuple[list[int], list[float]]  # token ids, and what each weighs in the lo
 
 
 def words_and_texts(rng: Random, documents: int) -> Iterator[str]:
-    """What the tokenizer learns from: our word lists, so that rare names are whole tokens too, and sampled text."""
+    """What the tokenizer learns from: our word lists, so that rare names stay whole, and sampled text."""
     names = [name for name, _ in demo_words.NAMES]
     lists = [
         *demo_words.CAPITALS,
@@ -103,7 +103,7 @@ def model_config() -> LlamaConfig:
 
 
 def weights(body: list[int]) -> list[float]:
-    """A token of a long answer counts less: else the stories, whose words are mostly chance, drown the sums."""
+    """A token of a long answer counts less: else stories, whose words are mostly chance, drown the sums."""
     return [len(body) ** -0.5] * len(body)
 
 
@@ -222,7 +222,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("examples/demo"))
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
