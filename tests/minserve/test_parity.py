@@ -218,9 +218,8 @@ def test_preempted_requests_give_the_same_tokens(kv_dtype: str, model: Path) -> 
     assert got == want
 
 
-# KL(fp32 || this KV format) on random models, whose logits are far more sensitive than a trained model's.
-# bound = about three times what was measured on 2026-11-20
-KV_BOUND = {"bf16": 2e-3, "int8": 3e-3, "int4": 0.5}
+# three times the KL(fp32 || this KV format) that this random model has: 1.4e-4 (bf16 weights too), 3.6e-5, 1.1e-2
+KV_BOUND = {"bf16": 4.2e-4, "int8": 1.1e-4, "int4": 3.3e-2}
 
 
 @pytest.mark.parametrize("fmt", KV_BOUND)
