@@ -16,7 +16,7 @@ from minserve.config import Config, ModelEntry
 from minserve.host import Host
 from minserve.protocol import MAX_SEQUENCES, ApiError, ChatBody, CompletionBody, read_messages
 from minserve.sampling import SamplingParams
-from minserve.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from minserve.text import AnswerText, Tokenizer
 from minserve.wire import Submit, TokenEvent, TokenLogprobs
 
 # texts this short are tokenized at once, longer ones in a thread
@@ -38,9 +38,7 @@ class Sequence:
         self._job = job
         self._waiting = len(prompt)
         job.served.waiting_tokens += self._waiting
-        self._min_tokens = params.min_tokens
-        self._detokenizer = IncrementalDetokenizer(job.tokenizer, params.skip_special_tokens)
-        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._answer = AnswerText(job.tokenizer, params)
 
     def token(self, event: TokenEvent) -> None:
         if event.finish_reason == "error":
@@ -51,26 +49,20 @@ class Sequence:
         self.settle()
         for i, token_id in enumerate(event.token_ids):
             ends = event.finish_reason is not None and i == len(event.token_ids) - 1
-            self._take(token_id, ends and event.finish_reason == "stop")
+            self.num_tokens += 1
+            self.token_ids.append(token_id)
+            self.text += self._answer.push(token_id, ends and event.finish_reason == "stop")
             if event.logprobs is not None:
                 self.logprobs.append(event.logprobs[i])
-            if self._stops.matched is not None:
-                self.finish = ("stop", self._stops.matched)
+            if self._answer.matched is not None:
+                self.finish = ("stop", self._answer.matched)
                 self._job.ended(self, abort=event.finish_reason is None)
                 return
         if event.finish_reason is not None:
-            self.text += self._stops.finish()
+            self.text += self._answer.finish()
             self.finish = (event.finish_reason, event.stop_reason)
             self._job.ended(self, abort=False)
         self._job.wake.set()
-
-    def _take(self, token_id: int, is_stop: bool) -> None:
-        self.num_tokens += 1
-        self.token_ids.append(token_id)
-        if is_stop:
-            return  # the token that ends an answer is counted, and no part of its text
-        text = self._detokenizer.push((token_id,))
-        self.text += text if self.num_tokens < self._min_tokens else self._stops.push(text)
 
     def settle(self) -> None:
         """Its prompt no longer waits to be computed."""
@@ -248,9 +240,10 @@ class Frontend:
         self.check_room(served, len(given) * body.n)
         ids = [await self.encode(served, p, body.add_special_tokens) for p in given]
         job = Job(self, served, body)
+        self._admit(job, ids, params)
         if body.echo:
             job.prompt_texts = [p if isinstance(p, str) else job.tokenizer.decode(p) for p in given]
-        return self._admit(job, ids, params)
+        return job
 
     async def chat(self, body: ChatBody) -> Job:
         served = self.find(body.model)

@@ -20,9 +20,10 @@ from minserve.engine import EngineRequest, TokenEvent
 from minserve.loading import LocalEngine
 from minserve.sampler import TokenLogprobs
 from minserve.sampling import SamplingParams
-from minserve.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from minserve.text import AnswerText, Tokenizer
 
 Prompt = str | Sequence[int]
+MAX_QUEUED = 1_000_000
 
 
 @dataclass(slots=True)
@@ -54,8 +55,7 @@ class _Answer:
     def __init__(self, output: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self.output = output
         wanted = tokenizer if params.detokenize else None
-        self._text = IncrementalDetokenizer(wanted, params.skip_special_tokens) if wanted else None
-        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._text = AnswerText(wanted, params) if wanted else None
 
     def take(self, event: TokenEvent) -> bool:
         """True when a stop string ended the answer: the engine does not know yet."""
@@ -63,15 +63,16 @@ class _Answer:
         out.token_ids += event.token_ids
         if event.logprobs is not None:
             out.logprobs = [*(out.logprobs or []), *event.logprobs]
-        # the stop token itself is no text, unless the caller asked for it
-        shown = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
         if self._text is not None:
-            out.text += self._stops.push(self._text.push(shown))
-        if self._stops.matched is not None:
-            out.finish_reason, out.stop_reason = "stop", self._stops.matched
-            return event.finish_reason is None
+            for i, token_id in enumerate(event.token_ids, 1):
+                ends = event.finish_reason == "stop" and i == len(event.token_ids)
+                out.text += self._text.push(token_id, ends)
+            if self._text.matched is not None:
+                out.finish_reason, out.stop_reason = "stop", self._text.matched
+                return event.finish_reason is None
         if event.finish_reason is not None:
-            out.text += self._stops.finish()
+            if self._text is not None:
+                out.text += self._text.finish()
             out.finish_reason, out.stop_reason, out.error = (
                 event.finish_reason,
                 event.stop_reason,
@@ -103,6 +104,8 @@ class LLM:
         **keys: Any,
     ) -> None:
         overlap = bool(keys.pop("overlap", True))
+        # a batch is handed over whole, however long: only a server has callers to turn away
+        keys.setdefault("max_queued_requests", MAX_QUEUED)
         config = Config.single(
             model,
             gpu={"device": pick_device(device), "pool_bytes": pool_bytes},

@@ -18,6 +18,7 @@ import msgspec
 import tokenizers
 
 from minserve.model_config import read_json_object
+from minserve.sampling import SamplingParams
 
 WORD_MARK = "\u2581"
 MAX_MESSAGES = 1024
@@ -97,7 +98,10 @@ class Tokenizer:
         """The bytes that a token adds to the text; empty for an id that the tokenizer does not know."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = self._spell(token_id)
+            known = self._spell(token_id)
+            # an unknown id may come from anybody, and there is no end of them
+            if known:
+                self._bytes[token_id] = known
         return known
 
     def token_text(self, token_id: int) -> str:
@@ -217,6 +221,35 @@ def failure_table(pattern: str) -> list[int]:
         n += pattern[i] == pattern[n]
         table[i] = n
     return table
+
+
+class AnswerText:
+    """The text of one answer, token by token, up to a stop string.
+
+    Text of the first `min_tokens` tokens cannot stop it.  The stop token that ended it shows only where stop strings do.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
+        self._include = params.include_stop_str_in_output
+        self._stops = StopStrings(params.stop, self._include)
+        self._exempt = params.min_tokens
+
+    @property
+    def matched(self) -> str | None:
+        return self._stops.matched
+
+    def push(self, token_id: int, is_stop: bool = False) -> str:
+        """What this token makes visible; `is_stop`: it is the stop token that ended the answer."""
+        if is_stop:
+            return self._stops.finish() + (self._detokenizer.push((token_id,)) if self._include else "")
+        text = self._detokenizer.push((token_id,))
+        self._exempt -= 1
+        return text if self._exempt >= 0 else self._stops.push(text)
+
+    def finish(self) -> str:
+        """Text still held when the answer ended without a stop string."""
+        return self._stops.finish()
 
 
 class ChatTemplate:

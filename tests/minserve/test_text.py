@@ -54,6 +54,11 @@ def cuts(rng: random.Random, items: list[int]) -> list[list[int]]:
     return [items[a:b] for a, b in zip([0, *at], [*at, len(items)], strict=True)]
 
 
+def test_unknown_ids_are_not_remembered(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([10**9, -1, 2**40, 65]) == tokenizer.decode([65])
+    assert not {10**9, -1, 2**40} & tokenizer._bytes.keys()
+
+
 @pytest.mark.parametrize("text", SAMPLES)
 def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
