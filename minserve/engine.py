@@ -8,9 +8,12 @@ computed beyond it is thrown away.  Stop strings and text are not known here.
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import torch
 
 from minserve.inputs import Join
 from minserve.runner import Runner, SampledToken, StepHandle, StepResult
@@ -59,7 +62,6 @@ class _Sequence:
     seed: int
     output: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs | None] = field(default_factory=dict)
-    enqueued: int = 0  # tokens of steps under way
 
 
 @dataclass(slots=True)
@@ -99,11 +101,11 @@ class Engine:
         self._clock = clock
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._sequences: dict[int, _Sequence] = {}
-        self._flight: tuple[StepPlan, StepHandle] | None = None
+        self._flights: deque[tuple[StepPlan, StepHandle]] = deque()  # under way, oldest first
 
     @property
     def has_work(self) -> bool:
-        return self._flight is not None or self.batcher.has_work or self.runner.draining
+        return bool(self._flights) or self.batcher.has_work or self.runner.draining
 
     def add(self, r: EngineRequest) -> None:
         """Queues a request.  ValueError for what can never run: the message goes to the caller."""
@@ -114,6 +116,11 @@ class Engine:
         worst = max(r.prompt) if min(r.prompt) >= 0 else min(r.prompt)
         if not 0 <= worst < self._vocab_size:
             raise ValueError(f"token id {worst} is outside the vocabulary [0, {self._vocab_size})")
+        named = max((*(r.params.logit_bias or ()), *r.params.stop_token_ids), default=0)
+        if named >= self._vocab_size:
+            raise ValueError(
+                f"logit_bias and stop_token_ids must be in the vocabulary [0, {self._vocab_size}), got {named}"
+            )
         room = self._max_model_len - len(r.prompt)
         if room < 1:
             raise ValueError(
@@ -127,9 +134,8 @@ class Engine:
             Request(
                 rid=r.rid,
                 prompt_tokens=len(r.prompt),
-                max_tokens=max(
-                    wanted, 1
-                ),  # 0 computes the prompt alone; the one token sampled is thrown away
+                # 0 computes the prompt alone; the one token sampled is thrown away
+                max_tokens=max(wanted, 1),
                 arrival_s=self._clock() if r.arrival_s is None else r.arrival_s,
                 ttft_s=r.ttft_s,
                 tpot_s=r.tpot_s,
@@ -151,34 +157,18 @@ class Engine:
         """One turn of the ring.  An empty list means nothing ended a step: idle, filling up, or blocks are awaited."""
         self.runner.poll()
         plan = self.batcher.plan(self._clock())
-        events: list[TokenEvent] = []
-        joining = [self._sequences[c.rid] for c in plan.chunks if c.start == 0]
-        if any(s.enqueued for s in joining):
-            # a preempted request comes back before its last token has reached the host
-            events += self._land()
-        handle = None
         if plan.empty:
             self.runner.rows.drop(plan.left)
         else:
-            handle = self._execute(plan, joining)
-        events += self._land()
-        if handle is not None:
-            self._flight = (plan, handle)
-            if not self._overlap:
-                events += self._land()
+            # the Batcher lets a preempted request back in only when all its tokens are here
+            joins = tuple(self._join(self._sequences[c.rid]) for c in plan.chunks if c.start == 0)
+            self.counters.steps += 1
+            self._flights.append((plan, self.runner.execute(plan, joins)))
+        keep = 1 if self._overlap and not plan.empty else 0
+        events: list[TokenEvent] = []
+        while len(self._flights) > keep:
+            events += self._land()
         return events
-
-    def _execute(self, plan: StepPlan, joining: list[_Sequence]) -> StepHandle:
-        joins = tuple(self._join(seq) for seq in joining)
-        for rid in self._sampled(plan):
-            if rid in self._sequences:
-                self._sequences[rid].enqueued += 1
-        self.counters.steps += 1
-        return self.runner.execute(plan, joins)
-
-    @staticmethod
-    def _sampled(plan: StepPlan) -> list[int]:
-        return [*plan.decode, *(c.rid for c in plan.chunks if c.samples)]
 
     def _join(self, seq: _Sequence) -> Join:
         r = seq.request
@@ -186,17 +176,22 @@ class Engine:
         return Join(r.rid, (*r.prompt, *seq.output), len(r.prompt), r.params, seq.seed, stop_ids)
 
     def _land(self) -> list[TokenEvent]:
-        """Waits for the step under way and commits it."""
-        if self._flight is None:
-            return []
-        plan, handle = self._flight
-        self._flight = None
+        """Waits for the oldest step under way and commits it."""
+        plan, handle = self._flights[0]
+        failure: RuntimeError | None = None
         try:
             result = handle.wait()
         except RuntimeError as e:
-            log.exception("step %d failed", plan.step)
-            return self._fail(plan, f"the step failed: {e}")
-        return self._commit(plan, result)
+            # a GPU fault leaves nothing of its context to go on with: the process ends and a new one takes over
+            if self.runner.on_gpu and not isinstance(e, torch.OutOfMemoryError):
+                raise
+            failure = e
+        # only now: Ctrl-C may have cut the wait short, and the Batcher wants every step
+        self._flights.popleft()
+        if failure is None:
+            return self._commit(plan, result)
+        log.error("step %d failed", plan.step, exc_info=failure)
+        return self._fail(plan, f"the step failed: {failure}")
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         for p in result.prompt_logprobs:
@@ -208,7 +203,6 @@ class Engine:
             seq = self._sequences.get(s.rid)
             if seq is None:
                 continue  # aborted, or stopped one step earlier
-            seq.enqueued -= 1
             event = self._accept(seq, s)
             events.append(event)
             if event.finish_reason is not None:

@@ -115,6 +115,10 @@ class Runner:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step") if threaded else None
 
     @property
+    def on_gpu(self) -> bool:
+        return self._device.type != "cpu"
+
+    @property
     def draining(self) -> bool:
         """Sets are on their way back to the pool: `poll` again soon."""
         return self._sets.num_draining > 0

@@ -1,13 +1,16 @@
 """LLM and engine on a tiny random model: stops, seeds, log probabilities, aborts, failures, nothing left behind."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from minserve import LLM, SamplingParams
 from minserve.engine import EngineRequest
+from minserve.runner import Runner, StepHandle
 from tests.tiny import write_llama, write_tokenizer
 
 PROMPT = [5, 9, 200, 33, 7]
@@ -103,6 +106,23 @@ def test_stop_strings_cut_the_text(llm: LLM) -> None:
         temperature=0.0, max_tokens=12, ignore_eos=True, stop=[stop], include_stop_str_in_output=True
     )
     assert llm.generate(PROMPT, kept)[0].outputs[0].text == text[: at + len(stop)]
+
+
+def test_min_tokens_holds_for_stop_strings_and_a_stop_token_may_show(llm: LLM) -> None:
+    free = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    stop = free.text[3:5]
+    late = SamplingParams(temperature=0.0, max_tokens=12, min_tokens=12, ignore_eos=True, stop=stop)
+    out = llm.generate(PROMPT, late)[0].outputs[0]
+    assert (out.text, out.finish_reason) == (free.text, "length")
+    for include in (False, True):
+        third = SamplingParams(
+            temperature=0.0,
+            max_tokens=12,
+            stop_token_ids=free.token_ids[2:3],
+            include_stop_str_in_output=include,
+        )
+        shown = llm.tokenizer.decode(free.token_ids[: 2 + include], skip_special_tokens=True)
+        assert llm.generate(PROMPT, third)[0].outputs[0].text == shown
 
 
 def test_a_seed_gives_the_same_tokens_whatever_the_batch(llm: LLM) -> None:
@@ -226,6 +246,56 @@ def test_a_step_that_raises_ends_its_requests_and_no_others(
     assert greedy(llm, PROMPT)
 
 
+def test_an_interrupted_wait_loses_no_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    want, waits = greedy(llm, PROMPT), itertools.count()
+
+    def wait(self: StepHandle, whole: Any = StepHandle.wait) -> Any:
+        if next(waits) == 3:
+            raise KeyboardInterrupt  # as Ctrl-C does
+        return whole(self)
+
+    with monkeypatch.context() as m:
+        m.setattr(StepHandle, "wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([PROMPT, PROMPT], GREEDY)
+    check_empty(llm)
+    assert greedy(llm, PROMPT) == want
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_gpu_fault_ends_the_process_and_a_full_memory_the_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, memory: bool
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory") if memory else RuntimeError("illegal memory access")
+
+    def broken(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as m:
+        m.setattr(Runner, "on_gpu", True)
+        m.setattr(llm.engine.runner, "_forward", broken)
+        add(llm, 2100)
+        if memory:
+            events = [e for _ in range(3) for e in llm.engine.step()]
+            assert [e.finish_reason for e in events] == ["error"]
+        else:
+            llm.engine.step()
+            with pytest.raises(RuntimeError, match="illegal"):
+                llm.engine.step()
+    llm.engine.abort(2100)
+    check_empty(llm)
+
+
+@pytest.mark.parametrize("given", [{"logit_bias": {300: 1.0}}, {"stop_token_ids": [4, 300], "min_tokens": 2}])
+def test_tokens_outside_the_vocabulary_are_refused_at_once(llm: LLM, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary \[0, 300\), got 300"):
+        llm.generate(PROMPT, SamplingParams(max_tokens=3, **given))
+
+
+def test_a_batch_may_be_longer_than_a_servers_queue(llm: LLM) -> None:
+    assert llm.engine.batcher.limits.max_waiting > 100_000
+
+
 def test_logits_that_are_not_finite_end_only_their_request(folder: Path) -> None:
     with LLM(folder, device="cpu", dtype="fp32", pool_bytes=8 << 20) as llm:
         want = greedy(llm, [7, 8])
@@ -256,9 +326,14 @@ def test_quantized_activations_are_seen_in_the_report_and_the_tokens_run(folder:
             assert len(greedy(llm, PROMPT)) == 12
 
 
-def test_closing_twice_and_unknown_arguments() -> None:
+def test_closing_twice_is_no_error_and_unknown_arguments_are(folder: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         LLM("/nowhere/at/all")
+    with pytest.raises(ValueError, match="max_num_seq"):
+        LLM(folder, max_num_seq=3)
+    llm = LLM(folder, device="cpu", pool_bytes=8 << 20)
+    llm.close()
+    llm.close()
 
 
 @torch.inference_mode()
