@@ -13,6 +13,8 @@ from kernels.kv_layout import KvLayout
 from kernels.kv_rows import Spans
 
 SPLIT_TOKENS = 512
+# int32 in 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to that, which would be a stall
+ALIGN = 4
 CHUNK_TOKENS = 64  # tokens of a chunk item; the prefill kernel cuts it further to fit its tile
 
 
@@ -38,9 +40,12 @@ def plan_work(layout: KvLayout, spans: Spans, device: torch.device, deterministi
     piece_X4, merge_X3 = _pieces(seq_T[:num_rows], row_T[:num_rows], pos_T[:num_rows] + 1)
     chunk_X4 = np.zeros((0, 4), np.int64) if deterministic else _chunks(spans)
     tables = (spans.block_BN, pos_T, _touches(layout, spans), piece_X4, merge_X3, chunk_X4)
-    packed = torch.from_numpy(np.concatenate([t.reshape(-1) for t in tables]).astype(np.int32)).to(device)
-    parts = packed.split([t.size for t in tables])
-    return GpuWork(*(part.view(t.shape) for part, t in zip(parts, tables, strict=True)))
+    sizes = [-(-t.size // ALIGN) * ALIGN for t in tables]
+    packed = np.zeros(sum(sizes), np.int32)
+    for t, at in zip(tables, np.cumsum(sizes) - sizes, strict=True):
+        packed[at : at + t.size] = t.reshape(-1)
+    parts = torch.from_numpy(packed).to(device).split(sizes)
+    return GpuWork(*(part[: t.size].view(t.shape) for part, t in zip(parts, tables, strict=True)))
 
 
 def _pieces(seq_X: np.ndarray, row_X: np.ndarray, end_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,12 @@ def test_a_group_fits_its_budget(monkeypatch: pytest.MonkeyPatch):
     assert decodes(*[32 * 9] * 2).rows.groups[0].size == 1  # one sequence is never too many
 
 
+@pytest.mark.parametrize("lengths", [(5,), (1, 63, 64), (7, 8, 9, 200, 300)])
+def test_every_table_is_aligned_alike_in_every_step(lengths: tuple[int, ...]):
+    work = paged(*lengths).step(places(*((b, n - 1, 1) for b, n in enumerate(lengths))), triton=True).work
+    assert {(t.data_ptr() - work.block_BN.data_ptr()) % 16 for t in work if t.numel()} == {0}
+
+
 def test_pieces_cover_every_key_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kv_work, "SPLIT_TOKENS", 64)
     lengths = (1, 63, 64, 65, 200)
