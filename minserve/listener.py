@@ -54,7 +54,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEADERS_WITHIN_S, self._too_slow)
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -71,6 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
+        self._start_timer()  # a later request on the connection has its own time
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -88,8 +89,16 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 
+    def _start_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEADERS_WITHIN_S, self._too_slow)
+
     def _too_slow(self) -> None:
-        self.refuse(ApiError(408, "No request arrived in time.", "headers_timeout"))
+        self._head_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._start_timer()  # the request before it is still being answered
+        else:
+            self.refuse(ApiError(408, "No request arrived in time.", "headers_timeout"))
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
