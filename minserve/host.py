@@ -236,6 +236,11 @@ class Host:
         ours, theirs = socket.socketpair()
         try:
             self._process = process = self._spawn(theirs)
+        except OSError as error:
+            ours.close()
+            self.reason = f"no process could be started: {error}"
+            log.error("[%s] %s", self.name, self.reason)
+            return
         finally:
             theirs.close()
         loop = asyncio.get_running_loop()

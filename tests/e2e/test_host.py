@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,25 @@ def test_a_worker_that_cannot_live_is_given_up(tmp_path: Path) -> None:
         assert "died 5 times and answered nothing" in host.reason
 
     live(tmp_path, "dies", story)
+
+
+def test_a_machine_without_room_for_a_process_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def spawn(self: Host, theirs: Any, real: Any = Host._spawn) -> Any:
+        tries.append(self.restarts)
+        if len(tries) < 3:
+            raise BlockingIOError("Resource temporarily unavailable")
+        return real(self, theirs)
+
+    async def story(host: Host) -> None:
+        assert host.state == "ready"
+
+    monkeypatch.setattr(Host, "_spawn", spawn)
+    live(tmp_path, "unlucky", story)
+    assert tries == [0, 1, 2]
 
 
 def test_a_model_that_cannot_be_loaded_is_not_tried_again(tmp_path: Path) -> None:
