@@ -36,6 +36,8 @@ class LoadedModel:
 
 def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
     """Reads and prepares all weights; ValueError names a tensor that is missing, left over or of the wrong shape."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # kernels launch on the current device
     config = resolved.config
     rope = rope_tables(config, resolved.max_model_len, device)
     with WeightSource(

@@ -8,6 +8,7 @@ Nothing here knows blocks: inside a set they are the Batcher's.
 import heapq
 import mmap
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -227,11 +228,14 @@ class LeasedSets:
     def num_draining(self) -> int:
         return len(self._draining)
 
-    def close(self) -> None:
-        """Gives everything back; the caller has synchronised with the device, so that every fence has passed."""
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Gives everything back, and waits until the device has done all that could touch it."""
         for set_id in list(self._leases):
             self.give_back(set_id)
-        self.poll()
+        end = time.monotonic() + timeout_s
+        while self._draining and time.monotonic() < end:
+            self.poll()
+            time.sleep(0.0001)
         assert not self._draining, f"{len(self._draining)} sets of {self.model} are still draining at close"
 
     def check(self) -> None:

@@ -57,8 +57,6 @@ def attach_pool(start: Start) -> SlabPool:
 def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
     """Weights, then this model's share of the pool.  ValueError says what is wrong with the model's files."""
     began = time.monotonic()
-    if start.device.startswith("cuda"):
-        torch.cuda.set_device(start.device)  # kernels launch on the current device
     resolved = resolve_model(ModelEntry.read(start.entry), start.device)
     model = load_model(resolved, start.device)
     loaded_s = time.monotonic() - began

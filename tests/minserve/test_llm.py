@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from minserve import LLM, SamplingParams
+from minserve.config import Config
 from minserve.engine import EngineRequest
+from minserve.loading import load_model
+from minserve.resolve import resolve_model
 from minserve.runner import Runner, StepHandle
 from tests.tiny import write_llama, write_tokenizer
 
@@ -324,6 +327,17 @@ def test_quantized_activations_are_seen_in_the_report_and_the_tokens_run(folder:
         ) as llm:
             assert any(row.kernel == f"gemm_{scheme[:4]}" for row in llm._local.report.rows.values())
             assert len(greedy(llm, PROMPT)) == 12
+
+
+def test_weights_are_loaded_with_their_gpu_current(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Config.single(folder).models[0]
+
+    def set_device(device: str) -> None:
+        raise LookupError(device)  # as far as a machine without a GPU can go
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(LookupError, match="cuda:1"):
+        load_model(resolve_model(entry, "cpu"), "cuda:1")
 
 
 def test_closing_twice_is_no_error_and_unknown_arguments_are(folder: Path) -> None:

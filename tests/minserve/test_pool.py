@@ -70,6 +70,19 @@ def test_a_filled_pool_is_nan_in_every_float_format(pool: SlabPool):
         assert pool.bytes.view(dtype).isnan().all()
 
 
+def test_closing_waits_for_the_device(pool: SlabPool):
+    asked = []
+
+    def fence() -> Callable[[], bool]:
+        return lambda: asked.append(0) or len(asked) > 5
+
+    sets = LeasedSets(pool, next(iter(PLAN.models)), fence=fence)
+    sets.give_back(sets.lease())
+    sets.lease()
+    sets.close()
+    assert sets.num_leased == sets.num_draining == 0
+
+
 def test_rows_are_the_byte_offsets_of_slabs_that_nobody_else_has(pool: SlabPool):
     sets = [LeasedSets(pool, name) for name in PLAN.models]
     offsets = []
@@ -132,7 +145,7 @@ def test_close_gives_everything_back_and_refuses_to_while_the_gpu_works(pool: Sl
     sets = LeasedSets(pool, "deep", fence=fence)
     lease_all(sets)
     with pytest.raises(AssertionError, match="still draining"):
-        sets.close()
+        sets.close(timeout_s=0.01)
     fence.reached = 10**6
     sets.close()
     assert pool.table.counts().free == PLAN.num_slabs
