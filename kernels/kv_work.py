@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.kv_layout import KvLayout
 from kernels.kv_rows import Spans
+from kernels.launch import upload
 
 SPLIT_TOKENS = 512
 # int32 in 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to that, which would be a stall
@@ -44,7 +45,7 @@ def plan_work(layout: KvLayout, spans: Spans, device: torch.device, deterministi
     packed = np.zeros(sum(sizes), np.int32)
     for t, at in zip(tables, np.cumsum(sizes) - sizes, strict=True):
         packed[at : at + t.size] = t.reshape(-1)
-    parts = torch.from_numpy(packed).to(device).split(sizes)
+    parts = upload(torch.from_numpy(packed), device).split(sizes)
     return GpuWork(*(part[: t.size].view(t.shape) for part, t in zip(parts, tables, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Facts about the machine a kernel runs on; the only file of this package that asks a device or a CPU anything.
+"""Facts about the machine a kernel runs on, and the way there; nothing else in this package asks a device anything.
 
 The SM count is read in the process that launches: under an MPS share the runtime reports the visible part only.
 """
@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class DeviceFacts(NamedTuple):
@@ -35,6 +36,14 @@ def cpu_facts() -> CpuFacts:
 
     amx = has("amx_tile")
     return CpuFacts(bf16=amx or has("avx512_bf16"), vnni=amx or has("vnni") or has("avx512_vnni"))
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, in the order of its stream; the tensor itself where that is the host.
+
+    Through pinned memory: a copy from pageable memory would wait for the step that still runs.
+    """
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def cdiv(a: int, b: int) -> int:

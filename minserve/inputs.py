@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.launch import upload
 from minserve.sampler import Penalty, SampleBatch, uniform
 from minserve.sampling import SamplingParams
 from sched.step import Chunk, StepPlan
@@ -97,8 +98,8 @@ class RowTable:
         bias = None
         if j.params.logit_bias:
             ids, values = zip(*sorted(j.params.logit_bias.items()), strict=True)
-            bias = (torch.tensor(ids, device=self.device), torch.tensor(values, device=self.device))
-        stop_ids = torch.tensor(j.stop_ids, dtype=torch.int64, device=self.device)
+            bias = (upload(torch.tensor(ids), self.device), upload(torch.tensor(values), self.device))
+        stop_ids = upload(torch.tensor(j.stop_ids, dtype=torch.int64), self.device)
         row = Row(
             j.rid, self._free.pop(), len(j.tokens), 0, j.prompt_tokens, j.params, j.seed, stop_ids, bias
         )

@@ -4,6 +4,7 @@ Steps run in the order they were enqueued: on a CUDA stream, or on one thread of
 while the one before it runs, and what it reads (token history, keys and values) is written by then.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernels.kv_layout import KvLayout
 from kernels.kv_step import KvStep
+from kernels.launch import upload
 from minserve.inputs import Join, PromptRows, RowTable, StepInputs
 from minserve.models import HEAD_ROWS, Llama
 from minserve.pool import LeasedSets
@@ -150,9 +152,9 @@ class Runner:
     def _forward(self, p: _Prepared) -> tuple[Tensor, Tensor]:
         history = self.rows.history
         if p.changed_sets:
-            self._slab_table_SL[p.changed_sets] = p.offsets_SL.to(self._device)
+            self._slab_table_SL.index_copy_(0, self._up(p.changed_sets), upload(p.offsets_SL, self._device))
         for row, tokens in p.uploads:
-            history[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32, device=self._device)
+            history[row, : len(tokens)] = self._up(tokens)
         step = KvStep.build(
             self.layout,
             self._slab_table_SL,
@@ -162,7 +164,7 @@ class Runner:
             self._device,
             deterministic=self.deterministic,
         )
-        ids_T = history.view(-1)[torch.from_numpy(p.inputs.history_index_T).to(self._device)]
+        ids_T = history.view(-1)[upload(torch.from_numpy(p.inputs.history_index_T), self._device)]
         return self.model.hidden(ids_T, step, self._pool)
 
     @torch.inference_mode()
@@ -172,12 +174,15 @@ class Runner:
         prompts = tuple(self._prompt_logprobs(p, x_TD, residual_TD) for p in inputs.prompt_rows)
         if not inputs.sampled_rows_R:
             return _Pending(inputs, None, None, prompts, None)
-        rows_R = torch.tensor(inputs.sampled_rows_R, device=self._device)
+        rows_R = self._up(inputs.sampled_rows_R)
         s = sample(self._head(x_TD[rows_R], residual_TD[rows_R]), inputs.sampling)
-        write_R = torch.tensor(inputs.write_index_R, device=self._device)
+        write_R = self._up(inputs.write_index_R)
         self.rows.history.view(-1)[write_R] = s.tokens_R.to(torch.int32)
         tokens_2R = torch.stack((s.tokens_R, s.broken_R.to(s.tokens_R.dtype)))
         return self._to_host(inputs, tokens_2R, s.logprobs, prompts)
+
+    def _up(self, values: Sequence[int]) -> Tensor:
+        return upload(torch.tensor(values), self._device)
 
     def _head(self, x_RD: Tensor, residual_RD: Tensor) -> Tensor:
         return self.model.logits(x_RD, residual_RD, deterministic=self.deterministic)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.launch import upload
+
 MASK64 = (1 << 64) - 1
 
 
@@ -124,12 +126,12 @@ def _sample_rows(logits_RV: Tensor, batch: SampleBatch, tokens_R: Tensor) -> Non
             (filtered if limited else plain).append(r)
 
     def column(values: list[float], rows: list[int]) -> Tensor:
-        return torch.tensor([values[r] for r in rows], dtype=torch.float32, device=device)
+        return upload(torch.tensor([values[r] for r in rows], dtype=torch.float32), device)
 
     for rows in (plain, filtered):
         if not rows:
             continue
-        index = torch.tensor(rows, device=device)
+        index = upload(torch.tensor(rows), device)
         probs_RV = torch.softmax(logits_RV[index] / column(batch.temperature, rows)[:, None], dim=-1)
         floor_R1 = probs_RV.amax(-1, keepdim=True) * column(batch.min_p, rows)[:, None]
         probs_RV = probs_RV * (probs_RV >= floor_R1)
@@ -137,7 +139,8 @@ def _sample_rows(logits_RV: Tensor, batch: SampleBatch, tokens_R: Tensor) -> Non
         if rows is plain:
             tokens_R[index] = _draw(probs_RV, u_R)
         else:
-            k_R = torch.tensor([batch.top_k[r] if batch.top_k[r] > 0 else vocab for r in rows], device=device)
+            k_R = torch.tensor([batch.top_k[r] if batch.top_k[r] > 0 else vocab for r in rows])
+            k_R = upload(k_R, device)
             tokens_R[index] = _draw_filtered(probs_RV, k_R, column(batch.top_p, rows), u_R)
 
 
