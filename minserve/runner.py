@@ -173,7 +173,7 @@ class Runner:
         x_TD, residual_TD = self._forward(prepared)
         prompts = tuple(self._prompt_logprobs(p, x_TD, residual_TD) for p in inputs.prompt_rows)
         if not inputs.sampled_rows_R:
-            return _Pending(inputs, None, None, prompts, None)
+            return _Pending(inputs, None, None, prompts, self._mark())
         rows_R = self._up(inputs.sampled_rows_R)
         s = sample(self._head(x_TD[rows_R], residual_TD[rows_R]), inputs.sampling)
         write_R = self._up(inputs.write_index_R)
@@ -201,13 +201,19 @@ class Runner:
         logprobs: list[TokenLogprobs | None] | None,
         prompts: tuple[PromptLogprobs, ...],
     ) -> _Pending:
-        if tokens_2R.device.type == "cpu":
+        if not self.on_gpu:
             return _Pending(inputs, tokens_2R, logprobs, prompts, None)
         host = torch.empty(tokens_2R.shape, dtype=tokens_2R.dtype, pin_memory=True)
         host.copy_(tokens_2R, non_blocking=True)
+        return _Pending(inputs, host, logprobs, prompts, self._mark())
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """Fires when a GPU has done all that was enqueued so far.  Every step has one, or the host would run ahead."""
+        if not self.on_gpu:
+            return None
         event = torch.cuda.Event()
         event.record()
-        return _Pending(inputs, host, logprobs, prompts, event)
+        return event
 
     def _prompt_logprobs(self, p: PromptRows, x_TD: Tensor, residual_TD: Tensor) -> PromptLogprobs:
         values: list[TokenLogprobs | None] = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minserve import LLM, SamplingParams
+from minserve.engine import EngineRequest
 from tests.tiny import write_llama
 
 PROMPTS = [[5, 9, 200, 33, 7], list(range(100)), [1]]
@@ -51,3 +52,13 @@ def test_enqueueing_a_step_does_not_wait_for_the_device(folder: Path) -> None:
 
         llm.engine.runner.execute = watched
         assert [len(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, params)] == [8, 8, 8]
+
+
+def test_the_host_is_one_step_ahead_and_no_more(folder: Path) -> None:
+    small = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    with LLM(folder, device="cuda:0", pool_bytes=8 << 20, **small) as llm:
+        llm.engine.add(EngineRequest(rid=1, prompt=tuple(range(100)), params=SamplingParams()))
+        llm.engine.step()
+        ((plan, handle),) = llm.engine._flights
+        assert not plan.chunks[0].samples
+        assert handle._pending.result().event is not None
