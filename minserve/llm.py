@@ -4,8 +4,12 @@ Names of arguments, outputs and fields are vLLM's, so that code written for it r
 kernels as the server's; no HTTP and no other process.
 """
 
+import numbers
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +26,8 @@ from minserve.sampler import TokenLogprobs
 from minserve.sampling import SamplingParams
 from minserve.text import AnswerText, Tokenizer
 
-Prompt = str | Sequence[int]
+# vLLM's forms: a text, token ids (of numpy or torch too), or either in a dict
+Prompt = str | Sequence[int] | Mapping[str, Any]
 MAX_QUEUED = 1_000_000
 
 
@@ -138,33 +143,41 @@ class LLM:
 
         `prompts`: a text, token ids, or a list of either.  The bar shows on a terminal unless `use_tqdm` says so.
         """
+        self._check_open()
         asked = _listed(prompts)
-        params = self._spread(sampling_params, len(asked))
+        params = _spread(sampling_params, len(asked))
         ids = [self._encode(p) for p in asked]
         results = [
             RequestOutput(str(i), p if isinstance(p, str) else None, t, [])
             for i, (p, t) in enumerate(zip(asked, ids, strict=True))
         ]
         answers: dict[int, tuple[RequestOutput, _Answer]] = {}
-        try:
-            for result, sampling in zip(results, params, strict=True):
-                for index in range(sampling.n):
-                    output = CompletionOutput(index, "", [])
-                    result.outputs.append(output)
-                    rid = self._add(result.prompt_token_ids, sampling, index)
-                    answers[rid] = (result, _Answer(output, sampling, self.tokenizer))
-            self._run(answers, use_tqdm)
-        finally:
-            # a mistake in the last prompt, or Ctrl-C: nothing of this call stays behind
-            for rid in answers:
-                self.engine.abort(rid)
+        with interrupts_held() as let_in:
+            try:
+                for result, sampling in zip(results, params, strict=True):
+                    for index in range(sampling.n):
+                        output = CompletionOutput(index, "", [])
+                        result.outputs.append(output)
+                        rid = self._add(result.prompt_token_ids, sampling, index)
+                        answers[rid] = (result, _Answer(output, sampling, self.tokenizer))
+                self._run(answers, use_tqdm, let_in)
+            finally:
+                # a mistake in the last prompt, or Ctrl-C: nothing of this call stays behind
+                for rid in answers:
+                    self.engine.abort(rid)
         return results
 
-    def _run(self, answers: dict[int, tuple[RequestOutput, _Answer]], use_tqdm: bool | None) -> None:
+    def _run(
+        self,
+        answers: dict[int, tuple[RequestOutput, _Answer]],
+        use_tqdm: bool | None,
+        let_in: Callable[[], None],
+    ) -> None:
         hidden = not sys.stderr.isatty() if use_tqdm is None else not use_tqdm
         left = set(answers)
         with tqdm(total=len(answers), unit="req", disable=hidden, dynamic_ncols=True) as bar:
             while left:
+                let_in()
                 for event in self.engine.step():
                     if event.rid not in left:
                         continue
@@ -184,25 +197,16 @@ class LLM:
         self.engine.add(EngineRequest(rid=rid, prompt=tuple(prompt), params=params, index=index))
         return rid
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            return prompt
         if self.tokenizer is None:
             raise ValueError("the model folder has no tokenizer.json: pass token ids instead of text")
         return self.tokenizer.encode(prompt)
 
-    def _spread(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        if len(params) != count:
-            raise ValueError(
-                f"sampling_params must be one or one a prompt: got {len(params)} for {count} prompts"
-            )
-        return list(params)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this LLM has been closed: make a new one")
 
     def chat(
         self, messages: list[dict[str, Any]], sampling_params: SamplingParams | None = None
@@ -215,6 +219,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits [T, V] on the CPU of every position of one sequence, computed as a prompt."""
+        self._check_open()
         if self.engine.has_work:
             raise ValueError("logits needs an idle engine: finish or abort the running requests first")
         return self._local.logits(tuple(token_ids))
@@ -234,18 +239,74 @@ class LLM:
         self.close()
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, a text or token ids, becomes a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    ids = [p for p in prompts if isinstance(p, int)]
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until the function yielded here is called, or the end: in the middle of a step it would leave the
+    Batcher and the steps under way at odds.  Elsewhere than in the main thread none can come."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: None
+        return
+    held: list[tuple[int, Any]] = []
+
+    def let_in() -> None:
+        if held:
+            number, frame = held[0]
+            held.clear()
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield let_in
+    finally:
+        signal.signal(signal.SIGINT, before)
+        let_in()
+
+
+def _listed(prompts: Any) -> list[str | list[int]]:
+    """Texts and token ids; one prompt becomes a list of one."""
+    prompts = _plain(prompts)
+    if not isinstance(prompts, list | tuple):
+        return [_read_prompt(prompts)]
+    ids = [p for p in prompts if isinstance(p, numbers.Integral)]
     if not ids:
-        return [p for p in prompts if not isinstance(p, int)]
+        return [_read_prompt(p) for p in prompts]
     if len(ids) < len(prompts):
         raise ValueError(
             "prompts must be a text, token ids, or a list of either: got token ids mixed with others"
         )
-    return [ids]
+    return [_read_prompt(prompts)]
+
+
+def _read_prompt(given: Any) -> str | list[int]:
+    known = {"prompt", "prompt_token_ids"}
+    if isinstance(given, Mapping) and len(given) == 1 and known >= set(given):
+        given = next(iter(given.values()))
+    given = _plain(given)
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list | tuple) and all(isinstance(t, numbers.Integral) for t in given):
+        return [int(t) for t in given]
+    says = "a text, a list of token ids, or a dict with one of them as prompt or prompt_token_ids"
+    raise ValueError(f"a prompt must be {says}, got {given!r:.80}")
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _spread(params: Any, count: int) -> list[SamplingParams]:
+    """One SamplingParams for each prompt."""
+    params = SamplingParams() if params is None else params
+    listed = [params] * count if isinstance(params, SamplingParams) else params
+    if not isinstance(listed, list | tuple) or not all(isinstance(p, SamplingParams) for p in listed):
+        raise ValueError(f"sampling_params must be SamplingParams, or a list of them, got {params!r:.80}")
+    if len(listed) != count:
+        raise ValueError(
+            f"sampling_params must be one or one a prompt: got {len(listed)} for {count} prompts"
+        )
+    return list(listed)
 
 
 def kl_divergence(reference_TV: Tensor, other_TV: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_LOGIT_BIAS = 300
+FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
 INT64 = range(-(2**63), 2**63)
 
 
@@ -62,9 +63,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # lists and a bare stop string are accepted from callers, tuples are kept
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if value is not None and not isinstance(value, list | tuple | set | frozenset):
+                raise ValueError(f"{name} must be a list, got {value!r:.80}")
+            object.__setattr__(self, name, tuple(value or ()))
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         self._check_lengths()
         self._check_numbers()
         self._check_stops()
@@ -106,6 +112,8 @@ class SamplingParams:
             _integer("stop_token_ids", t, 0, 2**31)
         if self.logit_bias is None:
             return
+        if not isinstance(self.logit_bias, dict):
+            raise ValueError(f"logit_bias must be a dict of token ids, got {self.logit_bias!r:.80}")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(
                 f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}"

@@ -279,8 +279,8 @@ class ChatTemplate:
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text.  ValueError where the messages do not suit the template; may take RENDER_DEADLINE_S."""
-        if len(messages) > MAX_MESSAGES:
-            raise ValueError(f"messages may hold at most {MAX_MESSAGES} entries, got {len(messages)}")
+        if not 1 <= len(messages) <= MAX_MESSAGES:
+            raise ValueError(f"messages must hold 1 to {MAX_MESSAGES} entries, got {len(messages)}")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message needs add_generation_prompt=false")
         shadowed = TEMPLATE_NAMES & set(extra or ())
