@@ -1,7 +1,4 @@
-"""Facts about the machine a kernel runs on, and the way there; nothing else in this package asks a device anything.
-
-The SM count is read in the process that launches: under an MPS share the runtime reports the visible part only.
-"""
+"""What the CPU can do, and the way to a GPU; nothing else in this package asks a machine anything."""
 
 import functools
 from typing import NamedTuple
@@ -10,22 +7,9 @@ import torch
 from torch import Tensor
 
 
-class DeviceFacts(NamedTuple):
-    sm_count: int
-    shared_bytes: int
-    capability: tuple[int, int]
-
-
 class CpuFacts(NamedTuple):
     bf16: bool  # multiplies bf16 in hardware
     vnni: bool  # multiplies int8 into int32 without saturating in between
-
-
-@functools.cache
-def device_facts(index: int) -> DeviceFacts:
-    props = torch.cuda.get_device_properties(index)
-    shared = getattr(props, "shared_memory_per_block_optin", 48 * 1024)
-    return DeviceFacts(props.multi_processor_count, shared, (props.major, props.minor))
 
 
 @functools.cache

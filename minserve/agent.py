@@ -19,11 +19,11 @@ from pathlib import Path
 from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
-from minserve.resolve import ResolvedModel, host_pool_bytes, resolve_model
+from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
 from minserve.shared_memory import create_memfd
 from minserve.slab_table import PoolCounts, SlabTable
 from minserve.wire import Start
-from sched.slabs import PoolPlan, solve
+from sched.slabs import PoolPlan
 
 log = logging.getLogger("minserve")
 
@@ -69,10 +69,7 @@ def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> Pool:
     """ValueError where the models do not fit into the pool; RuntimeError where a GPU does not give its memory."""
     on_gpu = device.startswith("cuda")
     size = gpu.pool_bytes or (gpu_pool_bytes(device, gpu, models) if on_gpu else host_pool_bytes())
-    shapes = [m.shape for m in models]
-    plan = (
-        solve(shapes, size) if gpu.slab_bytes is None else solve(shapes, size, max_slab_bytes=gpu.slab_bytes)
-    )
+    plan = plan_pool(models, gpu, size)
     table, name = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
     if not on_gpu:
         return Pool(name, device, plan, table, (create_memfd("minserve-slab-pool", plan.pool_bytes),))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minserve.config import Config, GpuConfig
+from minserve.config import Config
 from minserve.engine import Engine
 from minserve.inputs import Join
 from minserve.models import Llama, build_llama
 from minserve.pool import LeasedSets, SlabPool
-from minserve.resolve import ResolvedModel, host_pool_bytes, resolve_model
+from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
 from minserve.rope import rope_tables
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
@@ -21,7 +21,6 @@ from minserve.weights import LoadReport, WeightSource
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits
-from sched.slabs import PoolPlan, solve
 from sched.step import Chunk, Grant, StepPlan
 
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,14 +81,6 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool = True) 
     )
 
 
-def plan_pool(shapes_of: list[ResolvedModel], gpu: GpuConfig, free_bytes: int) -> PoolPlan:
-    """The pool of one GPU for the models on it; `free_bytes` is what it may have where the file says auto."""
-    size = gpu.pool_bytes or free_bytes
-    if gpu.slab_bytes is None:
-        return solve([r.shape for r in shapes_of], size)
-    return solve([r.shape for r in shapes_of], size, max_slab_bytes=gpu.slab_bytes)
-
-
 def device_pool_bytes(device: str, memory_fraction: float) -> int:
     """What a pool may take on this device now, after the weights: of a GPU what is free within its fraction, less a
     margin for activations; of a host a quarter of what is available."""
@@ -115,7 +106,8 @@ class LocalEngine:
         entry, gpu = config.models[0], config.gpus[0]
         resolved = resolve_model(entry, gpu.device)
         model = load_model(resolved, gpu.device)
-        plan = plan_pool([resolved], gpu, device_pool_bytes(gpu.device, gpu.memory_fraction))
+        size = gpu.pool_bytes or device_pool_bytes(gpu.device, gpu.memory_fraction)
+        plan = plan_pool([resolved], gpu, size)
         pool = SlabPool.create(plan, gpu.device)
         sets = LeasedSets(pool, entry.name)
         return cls(resolved, start_engine(model, sets, overlap=overlap), pool, sets, model.report)

@@ -82,8 +82,7 @@ class Llama:
 def build_llama(config: LlamaConfig, source: WeightSource, rope: RopeTables) -> Llama:
     """Takes every tensor of a Llama from `source`; whatever is left there, or missing, is an error naming it."""
     c = config
-    d, kv = c.hidden_size, c.num_kv_heads * c.head_dim
-    q = c.num_heads * c.head_dim
+    d, q, kv = c.hidden_size, c.q_size, c.kv_size
     embed_VD = source.tensor("model.embed_tokens.weight", (c.vocab_size, d))
     blocks = []
     for i in range(c.num_layers):

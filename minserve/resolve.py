@@ -6,9 +6,9 @@ Reads config.json, no weights, and needs no torch: the agent plans the pool of a
 from dataclasses import dataclass
 
 from kernels.kv_layout import KvLayout
-from minserve.config import ModelEntry
+from minserve.config import GpuConfig, ModelEntry
 from minserve.model_config import LlamaConfig
-from sched.slabs import ModelShape
+from sched.slabs import MAX_SLAB_BYTES, ModelShape, PoolPlan, solve
 
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -65,6 +65,11 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
         layout=layout,
         max_model_len=max_model_len,
     )
+
+
+def plan_pool(models: list[ResolvedModel], gpu: GpuConfig, size: int) -> PoolPlan:
+    """The pool of `size` bytes that these models share; ValueError where they do not fit into it."""
+    return solve([m.shape for m in models], size, max_slab_bytes=gpu.slab_bytes or MAX_SLAB_BYTES)
 
 
 def longest_window(config: LlamaConfig) -> int:
