@@ -125,7 +125,7 @@ def whole(
     created: int,
     model: str,
     chat: bool,
-    choices: list[dict[str, Any]],
+    choices: list[orjson.Fragment],
     tally: dict[str, int],
 ) -> bytes:
     """The body of an answer that is not streamed."""
@@ -134,15 +134,11 @@ def whole(
     return orjson.dumps(head | {"choices": choices, "usage": tally})
 
 
-def choice(index: int, text: str, chat: bool, logprobs: Any, finish: tuple[str, Any]) -> dict[str, Any]:
+def choice(index: int, text: str, chat: bool, logprobs: Any, finish: tuple[str, Any]) -> orjson.Fragment:
+    """One answer, encoded: the body is then put together at once, however long its parts."""
     said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    return {
-        "index": index,
-        **said,
-        "logprobs": logprobs,
-        "finish_reason": finish[0],
-        "stop_reason": finish[1],
-    }
+    end = {"logprobs": logprobs, "finish_reason": finish[0], "stop_reason": finish[1]}
+    return orjson.Fragment(orjson.dumps({"index": index, **said, **end}))
 
 
 def model_object(

@@ -75,7 +75,7 @@ class Sequence:
 
     def lost(self, error: str) -> None:
         # the same request may be sent again: nothing of it is left behind
-        self._job.fail(ApiError(503, error, "worker_died", retry_after_s=1))
+        self._job.fail(ApiError(503, error, self._job.lost_code, retry_after_s=1))
 
 
 @dataclass(slots=True)
@@ -143,6 +143,11 @@ class Job:
         self.error = self.error or error
         self.close()
         self.wake.set()
+
+    @property
+    def lost_code(self) -> str:
+        """Why a worker gave no more answers."""
+        return "shutting_down" if self._front.draining else "worker_died"
 
     def disconnect(self) -> None:
         self.gone = True
@@ -238,7 +243,10 @@ class Frontend:
         given = body.prompts()
         self.check_ready(served)
         self.check_room(served, len(given) * body.n)
-        ids = [await self.encode(served, p, body.add_special_tokens) for p in given]
+        ids = []
+        for prompt in given:
+            ids.append(await self.encode(served, prompt, body.add_special_tokens))
+            await asyncio.sleep(0)  # 256 prompts are no reason for other streams to stand still
         job = Job(self, served, body)
         self._admit(job, ids, params)
         if body.echo:

@@ -89,10 +89,11 @@ class Response:
             await self._news()
         if job.error is not None:
             raise job.error
-        choices = [
-            answers.choice(s.index, self._shown(s), self.chat, self._logprobs(s), s.finish or ("stop", None))
-            for s in job.sequences
-        ]
+        choices = []
+        for s in job.sequences:
+            finish = s.finish or ("stop", None)
+            choices.append(answers.choice(s.index, self._shown(s), self.chat, self._logprobs(s), finish))
+            await asyncio.sleep(0)  # log probabilities may be many: other streams go on in between
         body = answers.whole(self.id, self.created, self.model, self.chat, choices, self._usage())
         await send_body(send, 200, body, [JSON_TYPE])
 

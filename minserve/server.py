@@ -220,7 +220,7 @@ class Pages:
         names = parse_qs(request.url.query).get("model")
         chosen = [self._front.find(n) for n in names] if names else list(self._front.models.values())
         settled = all(s.host.first_load.is_set() for s in chosen)
-        up = [s.entry.name for s in chosen if s.host.state == "ready"]
+        up = [s.entry.name for s in chosen if s.host.state == "ready" and not s.host.stalled]
         good = settled and not self._front.draining and (len(up) == len(chosen) if names else bool(up))
         status = "draining" if self._front.draining else "ready" if good else "not ready"
         return reply({"status": status, "models": up}, 200 if good else 503)
