@@ -31,7 +31,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+        # create_server repeats the address in its own words
+        why = str(error.strerror or error).split(" (while", 1)[0]
+        raise OSError(f"cannot listen on {host} port {port}: {why}") from None
 
 
 def raise_open_files() -> int:

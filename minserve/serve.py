@@ -166,13 +166,13 @@ class Service:
             sys.stderr.write("minserve: no model could be loaded\n")
             return False
         say(f"ready in {time.monotonic() - self._began:.1f} s: {self._url} serves {', '.join(up)}")
-        say(self._curl(up[0]))
+        say(f"try, in another terminal:\n  {self._curl(up[0])}")
         return True
 
     def _curl(self, name: str) -> str:
         key = " -H 'Authorization: Bearer KEY'" if api_keys(self._config.server) else ""
         body = f'{{"model": "{name}", "prompt": "Once upon a time", "max_tokens": 32}}'
-        return f"try: curl {self._url}/v1/completions{key} -H 'content-type: application/json' -d '{body}'"
+        return f"curl {self._url}/v1/completions{key} -H 'content-type: application/json' -d '{body}'"
 
     async def _drain(self) -> None:
         """From the first signal until nothing is under way, time is up, or the second signal."""
@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None, boot: str = BOOT) -> int:
     try:
         config = read_config(args)
         service = Service(config, boot)
-        listener = bind(config.server.host, config.server.port)
+        # a plan can be looked at beside a server that runs
+        listener = None if args.check else bind(config.server.host, config.server.port)
     except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"minserve: {error}\n")
         return 2
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None, boot: str = BOOT) -> int:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level)))
     raise_open_files()
     service.describe()
-    return check(service) if args.check else uvloop.run(service.run(listener))
+    return check(service) if listener is None else uvloop.run(service.run(listener))
 
 
 if __name__ == "__main__":
