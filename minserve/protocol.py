@@ -1,7 +1,7 @@
 """What a client may ask: bodies of the OpenAI routes to validated values, or an ApiError with the status to send.
 
 null means absent, unknown fields are accepted, and a field that would change the answer but is not built is refused.
-Messages of errors are bounded and never repeat the input.  Knows nothing of tokenizers, models or HTTP.
+Messages of errors are bounded, and so is what they show of a value.  Knows nothing of tokenizers, models or HTTP.
 """
 
 from collections.abc import Callable

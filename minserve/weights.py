@@ -131,7 +131,10 @@ class WeightSource:
                 raise ValueError(
                     f"{stored} differs from the embedding, but the config says tie_word_embeddings"
                 )
-            return prepare_linear(embed_VD, None)
+            head = prepare_linear(embed_VD, None)
+            # a CPU packs weights for its matmul: then the head is a second copy of the embedding
+            self.report.other_bytes += head.nbytes if head.form != "dense" else 0
+            return head
         weight = self._shard(name, D, V, online=False)
         if isinstance(weight, QuantWeight):
             raise ValueError(f"{name} is quantized ({weight.scheme}); supported: a plain head")
