@@ -122,8 +122,10 @@ def serve(opener: Opener, argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     channel = Channel(socket.socket(fileno=int(fd)))
     try:
-        (start,) = channel.receive(None)
+        start, *more = channel.receive(None)
         assert isinstance(start, Start), f"the first message must be Start, got {start}"
+        if any(isinstance(message, Stop) for message in more):
+            return  # the server was stopped while this process began
         try:
             engine, loaded = opener(start)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -231,7 +231,13 @@ def check(service: Service) -> int:
 
 def main(argv: Sequence[str] | None = None, boot: str = BOOT) -> int:
     """The exit status.  `boot` is the code of a worker process: tests bring their own."""
-    args = read_arguments(argv)
+    try:
+        return begin(read_arguments(argv), boot)
+    except KeyboardInterrupt:
+        return 130  # before the loop took the signals over
+
+
+def begin(args: argparse.Namespace, boot: str) -> int:
     try:
         config = read_config(args)
         service = Service(config, boot)

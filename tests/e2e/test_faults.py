@@ -153,6 +153,26 @@ def test_sigterm_drains_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
         assert reader.cut
 
 
+def test_a_server_may_be_stopped_while_its_workers_begin(tmp_path: Path) -> None:
+    server = Server(str(two_models(tmp_path)))
+    wait_for(lambda: bool(server.workers()), 20, server.describe)
+    server.signal(signal.SIGINT)
+    assert server.wait() == 0
+    assert "Traceback" not in server.output
+    assert "stopped" in server.output
+
+
+def test_ctrl_c_before_anything_runs_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "load_tokenizers", interrupted)
+    assert serve.main([str(two_models(tmp_path))]) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_a_drain_ends_when_its_time_is_up(tmp_path: Path) -> None:
     with running(two_models(tmp_path, shutdown_timeout_s=0.3)) as server:
         reader = Reader(server, "a", [SLOW], 200)
