@@ -368,7 +368,7 @@ def api_keys(config: ServerConfig) -> tuple[str, ...]:
 def pick_device(device: str) -> str:
     """`auto` becomes cuda:0 where torch can use it, else cpu.  Asks in a child: this process must not open CUDA."""
     if device != "auto":
-        return device
+        return "cuda:0" if device == "cuda" else device
     if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
         return "cpu"
     ask = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"

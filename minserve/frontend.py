@@ -22,6 +22,8 @@ from minserve.wire import Submit, TokenEvent, TokenLogprobs
 # texts this short are tokenized at once, longer ones in a thread
 INLINE_CHARS = 4096
 FINISHES_KEPT = 64
+# log probabilities of prompt tokens in one answer: about 25 bytes each, all held at once
+MAX_ECHOED = 1 << 20
 
 
 class Sequence:
@@ -271,7 +273,14 @@ class Frontend:
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
             if any(t >= vocab for t in ids):
                 raise ApiError(400, f"{name} names a token outside the vocabulary [0, {vocab})", param=name)
-        self.check_room(served, len(prompts) * params.n, params.n * sum(map(len, prompts)))
+        prompt_tokens = params.n * sum(map(len, prompts))
+        if params.prompt_logprobs is not None and prompt_tokens * (params.prompt_logprobs + 1) > MAX_ECHOED:
+            raise ApiError(
+                400,
+                f"echo and logprobs of {prompt_tokens} prompt tokens are too many for one answer.",
+                param="logprobs",
+            )
+        self.check_room(served, len(prompts) * params.n, prompt_tokens)
         job.submit(prompts, params)
         return job
 

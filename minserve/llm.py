@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,70 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minserve.config import Config, pick_device
-from minserve.engine import EngineRequest, TokenEvent
+from minserve.engine import EngineRequest
 from minserve.loading import LocalEngine
+from minserve.outputs import Answer, CompletionOutput, Logprobs, RequestOutput, spelled
 from minserve.sampler import TokenLogprobs
 from minserve.sampling import SamplingParams
-from minserve.text import AnswerText, Tokenizer
+from minserve.text import Tokenizer
 
 # vLLM's forms: a text, token ids (of numpy or torch too), or either in a dict
 Prompt = str | Sequence[int] | Mapping[str, Any]
 MAX_QUEUED = 1_000_000
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One of the n answers to a prompt.  `finish_reason`: stop, length or error (then `error` says why)."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finished: bool = False
-
-
-class _Answer:
-    """Gathers the events of one sequence; text only where there is a tokenizer."""
-
-    def __init__(self, output: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
-        self.output = output
-        wanted = tokenizer if params.detokenize else None
-        self._text = AnswerText(wanted, params) if wanted else None
-
-    def take(self, event: TokenEvent) -> bool:
-        """True when a stop string ended the answer: the engine does not know yet."""
-        out = self.output
-        out.token_ids += event.token_ids
-        if event.logprobs is not None:
-            out.logprobs = [*(out.logprobs or []), *event.logprobs]
-        if self._text is not None:
-            for i, token_id in enumerate(event.token_ids, 1):
-                ends = event.finish_reason == "stop" and i == len(event.token_ids)
-                out.text += self._text.push(token_id, ends)
-            if self._text.matched is not None:
-                out.finish_reason, out.stop_reason = "stop", self._text.matched
-                return event.finish_reason is None
-        if event.finish_reason is not None:
-            if self._text is not None:
-                out.text += self._text.finish()
-            out.finish_reason, out.stop_reason, out.error = (
-                event.finish_reason,
-                event.stop_reason,
-                event.error,
-            )
-        return False
 
 
 class LLM:
@@ -151,7 +96,7 @@ class LLM:
             RequestOutput(str(i), p if isinstance(p, str) else None, t, [])
             for i, (p, t) in enumerate(zip(asked, ids, strict=True))
         ]
-        answers: dict[int, tuple[RequestOutput, _Answer]] = {}
+        answers: dict[int, tuple[RequestOutput, Answer]] = {}
         with interrupts_held() as let_in:
             try:
                 for result, sampling in zip(results, params, strict=True):
@@ -159,7 +104,7 @@ class LLM:
                         output = CompletionOutput(index, "", [])
                         result.outputs.append(output)
                         rid = self._add(result.prompt_token_ids, sampling, index)
-                        answers[rid] = (result, _Answer(output, sampling, self.tokenizer))
+                        answers[rid] = (result, Answer(output, sampling, self.tokenizer))
                 self._run(answers, use_tqdm, let_in)
             finally:
                 # a mistake in the last prompt, or Ctrl-C: nothing of this call stays behind
@@ -169,7 +114,7 @@ class LLM:
 
     def _run(
         self,
-        answers: dict[int, tuple[RequestOutput, _Answer]],
+        answers: dict[int, tuple[RequestOutput, Answer]],
         use_tqdm: bool | None,
         let_in: Callable[[], None],
     ) -> None:
@@ -183,13 +128,19 @@ class LLM:
                         continue
                     result, answer = answers[event.rid]
                     if event.prompt_logprobs is not None:
-                        result.prompt_logprobs = list(event.prompt_logprobs)
+                        result.prompt_logprobs = self._spell_prompt(result, event.prompt_logprobs)
                     if answer.take(event):
                         self.engine.abort(event.rid)
                     if answer.output.finish_reason is not None:
                         left.discard(event.rid)
                         result.finished = all(o.finish_reason for o in result.outputs)
                         bar.update()
+
+    def _spell_prompt(
+        self, result: RequestOutput, found: Sequence[TokenLogprobs | None]
+    ) -> list[Logprobs | None]:
+        pairs = zip(result.prompt_token_ids, found, strict=True)
+        return [None if lp is None else spelled(t, lp, self.tokenizer) for t, lp in pairs]
 
     def _add(self, prompt: list[int], params: SamplingParams, index: int) -> int:
         rid = self._next_rid

@@ -33,9 +33,19 @@ class LoadedModel:
     report: LoadReport
 
 
+def check_cuda(device: str) -> None:
+    """ValueError where this machine, or this build of torch, has no such GPU."""
+    count = torch.cuda.device_count()
+    if torch.device(device).index >= count:
+        raise ValueError(
+            f"device must be cpu, or one of the {count} GPUs that torch {torch.__version__} sees, got {device!r}"
+        )
+
+
 def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
     """Reads and prepares all weights; ValueError names a tensor that is missing, left over or of the wrong shape."""
     if device.startswith("cuda"):
+        check_cuda(device)
         torch.cuda.set_device(device)  # kernels launch on the current device
     config = resolved.config
     rope = rope_tables(config, resolved.max_model_len, device)

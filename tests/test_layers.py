@@ -31,7 +31,7 @@ ORDER = {
         model_config rope checkpoint resolve linear weights
         slab_words shared_memory slab_table cuda_memory pool keeper
         models sampler inputs runner engine loading
-        text llm
+        text outputs llm
         wire host agent protocol answers loop worker frontend listener responses server serve
     """,
 }

@@ -135,6 +135,10 @@ def prompts(vocab: int, window: int) -> Iterator[Case]:
     yield case("prompt too long", 400, ask(prompt="x" * 1_000_000))
     yield case("prompt too long", 400, ask(prompt="word " * window))
     yield case("prompt too long", 400, talk(messages=[{"role": "user", "content": "x " * 5000}]), CHAT)
+    # a small body must not ask for an answer of a hundred megabytes
+    echo = {"echo": True, "max_tokens": 1, "prompt": [[1] * (window - 2)] * 256}
+    rows = (1 << 20) // (256 * (window - 2))
+    yield case("echo too long", 400 if rows <= 20 else 200, ask(**echo, logprobs=min(20, rows)))
     for value in ("gpt", "", "a ", "A", "../a", "x" * 5000, "a\0", "a\u202e"):
         yield case("unknown model", 404, ask(model=value))
     for value in (1, [], {}, True):

@@ -156,16 +156,26 @@ def test_logprobs_are_those_of_logits(llm: LLM) -> None:
     out = result.outputs[0]
     lp = llm.logits(PROMPT + out.token_ids).log_softmax(-1)
     assert out.logprobs is not None
-    for i, (token, got) in enumerate(zip(out.token_ids, out.logprobs, strict=True)):
+    for i, (token, found) in enumerate(zip(out.token_ids, out.logprobs, strict=True)):
         row = lp[len(PROMPT) - 1 + i]
-        assert got.logprob == pytest.approx(row[token].item(), abs=1e-4)
-        assert got.rank == (row > row[token]).sum().item() + 1
-        assert [t for t, _ in got.top] == row.topk(3).indices.tolist()
+        assert found[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert found[token].rank == (row > row[token]).sum().item() + 1
+        assert [t for t, x in found.items() if x.rank <= 3] == row.topk(3).indices.tolist()
+        assert found[token].decoded_token == llm.tokenizer.token_text(token)
+    assert out.cumulative_logprob == pytest.approx(
+        sum(found[t].logprob for t, found in zip(out.token_ids, out.logprobs, strict=True))
+    )
     assert result.prompt_logprobs is not None
     assert result.prompt_logprobs[0] is None
-    for i, got in enumerate(result.prompt_logprobs[1:], start=1):
-        assert got.logprob == pytest.approx(lp[i - 1, PROMPT[i]].item(), abs=1e-4)
-        assert len(got.top) == 2
+    for i, found in enumerate(result.prompt_logprobs[1:], start=1):
+        assert found[PROMPT[i]].logprob == pytest.approx(lp[i - 1, PROMPT[i]].item(), abs=1e-4)
+        assert len(found) in (2, 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"device must be cpu.*got 'cuda:0'"):
+        LLM(folder, device="cuda", pool_bytes=8 << 20)
 
 
 def test_prompt_alone(llm: LLM) -> None:
@@ -336,6 +346,7 @@ def test_weights_are_loaded_with_their_gpu_current(folder: Path, monkeypatch: py
         raise LookupError(device)  # as far as a machine without a GPU can go
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LookupError, match="cuda:1"):
         load_model(resolve_model(entry, "cpu"), "cuda:1")
 
