@@ -25,7 +25,7 @@ from examples.demo_text import draw
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 MAX_NEW = 224
-# weights and activations, keys and values; auto is the checkpoint's own float16
+# weights and activations, keys and values; auto is what the device computes this checkpoint in
 WEIGHTS = ("auto", "w8a8-int8", "w4a8-int8")
 KV_FORMATS = ("auto", "int8", "int4")
 Answer = Callable[[list[list[int]]], list[list[int]]]
@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace, items: list[Item]) -> list[dict[str, Any]]
 
     for quantization, kv in product(args.weights, args.kv):
         with LLM(str(args.model), quantization=quantization, kv_dtype=kv) as llm:
-            names = ("fp16" if name == "auto" else name for name in (quantization, kv))
+            names = (llm.dtype if name == "auto" else name for name in (quantization, kv))
             run(*names, minserve_answers(llm))
     return rows
 

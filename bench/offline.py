@@ -3,9 +3,9 @@
     python -m bench.offline                      # a random 150M bf16 Llama, batch 1 and 32
     python -m bench.offline --model DIR --batch 8 --prompt 256 --new 64
 
-Decode is what the tokens after the first cost: (B * (new - 1)) / (time of `new` tokens - time of one token).  Prefill
-is the prompt tokens over the time of one token.  Every arm runs in turn, `--repeats` times; the table shows medians
-and the spread, the last line is one JSON object.  Nothing is compared that does not decode the same number of tokens.
+Decode is what the tokens after the first cost: (B * (new - 1)) / (time of `new` tokens - time of one token), medians
+of both times.  Prefill is the prompt tokens over the time of one token.  Every arm runs in turn, `--repeats` times;
+the spread is that of single turns, the last line is one JSON object.  Nothing is compared that does not decode the same number of tokens.
 A CPU without bf16 instructions runs transformers' bf16 far below its fp32, so there both are baselines (`x best HF`
 is against the faster one), and ours runs in both types too.
 """
@@ -130,12 +130,13 @@ def measure(arms: dict[str, Arm], load: Load, vocab: int, repeats: int) -> dict[
 
 def rates(timings: list[Timing], load: Load) -> dict[str, float]:
     decode = [load.batch * (load.new - 1) / (t.all_s - t.first_s) for t in timings]
-    prefill = [load.batch * load.prompt / t.first_s for t in timings]
+    first_s = statistics.median(t.first_s for t in timings)
+    all_s = statistics.median(t.all_s for t in timings)
     return {
-        "decode_tok_s": round(statistics.median(decode), 1),
+        "decode_tok_s": round(load.batch * (load.new - 1) / (all_s - first_s), 1),
         "decode_min": round(min(decode), 1),
         "decode_max": round(max(decode), 1),
-        "prefill_tok_s": round(statistics.median(prefill), 1),
+        "prefill_tok_s": round(load.batch * load.prompt / first_s, 1),
     }
 
 
@@ -209,14 +210,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--prompt", type=int, help="prompt tokens; default 512, on a CPU 16")
-    parser.add_argument("--new", type=int, help="generated tokens; default 128, on a CPU 16")
+    parser.add_argument("--new", type=int, help="generated tokens; default 128, on a CPU 24")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--continuous", action="store_true", help="transformers' continuous batching too (slow on a CPU)"
     )
     args = parser.parse_args()
     cpu = args.device == "cpu"
-    args.prompt, args.new = args.prompt or (16 if cpu else 512), args.new or (16 if cpu else 128)
+    args.prompt, args.new = args.prompt or (16 if cpu else 512), args.new or (24 if cpu else 128)
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
         path = args.model or write_model(Path(scratch))

@@ -78,6 +78,11 @@ class LLM:
     def max_model_len(self) -> int:
         return self._local.resolved.max_model_len
 
+    @property
+    def dtype(self) -> str:
+        """What the model computes in, `auto` resolved: fp32, bf16 or fp16."""
+        return self._local.resolved.dtype
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
