@@ -2,8 +2,8 @@
 
 T tokens, N outputs, K inputs.  Reads N*K: bandwidth-bound until T is in the hundreds.  A prepared weight holds a single
 copy; the caller drops the checkpoint's.  Forms: `dense` (CUDA, float32: the library's own), `packed` (a CPU with bf16
-instructions: oneDNN's layout), `upcast` (16 bit on any other CPU: w^T, widened block by block to float32, because such
-a CPU emulates 16-bit products at a fifth of the speed of float32 ones).
+instructions: oneDNN's layout), `wide` (16 bit on any other CPU: widened to float32 once, twice the bytes, because such
+a CPU emulates 16-bit products at a fraction of the speed of float32 ones: docs/log.md).
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,6 @@ from torch import Tensor
 from kernels.launch import cpu_facts
 from kernels.spec import Case, Cost, KernelSpec, case
 
-# rows of w^T widened at a time: a 64 x 5632 float32 block stays in a 2 MiB L2 cache.  Xeon with AVX-512 without bf16,
-# one thread, 1024 -> 5632, T = 8 / 128: 1.9 / 20 ms, against 4.0 / 96 ms of F.linear in bf16 (docs/log.md)
-UPCAST_ROWS = 64
 # deterministic results are computed in tiles of this many rows, so that no row sees how many others there are
 TILE_ROWS = 16
 
@@ -29,12 +26,11 @@ class PreparedLinear:
     bias_N: Tensor | None
     out_features: int
     in_features: int
-    dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
         bias = 0 if self.bias_N is None else self.bias_N.nbytes
-        return self.out_features * self.in_features * self.dtype.itemsize + bias
+        return self.out_features * self.in_features * self.weight.dtype.itemsize + bias
 
 
 def pick_form(weight_NK: Tensor) -> str:
@@ -45,7 +41,7 @@ def pick_form(weight_NK: Tensor) -> str:
     )
     if weight_NK.dtype == torch.bfloat16 and cpu_facts().bf16 and packs:
         return "packed"
-    return "upcast"
+    return "wide"
 
 
 def prepare_linear(
@@ -57,26 +53,13 @@ def prepare_linear(
     weight = weight_NK
     if form == "packed":
         weight = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), 2 * TILE_ROWS)
-    elif form == "upcast":
-        weight = weight_NK.t().contiguous()
-    return PreparedLinear(form, weight, bias_N, N, K, weight_NK.dtype)
+    elif form == "wide":
+        weight, bias_N = weight_NK.float(), None if bias_N is None else bias_N.float()
+    return PreparedLinear(form, weight, bias_N, N, K)
 
 
 def linear_ref(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return F.linear(x_TK, weight_NK, bias_N)
-
-
-def _upcast(x_TK: Tensor, p: PreparedLinear, tile: int) -> Tensor:
-    """Accumulates in float32 over blocks of inputs; `tile` rows of x at a time."""
-    T, K, N = x_TK.shape[0], p.in_features, p.out_features
-    wide_TK = x_TK.float()
-    y_TN = torch.zeros(T, N) if p.bias_N is None else p.bias_N.float().repeat(T, 1)
-    buffer = torch.empty(min(UPCAST_ROWS, K), N)
-    for k in range(0, K, UPCAST_ROWS):
-        block = buffer[: K - k].copy_(p.weight[k : k + UPCAST_ROWS])
-        for t in range(0, T, tile):
-            y_TN[t : t + tile].addmm_(wide_TK[t : t + tile, k : k + UPCAST_ROWS], block)
-    return y_TN.to(x_TK.dtype)
 
 
 def _multiply(x_TK: Tensor, p: PreparedLinear) -> Tensor:
@@ -84,11 +67,7 @@ def _multiply(x_TK: Tensor, p: PreparedLinear) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x_TK, p.weight, p.bias_N, "none", [], "")
     if p.form == "dense":
         return F.linear(x_TK, p.weight, p.bias_N)
-    if x_TK.shape[0] == 1 and x_TK.dtype == torch.bfloat16:
-        # one row has no product to reuse a widened block for
-        y_TN = x_TK @ p.weight
-        return y_TN if p.bias_N is None else y_TN + p.bias_N
-    return _upcast(x_TK, p, max(1, x_TK.shape[0]))
+    return F.linear(x_TK.float(), p.weight, p.bias_N).to(x_TK.dtype)
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
@@ -104,8 +83,6 @@ def linear(x_TK: Tensor, p: PreparedLinear, deterministic: bool = False) -> Tens
     if not deterministic or T == 0:
         return _multiply(x_TK, p) if T else x_TK.new_zeros(0, p.out_features)
     padded = pad_rows(x_TK, TILE_ROWS)
-    if p.form == "upcast":
-        return _upcast(padded, p, TILE_ROWS)[:T]
     return torch.cat([_multiply(tile.clone(), p) for tile in padded.split(TILE_ROWS)])[:T]
 
 

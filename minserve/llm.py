@@ -36,8 +36,8 @@ class LLM:
 
     `quantization`: auto (what the checkpoint is), none, w8a8-int8 or w4a8-int8 (quantized at load).  `kv_dtype`: auto,
     fp32, bf16, fp16, int8, int4.  `pool_bytes`: size of the KV slab pool, auto where None.  `deterministic`: a request
-    gets the same tokens whatever else runs, slower.  `overlap`: plan a step while the one before runs.  Other keywords
-    are keys of a model in examples/full.yaml (max_num_seqs, max_num_batched_tokens, reserve_tokens, ...).
+    gets the same tokens whatever else runs, slower.  `overlap`: plan a step while the one before runs; default on a GPU
+    only.  Other keywords are keys of a model in examples/full.yaml (max_num_seqs, max_num_batched_tokens, reserve_tokens, ...).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LLM:
         deterministic: bool = False,
         **keys: Any,
     ) -> None:
-        overlap = bool(keys.pop("overlap", True))
+        overlap = keys.pop("overlap", None)
         # a batch is handed over whole, however long: only a server has callers to turn away
         keys.setdefault("max_queued_requests", MAX_QUEUED)
         config = Config.single(

@@ -59,8 +59,13 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         return LoadedModel(resolved, build_llama(config, source, rope), source.report)
 
 
-def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool = True) -> Engine:
-    """An engine that takes its blocks from `sets`."""
+def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None = None) -> Engine:
+    """An engine that takes its blocks from `sets`.
+
+    `overlap` None: on a GPU.  A CPU has nothing to hide, and a second thread with OpenMP's behind it makes libgomp
+    throttle all of them: decode at batch 1 fell from 56 to 36 tokens/s (docs/log.md).
+    """
+    overlap = sets.pool.bytes.is_cuda if overlap is None else overlap
     r = model.resolved
     blocks = BlockPool(sets, sets.shape.slots, r.layout.block_tokens)
     limits = Limits(
@@ -112,7 +117,7 @@ class LocalEngine:
     report: LoadReport
 
     @classmethod
-    def start(cls, config: Config, *, overlap: bool = True) -> "LocalEngine":
+    def start(cls, config: Config, *, overlap: bool | None = None) -> "LocalEngine":
         entry, gpu = config.models[0], config.gpus[0]
         resolved = resolve_model(entry, gpu.device)
         model = load_model(resolved, gpu.device)

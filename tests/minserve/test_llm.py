@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(folder, device="cpu", dtype="fp32", pool_bytes=8 << 20) as llm:
+    # overlapped as on a GPU: the harder case for aborts, stops and failures
+    with LLM(folder, device="cpu", dtype="fp32", pool_bytes=8 << 20, overlap=True) as llm:
         yield llm
 
 

@@ -183,7 +183,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alone": {"one_by_one": True},
     "chunks of 16": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
     "two at a time": {"max_num_seqs": 2},
-    "no overlap": {"overlap": False},
+    "overlap": {"overlap": True},
 }
 
 
@@ -205,12 +205,20 @@ def hog_all_but(llm: LLM, tokens: int) -> None:
         assert sets.lease(urgent=True) is not None
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "int8", "int4"])
-def test_preempted_requests_give_the_same_tokens(kv_dtype: str, model: Path) -> None:
+@pytest.mark.parametrize(
+    ("kv_dtype", "overlap"), [("fp32", False), ("fp32", True), ("int8", True), ("int4", False)]
+)
+def test_preempted_requests_give_the_same_tokens(kv_dtype: str, overlap: bool, model: Path) -> None:
     asked = prompts(300, (30, 40, 50, 60, 20, 10, 55, 45), seed=2)
     want = tokens_of(model, asked, kv_dtype=kv_dtype)
     with LLM(
-        model, device="cpu", dtype="fp32", kv_dtype=kv_dtype, pool_bytes=8 << 20, max_model_len=128
+        model,
+        device="cpu",
+        dtype="fp32",
+        kv_dtype=kv_dtype,
+        pool_bytes=8 << 20,
+        max_model_len=128,
+        overlap=overlap,
     ) as llm:
         hog_all_but(llm, tokens=300)  # room for three of the eight
         got = [o.outputs[0].token_ids for o in llm.generate(asked, GREEDY)]
