@@ -115,4 +115,6 @@ def story_fault(text: str, given: dict[str, str] | None = None) -> str | None:
         known = dict(NAMES).get(slots.get("name", ""), "she")
         slots |= {"she": known, "her": HER[known]}
         rest = rest[match.end() :].lstrip(" ")
+    if "name" in slots and slots["name"] == slots.get("name2"):
+        return f"both characters are called {slots['name']}"
     return f"goes on after the end: {rest[:60]!r}" if rest else None
