@@ -2,8 +2,8 @@
 
 T tokens, N outputs, K inputs.  Reads N*K: bandwidth-bound until T is in the hundreds.  A prepared weight holds a single
 copy; the caller drops the checkpoint's.  Forms: `dense` (CUDA, float32: the library's own), `packed` (a CPU with bf16
-instructions: oneDNN's layout), `wide` (16 bit on any other CPU: widened to float32 once, twice the bytes, because such
-a CPU emulates 16-bit products at a fraction of the speed of float32 ones: docs/log.md).
+instructions: oneDNN's layout), `upcast` (16 bit on any other CPU: w^T, widened to float32 some outputs at a time,
+because such a CPU emulates 16-bit products of several rows at a fraction of the speed of float32 ones).
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,11 @@ from torch import Tensor
 from kernels.launch import cpu_facts
 from kernels.spec import Case, Cost, KernelSpec, case
 
+# weights widened at a time: 2 MiB of float32 stay in the L2 cache.  All linears of a 150M step on two cores with AVX-512
+# but no bf16, T = 1 / 8 / 32: 14 / 52 / 75 ms; float32 weights 18 / 48 / 61; F.linear in bf16 19 / 64 at 1 / 8 (docs/log.md)
+UPCAST_WEIGHTS = 1 << 19
+# so few rows go one by one through the bf16 product, which reads half the bytes
+FEW_ROWS = 3
 # deterministic results are computed in tiles of this many rows, so that no row sees how many others there are
 TILE_ROWS = 16
 
@@ -41,7 +46,7 @@ def pick_form(weight_NK: Tensor) -> str:
     )
     if weight_NK.dtype == torch.bfloat16 and cpu_facts().bf16 and packs:
         return "packed"
-    return "wide"
+    return "upcast"
 
 
 def prepare_linear(
@@ -53,8 +58,8 @@ def prepare_linear(
     weight = weight_NK
     if form == "packed":
         weight = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), 2 * TILE_ROWS)
-    elif form == "wide":
-        weight, bias_N = weight_NK.float(), None if bias_N is None else bias_N.float()
+    elif form == "upcast":
+        weight = weight_NK.t().contiguous()
     return PreparedLinear(form, weight, bias_N, N, K)
 
 
@@ -62,12 +67,30 @@ def linear_ref(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) ->
     return F.linear(x_TK, weight_NK, bias_N)
 
 
+def _upcast(x_TK: Tensor, p: PreparedLinear, tile: int) -> Tensor:
+    """In float32; `tile` rows of x at a time, so that a row's result depends on its tile alone."""
+    T, K, N = x_TK.shape[0], p.in_features, p.out_features
+    wide_TK, y_TN = x_TK.float(), torch.empty(T, N)
+    width = max(64, UPCAST_WEIGHTS // K // 64 * 64)
+    buffer = torch.empty(K * min(width, N))
+    for n in range(0, N, width):
+        m = min(width, N - n)
+        block_KM = buffer[: K * m].view(K, m).copy_(p.weight[:, n : n + m])
+        for t in range(0, T, tile):
+            y_TN[t : t + tile, n : n + m] = wide_TK[t : t + tile] @ block_KM
+    return (y_TN if p.bias_N is None else y_TN.add_(p.bias_N)).to(x_TK.dtype)
+
+
 def _multiply(x_TK: Tensor, p: PreparedLinear) -> Tensor:
     if p.form == "packed":
         return torch.ops.mkldnn._linear_pointwise(x_TK, p.weight, p.bias_N, "none", [], "")
     if p.form == "dense":
         return F.linear(x_TK, p.weight, p.bias_N)
-    return F.linear(x_TK.float(), p.weight, p.bias_N).to(x_TK.dtype)
+    T = x_TK.shape[0]
+    if T > FEW_ROWS or x_TK.dtype != torch.bfloat16:
+        return _upcast(x_TK, p, T)
+    y_TN = torch.cat([row @ p.weight for row in x_TK.split(1)])
+    return y_TN if p.bias_N is None else y_TN + p.bias_N
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
@@ -83,6 +106,8 @@ def linear(x_TK: Tensor, p: PreparedLinear, deterministic: bool = False) -> Tens
     if not deterministic or T == 0:
         return _multiply(x_TK, p) if T else x_TK.new_zeros(0, p.out_features)
     padded = pad_rows(x_TK, TILE_ROWS)
+    if p.form == "upcast":
+        return _upcast(padded, p, TILE_ROWS)[:T]
     return torch.cat([_multiply(tile.clone(), p) for tile in padded.split(TILE_ROWS)])[:T]
 
 

@@ -218,8 +218,8 @@ class WeightSource:
         prepared: Prepared
         if isinstance(weight, Tensor):
             prepared, scheme, kernel = prepare_linear(weight, bias), str(self.dtype)[6:], "linear"
-            if prepared.form == "wide":
-                note = "held in float32: this CPU has no 16-bit instructions"
+            if prepared.form == "upcast":
+                note = "computed in float32: this CPU has no 16-bit instructions"
         elif weight.scheme.bits == 8:
             prepared = prepare_w8a8(weight.codes_NK, weight.scale_NQ[:, 0].contiguous(), bias)
             scheme, kernel = str(weight.scheme), "gemm_w8a8"

@@ -69,8 +69,8 @@ def test_a_group_is_cut_into_equal_parts(group, cut):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [(f, torch.bfloat16) for f in ("dense", "packed", "wide")]
-    + [("wide", torch.float16), ("dense", torch.float32)],
+    [(f, torch.bfloat16) for f in ("dense", "packed", "upcast")]
+    + [("upcast", torch.float16), ("dense", torch.float32)],
 )
 def test_every_form_of_a_linear_is_right(form, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -87,8 +87,8 @@ def test_every_form_of_a_linear_is_right(form, dtype):
     [
         ("dense", torch.float32),
         ("packed", torch.bfloat16),
-        ("wide", torch.bfloat16),
-        ("wide", torch.float16),
+        ("upcast", torch.bfloat16),
+        ("upcast", torch.float16),
     ],
 )
 def test_a_deterministic_row_is_the_same_in_every_batch(form, dtype):
@@ -118,8 +118,8 @@ def live_bytes(prepared: PreparedLinear) -> int:
 
 def test_one_copy_of_a_weight_is_kept():
     w = torch.randn(256, 128).bfloat16()
-    prepared = prepare_linear(w, form="wide")
-    assert live_bytes(prepared) == 2 * w.nbytes == prepared.nbytes
+    prepared = prepare_linear(w, form="upcast")
+    assert live_bytes(prepared) == w.nbytes == prepared.nbytes
     gc.collect()
     assert not any(r is prepared for r in gc.get_referrers(w)), "the checkpoint's tensor is held"
     dense = prepare_linear(w, form="dense")
