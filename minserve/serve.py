@@ -171,8 +171,14 @@ class Service:
 
     def _curl(self, name: str) -> str:
         key = " -H 'Authorization: Bearer KEY'" if api_keys(self._config.server) else ""
-        body = f'{{"model": "{name}", "prompt": "Once upon a time", "max_tokens": 32}}'
-        return f"curl {self._url}/v1/completions{key} -H 'content-type: application/json' -d '{body}'"
+        tokenizer = self.front.find(name).tokenizer
+        if tokenizer is not None and tokenizer.chat is not None:
+            path = "chat/completions"
+            ask = '"messages": [{"role": "user", "content": "What is 17 + 25?"}]'
+        else:
+            path, ask = "completions", '"prompt": "Once upon a time"'
+        body = f'{{"model": "{name}", {ask}, "max_tokens": 32, "temperature": 0}}'
+        return f"curl {self._url}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'"
 
     async def _drain(self) -> None:
         """From the first signal until nothing is under way, time is up, or the second signal."""
