@@ -1,5 +1,6 @@
 """What a caller of LLM may pass, what is refused, and Ctrl-C at any moment."""
 
+import contextlib
 import itertools
 import signal
 import threading
@@ -21,7 +22,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = write_tokenizer(write_llama(tmp_path_factory.mktemp("llm"), seed=21))
-    with LLM(folder, device="cpu", dtype="fp32", pool_bytes=8 << 20) as llm:
+    with LLM(folder, device="cpu", dtype="fp32", pool_bytes=8 << 20, overlap=True) as llm:
         yield llm
 
 
@@ -103,12 +104,22 @@ def test_a_closed_llm_says_so(tmp_path: Path) -> None:
             call()
 
 
+@contextlib.contextmanager
+def sigint(handler: Any) -> Iterator[None]:
+    """A suite started in the background inherits an ignored SIGINT: a test of Ctrl-C says what it starts from."""
+    inherited = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("part", ["runner.execute", "batcher.plan", "batcher.advance"])
 def test_ctrl_c_in_any_part_of_a_step_leaves_an_engine_that_works(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, part: str, before: bool
 ) -> None:
-    want, handler, calls = tokens(llm, PROMPT), signal.getsignal(signal.SIGINT), itertools.count()
+    want, handler, calls = tokens(llm, PROMPT), signal.default_int_handler, itertools.count()
     owner, name = getattr(llm.engine, part.split(".")[0]), part.split(".")[1]
     whole = getattr(owner, name)
 
@@ -121,17 +132,30 @@ def test_ctrl_c_in_any_part_of_a_step_leaves_an_engine_that_works(
             signal.raise_signal(signal.SIGINT)
         return done
 
-    with monkeypatch.context() as m:
+    with monkeypatch.context() as m, sigint(handler):
         m.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PROMPT] * 3, SamplingParams(max_tokens=200, ignore_eos=True))
-    assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(signal.SIGINT) is handler
     assert next(calls) < 8, "Ctrl-C waited for more than its step"
     assert tokens(llm, PROMPT) == want
     while llm.engine.has_work:
         llm.engine.step()
     llm.engine.batcher.check()
     assert llm.engine.batcher.blocks.num_live == 0
+
+
+def test_an_ignored_sigint_stays_ignored(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    want, plan = tokens(llm, PROMPT), llm.engine.batcher.plan
+
+    def interrupted(now: float) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return plan(now)
+
+    with monkeypatch.context() as m, sigint(signal.SIG_IGN):
+        m.setattr(llm.engine.batcher, "plan", interrupted)
+        assert tokens(llm, PROMPT) == want
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_other_threads_may_generate(llm: LLM) -> None:
