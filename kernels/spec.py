@@ -5,11 +5,24 @@ they cannot disagree on shapes.  `make` builds canonical arguments (plain tensor
 as they are; a run whose op wants them prepared (packed weights, a pool) names a `prepare` that converts them once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+
+from kernels.launch import GpuFacts
+
+
+class ModelShape(NamedTuple):
+    """The dimensions of a Llama: width, query and KV heads, head dim, feed-forward width, vocabulary."""
+
+    D: int
+    H: int
+    G: int
+    K: int
+    F: int
+    V: int
 
 
 class Cost(NamedTuple):
@@ -48,8 +61,12 @@ def case(dtype: torch.dtype, **dims: Any) -> Case:
 class KernelSpec:
     """`row_args`: positions of the arguments with one row a token; a row of the result depends on that row alone.
 
-    `compiles`: cases, small in what is no constant of the kernel, that launch each of its configurations once.
+    `compiles`: cases, small in what is no constant of the kernel, that launch each of its variants once.
     `invariant`: the keywords a run needs for that to hold bit for bit, where it does not always.
+    `serving`: the cases that serving a model of this shape launches.  `config`: what the launcher picks for a case;
+    `candidates`: what a tuner may try in its place; a Triton run takes either as `config=`.  `small`: a case with the
+    same compile-time constants as this one, small in everything else.
+    `streams`: for a kernel's name, the bytes that one turn of its hot loop reads from memory, given its constexprs.
     """
 
     name: str
@@ -63,6 +80,11 @@ class KernelSpec:
     prepare: Mapping[str, Callable[..., tuple[Any, ...]]] = field(default_factory=dict)
     row_args: tuple[int, ...] = (0,)
     invariant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    serving: Callable[[ModelShape], tuple[Case, ...]] = lambda shape: ()
+    config: Callable[[Case, GpuFacts], Any] | None = None
+    candidates: Callable[[Case, GpuFacts], Iterable[Any]] = lambda case, gpu: ()
+    small: Callable[[Case], Case] = lambda case: case
+    streams: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
 
     def bind(self, run: str, args: tuple[Any, ...], **options: Any) -> Callable[[], Any]:
         """The run as a call without arguments: what is done once (packing) is done here, outside any timing."""

@@ -12,7 +12,7 @@ from tests.source import FOLDERS, PACKAGES, ROOT, files, imported, module
 # a file imports only files before it; a new file gets its place here
 ORDER = {
     "kernels": """
-        spec launch
+        backend launch spec table
         quant_rows rmsnorm silu_mul linear gemm_w8a8 gemm_w4a8
         kv_layout kv_read kv_rows kv_work kv_step kv_case kv_write_triton rope_kv_write
         attn_cpu attn_tile attn_decode attn_prefill attention
