@@ -3,16 +3,18 @@
 Triton 3.6 keeps bf16 and fp8 values as bare bit patterns there: it adds and multiplies them as integers, truncates
 casts to them, and under numpy >= 2.4 cannot run a loop whose bound is known at run time only.  After `repair()` such
 values pass through float32 and torch's own casts (nearest even; fp8 saturates, as on sm_89 and later).
-Not repaired, so not to be used in our kernels: libdevice, tl.dot_scaled, inline assembly, autotune.
+Inline PTX is executed (tests/ptx.py).  Not repaired, so not to be used in our kernels: libdevice, tl.dot_scaled, autotune.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+from tests import ptx
 
 TORCH_DTYPE = {
     tl.float8e4nv: torch.float8_e4m3fn,
@@ -116,8 +118,29 @@ class Repaired:
     def get_bf16(self, value):
         return narrow(np.array([value]), tl.bfloat16)
 
+    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+        dtypes = tuple(np.dtype(interpreter._get_np_dtype(kind)) for kind in types)
+        results = ptx.run(ptx.Call(text, constraints, dtypes, pack), [value.data for value in values])
+        return AsmResults(tuple(map(TensorHandle, results, (kind.scalar for kind in types))))
 
-REPLACED = ("binary_op", "unary_op", "create_fma", "create_clampf", "create_dot", "cast_impl", "get_bf16")
+
+class AsmResults(NamedTuple):
+    handles: tuple[TensorHandle, ...]
+
+    def get_result(self, index: int) -> TensorHandle:
+        return self.handles[index]
+
+
+REPLACED = (
+    "binary_op",
+    "unary_op",
+    "create_fma",
+    "create_clampf",
+    "create_dot",
+    "cast_impl",
+    "get_bf16",
+    "create_inline_asm",
+)
 
 
 def through_float32(stock):
