@@ -3,7 +3,8 @@
 Triton 3.6 keeps bf16 and fp8 values as bare bit patterns there: it adds and multiplies them as integers, truncates
 casts to them, and under numpy >= 2.4 cannot run a loop whose bound is known at run time only.  After `repair()` such
 values pass through float32 and torch's own casts (nearest even; fp8 saturates, as on sm_89 and later).
-Inline PTX is executed (tests/ptx.py).  Not repaired, so not to be used in our kernels: libdevice, tl.dot_scaled, autotune.
+Inline PTX is executed (tests/ptx.py); descriptors of host tensors are right as they are.  Not repaired, so not to
+be used in our kernels: libdevice, tl.dot_scaled, autotune.
 """
 
 from typing import Any, NamedTuple

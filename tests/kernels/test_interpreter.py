@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = [
     pytest.mark.skipif("torch.cuda.is_available()", reason="on a GPU the kernels are compiled"),
@@ -44,6 +45,33 @@ def _dot_kernel(out, a, b, M: tl.constexpr, K: tl.constexpr):
     b_a = tl.load(a + o_m[:, None] * K + o_k[None, :])
     b_b = tl.load(b + o_m[:, None] * K + o_k[None, :])
     tl.store(out + o_m[:, None] * M + o_m[None, :], tl.dot(b_a, tl.trans(b_b)))
+
+
+@triton.jit
+def _descriptor_load_kernel(out, x, i_row, i_column, R: tl.constexpr, N: tl.constexpr):
+    o_n = tl.arange(0, R)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out + o_n, x.load([i_row, i_column]))
+
+
+@triton.jit
+def _descriptor_store_kernel(out, x, i_row, i_column, R: tl.constexpr, N: tl.constexpr):
+    o_n = tl.arange(0, R)[:, None] * N + tl.arange(0, N)[None, :]
+    out.store([i_row, i_column], tl.load(x + o_n))
+
+
+@triton.jit
+def _nested_loops_kernel(out, bounds, STEP: tl.constexpr):
+    total = 0
+    low = tl.load(bounds)
+    high = tl.load(bounds + 1)
+    for i in tl.range(low, high, STEP, num_stages=3, flatten=True, warp_specialize=False):
+        for j in range(low, i):
+            total += 100 * i + j
+    left = high
+    while left > low:
+        left -= 1
+        total += 100000
+    tl.store(out, total)
 
 
 @triton.jit
@@ -129,3 +157,43 @@ def test_loops_with_run_time_bounds():
     out = torch.tensor([2], dtype=torch.int32)
     _count_kernel[(1,)](out, 10, STEP=3)
     assert out.item() == 2 * (0 + 3 + 6 + 9)
+
+
+def test_loops_inside_loops_with_hints_and_a_while():
+    out = torch.zeros(1, dtype=torch.int32)
+    _nested_loops_kernel[(1,)](out, torch.tensor([1, 8], dtype=torch.int32), STEP=2)
+    assert out.item() == sum(100 * i + j for i in range(1, 8, 2) for j in range(1, i)) + 7 * 100000
+
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("left", FP8)
+@pytest.mark.parametrize("right", FP8)
+def test_dot_of_two_fp8_types(left, right):
+    a, b = torch.randint(-8, 9, (2, 16, 32), generator=torch.Generator().manual_seed(0)).float()
+    out = torch.empty(16, 16)
+    _dot_kernel[(1,)](out, a.to(left), b.to(right), M=16, K=32)
+    assert torch.equal(out, a.to(left).float() @ b.to(right).float().T)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.uint8, torch.int8), (torch.uint8, torch.uint8)], ids=str)
+def test_dot_of_unsigned_bytes_is_refused_as_by_the_compiler(dtypes):
+    a, b = (torch.ones(16, 32, dtype=dtype) for dtype in dtypes)
+    with pytest.raises(Exception, match="same dtype|only int8"):
+        _dot_kernel[(1,)](torch.empty(16, 16, dtype=torch.int32), a, b, M=16, K=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_tensor_descriptors_read_zeros_past_the_edge_and_write_nothing_there(dtype):
+    x = torch.randint(1, 100, (5, 48), generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.empty(4, 32, dtype=dtype)
+    _descriptor_load_kernel[(1,)](out, TensorDescriptor.from_tensor(x, [4, 32]), 3, 32, R=4, N=32)
+    expected = torch.zeros(4, 32)
+    expected[:2, :16] = x.float()[3:, 32:]
+    assert torch.equal(out.float(), expected)
+    y = x.clone()
+    _descriptor_store_kernel[(1,)](TensorDescriptor.from_tensor(y, [4, 32]), out, 1, 16, R=4, N=32)
+    expected = x.float()
+    expected[1:, 16:] = out.float()
+    assert torch.equal(y.float(), expected)
