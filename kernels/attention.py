@@ -88,7 +88,7 @@ def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
     qkv_TX = torch.randn(len(context_T2), 3 * c["G"] * c["K"], generator=generator).to(c.dtype)
     one_MK = torch.ones(max(ends.values()), c["K"])
     step = paged.step(context_T2, triton=False)
-    rope_kv_write_cpu(qkv_TX, one_MK, torch.zeros_like(one_MK), paged.pool, step, 1, c["G"])
+    rope_kv_write_cpu(qkv_TX, one_MK, torch.zeros_like(one_MK), paged.pool, step, 1)
     place_T2 = places(*_spans(c))
     q_THK = torch.randn(len(place_T2), c["H"], c["K"], generator=generator).to(c.dtype)
     return q_THK, place_T2, paged, c["K"] ** -0.5

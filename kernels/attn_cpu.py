@@ -1,7 +1,8 @@
 """Attention over the paged pool with torch's own CPU kernels: gather rows, convert the codes once, two batched matmuls.
 
-Everything is computed in fp32 (on a CPU without bf16 units that is as fast as bf16).  int8 and int4: a key's scale
-multiplies its score and a value's scale its probability, so codes are only converted, never dequantized.
+Everything is computed in fp32 (on a CPU without bf16 units that is as fast as bf16).  Quantized formats: a key's scale
+multiplies its score and a value's scale its probability, so codes are only converted, never dequantized; a zero adds
+its multiple of a query's sum to a score, and what the probabilities weigh all of them to, to an output.
 Lanes past a sequence's length may hold NaN: scores there are overwritten, and values (or their scales) are zeroed.
 """
 
@@ -14,6 +15,11 @@ from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_rows import Chunk, DecodeGroup
 from kernels.kv_step import KvStep
 
+SIGNS = -0x7F7F7F7F7F7F7F80  # the uppermost bit of 8 bytes: 128 more or less, modulo 256
+FP8_EXPONENTS = (
+    256.0  # e4m3 bits are those of an fp16 with 2 more bits of exponent, whose value is this much smaller
+)
+
 
 class PartReader:
     """Gathers keys, values and scales of whole blocks as fp32; buffers are reused from group to group of a layer."""
@@ -24,16 +30,18 @@ class PartReader:
         self.keys = _part(words, 0, layout.key_bytes)
         self.values = _part(words, layout.key_bytes, layout.value_bytes)
         if layout.quantized:
-            self.scales = _part(words, layout.key_bytes + layout.value_bytes, layout.scale_bytes)
+            first = layout.key_bytes + layout.value_bytes
+            self.scales = _part(words, first, layout.scale_bytes)
+            self.zeros = _part(words, first + layout.scale_bytes, layout.zero_bytes)
         self.codes = torch.empty(most_blocks * self.keys.shape[1], dtype=torch.int64)
         plain = layout.fmt == "fp32"  # what is gathered is what is multiplied
         self.floats = torch.empty(0 if plain else most_blocks * layout.block_tokens * layout.head_dim)
 
     def key(self, head_X: Tensor, blocks: int) -> Tensor:
-        """[X / blocks, T, K] for the blocks at `head_X`, `blocks` of them a sequence and head."""
+        """[X / blocks, T, K] for the blocks at `head_X`, `blocks` of them a sequence and head; 4 bit: minus 8."""
         codes = self._gather(self.keys, head_X)
         P, K = self.layout.block_tokens, self.layout.head_dim
-        if self.layout.fmt == "int4":
+        if self.layout.bits == 4:
             out = self._floats(len(head_X)).view(-1, blocks * P, K)
             _unpack(
                 codes.view(torch.uint8).view(-1, blocks * P, K // 2), out[..., : K // 2], out[..., K // 2 :]
@@ -42,26 +50,39 @@ class PartReader:
         return self._convert(codes, (-1, blocks * P, K))
 
     def value(self, head_X: Tensor, blocks: int) -> Tensor:
-        """As `key`; for int8 and int4 a transposed view of [X / blocks, K, T]."""
+        """As `key`; for quantized formats a transposed view of [X / blocks, K, T]."""
         codes = self._gather(self.values, head_X)
         P, K = self.layout.block_tokens, self.layout.head_dim
         if not self.layout.quantized:
             return self._convert(codes, (-1, blocks * P, K))
         out_XKNP = self._floats(len(head_X)).view(-1, K, blocks, P)
         out_XNKP = out_XKNP.transpose(1, 2)
-        if self.layout.fmt == "int8":
-            out_XNKP.copy_(codes.view(torch.int8).view(-1, blocks, K, P))
+        if self.layout.bits == 8:
+            typed = _eight_bit(
+                codes if self.layout.fmt == "fp8" else codes.bitwise_xor_(SIGNS), self.layout.fmt
+            )
+            out_XNKP.copy_(typed.view(-1, blocks, K, P))
         else:
             packed = codes.view(torch.uint8).view(-1, blocks, K, P // 2)
             _unpack(packed, out_XNKP[..., : P // 2], out_XNKP[..., P // 2 :])
         return out_XKNP.view(-1, K, blocks * P).mT
 
     def scale(self, head_X: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-        """Scales of keys and of values, [X / blocks, T] each."""
-        pairs = self.scales.index_select(0, head_X).view(torch.float16)
+        """What codes of keys and of values, as `key` and `value` give them, are multiplied by, [X / blocks, T] each."""
+        both = self._pairs(self.scales, head_X, blocks)
+        return both[0], both[1]
+
+    def zero(self, head_X: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """What is added to their multiples, likewise."""
+        scale, zero = (self._pairs(part, head_X, blocks) for part in (self.scales, self.zeros))
+        both = zero.add_(scale, alpha=8)
+        return both[0], both[1]
+
+    def _pairs(self, part: Tensor, head_X: Tensor, blocks: int) -> Tensor:
+        pairs = part.index_select(0, head_X).view(torch.float16)
         split = pairs.view(-1, blocks * self.layout.block_tokens, 2).movedim(2, 0)
         both = split.to(torch.float32, memory_format=torch.contiguous_format)
-        return both[0], both[1]
+        return both.mul_(FP8_EXPONENTS) if self.layout.fmt == "fp8" else both
 
     def _gather(self, part: Tensor, head_X: Tensor) -> Tensor:
         out = self.codes[: len(head_X) * part.shape[1]].view(len(head_X), -1)
@@ -71,7 +92,10 @@ class PartReader:
         return self.floats[: num_blocks * self.layout.block_tokens * self.layout.head_dim]
 
     def _convert(self, codes: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        typed = codes.view(FLOAT_DTYPES.get(self.layout.fmt, torch.int8)).view(shape)
+        fmt = self.layout.fmt
+        typed = (_eight_bit(codes, fmt) if self.layout.quantized else codes.view(FLOAT_DTYPES[fmt])).view(
+            shape
+        )
         if typed.dtype == torch.float32:
             return typed
         return self._floats(len(codes)).view(shape).copy_(typed)
@@ -81,6 +105,15 @@ def _part(words: Tensor, first_byte: int, num_bytes: int) -> Tensor:
     """Rows of `num_bytes` starting at every word: row i is the part of the head block that begins at word i."""
     width, offset = num_bytes // 8, first_byte // 8
     return words.as_strided((len(words) - offset - width + 1, width), (1, 1), words.storage_offset() + offset)
+
+
+def _eight_bit(codes: Tensor, fmt: str) -> Tensor:
+    """Signed codes in a type that converts fast: torch's own conversion of fp8 takes 12 times as long as this one."""
+    codes = codes.view(torch.int8)
+    if fmt == "int8":
+        return codes
+    # s|eeee|mmm, sign-extended, becomes s|0eeee|mmm0000000; of what NaN becomes, nothing is used
+    return codes.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
 
 
 def _unpack(packed: Tensor, low: Tensor, high: Tensor) -> None:
@@ -118,18 +151,26 @@ def _decode(reader: PartReader, q_BGHK: Tensor, group: DecodeGroup, layer: int) 
     key = reader.key(head_X, N)
     score_BGHT = torch.bmm(q_BGHK.reshape(B * G, H, K), key.mT).view(B, G, H, T)
     past_BT = group.past_BT[:, group.clean :]
+    zeros = reader.layout.zero_bytes > 0
     if reader.layout.quantized:
         key_scale, value_scale = (s.view(B, G, 1, T) for s in reader.scale(head_X, N))
         value_scale[..., group.clean :].masked_fill_(past_BT.view(B, 1, 1, -1), 0.0)
         score_BGHT *= key_scale
+    if zeros:
+        key_zero, value_zero = (z.view(B, G, 1, T) for z in reader.zero(head_X, N))
+        value_zero[..., group.clean :].masked_fill_(past_BT.view(B, 1, 1, -1), 0.0)
+        score_BGHT += q_BGHK.sum(-1, keepdim=True) * key_zero
     score_BGHT[..., group.clean :].masked_fill_(past_BT.view(B, 1, 1, -1), float("-inf"))
     prob_BGHT = score_BGHT.softmax(-1)
+    if zeros:
+        shift_BGH1 = prob_BGHT @ value_zero.mT
     if reader.layout.quantized:
         prob_BGHT *= value_scale
     value = reader.value(head_X, N)
     if not reader.layout.quantized and len(group.tail_X):
         value.view(-1, K).index_fill_(0, group.tail_X, 0.0)
-    return torch.bmm(prob_BGHT.view(B * G, H, T), value).view(B, G, H, K)
+    out_BGHK = torch.bmm(prob_BGHT.view(B * G, H, T), value).view(B, G, H, K)
+    return out_BGHK.add_(shift_BGH1) if zeros else out_BGHK
 
 
 def _dequantized(reader: PartReader, chunk: Chunk, layer: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +179,12 @@ def _dequantized(reader: PartReader, chunk: Chunk, layer: int) -> tuple[Tensor, 
     N, end = len(head_X) // reader.layout.num_kv_heads, chunk.start + chunk.count
     if not reader.layout.quantized:
         return reader.key(head_X, N)[:, :end].clone(), reader.value(head_X, N)[:, :end].clone()
-    key_scale, value_scale = reader.scale(head_X, N)
-    key = reader.key(head_X, N)[:, :end] * key_scale[:, :end, None]
-    return key, reader.value(head_X, N)[:, :end] * value_scale[:, :end, None]
+    both = []
+    zeros = reader.zero(head_X, N) if reader.layout.zero_bytes else (None, None)
+    for part, scale, zero in zip((reader.key, reader.value), reader.scale(head_X, N), zeros, strict=True):
+        x_GTK = part(head_X, N)[:, :end] * scale[:, :end, None]
+        both.append(x_GTK if zero is None else x_GTK.add_(zero[:, :end, None]))
+    return both[0], both[1]
 
 
 def _chunk(reader: PartReader, q_THK: Tensor, chunk: Chunk, layer: int, scale: float) -> Tensor:

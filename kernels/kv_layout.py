@@ -1,12 +1,12 @@
 """Where the keys and values of a block lie in the pool: one block = P tokens of one layer, all KV heads, contiguous.
 
-A head's part is K codes | V codes | scales, every part a multiple of 16 bytes:
-- K is [P, K] row-major; int4 packs dim d in the low and dim d + K/2 in the high nibble of byte d.
-- V is [P, K] for 16 and 32 bit, [K, P] for int8, and [K, P/2] for int4: token t low, token t + P/2 high.
-- scales (int8, int4) are [P] int32: the key's fp16 scale in the low half, the value's in the high half.
+A head's part is K codes | V codes | scales | zeros (int4z), every part a multiple of 16 bytes.  16 and 32 bit: K and V
+are [P, K].  8 bit: K is [P, K], V [K, P] (int8: stored + 128).  4 bit: K is [P, K/2], byte d = dim d | dim d + K/2 << 4;
+V is [K, P/2], byte t = token t | token t + P/2 << 4.
+Scales are [P] int32: the key's fp16 scale in the low half, the value's in the high half; zeros (fp16 too) likewise.
 
-Codes are symmetric: int8 in -127..127, int4 in -7..7 stored as code + 8.  Numbers only, no torch: the agent plans pools
-with it.
+x = code * scale, symmetric codes: int8 -127..127, int4 -7..7 stored + 8, fp8 = e4m3.  int4z: x = code * scale + zero,
+codes 0..15.  Numbers only, no torch: the agent plans pools with it.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 SLOT_BITS = 12  # block id = set << SLOT_BITS | slot
 SLOT_MASK = (1 << SLOT_BITS) - 1
 FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-QMAX = {"int8": 127, "int4": 7}
-KV_FORMATS = (*FLOAT_BYTES, *QMAX)
-DEFAULT_BLOCK_TOKENS = {"fp32": 16, "bf16": 32, "fp16": 32, "int8": 32, "int4": 32}
+CODE_BITS = {"fp8": 8, "int8": 8, "int4": 4, "int4z": 4}
+QMAX = {"fp8": 448, "int8": 127, "int4": 7, "int4z": 15}  # largest code
+BIAS = {"int8": 128, "int4": 8, "int4z": 0}  # stored value = code + bias; of int8 only V's
+KV_FORMATS = (*FLOAT_BYTES, *CODE_BITS)
+DEFAULT_BLOCK_TOKENS = dict.fromkeys(KV_FORMATS, 32) | {"fp32": 16}
 MAX_BLOCK_TOKENS = 256  # decode pieces are whole blocks
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # what fp16 can hold, and never 0: codes are x / scale
 
@@ -39,7 +41,7 @@ class KvLayout:
             )
         if not self.block_tokens:
             object.__setattr__(self, "block_tokens", DEFAULT_BLOCK_TOKENS[self.fmt])
-        least = 32 if self.fmt == "int4" else 16  # int4 dots run over P/2 tokens, and tensor cores want 16
+        least = 32 if self.bits == 4 else 16  # 4 bit dots run over P/2 tokens, and tensor cores want 16
         if not least <= self.block_tokens <= MAX_BLOCK_TOKENS or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(
                 f"block_tokens={self.block_tokens}: {self.fmt} needs a power of two from {least} to {MAX_BLOCK_TOKENS}"
@@ -47,14 +49,17 @@ class KvLayout:
 
     @property
     def quantized(self) -> bool:
-        return self.fmt in QMAX
+        return self.fmt in CODE_BITS
+
+    @property
+    def bits(self) -> int:
+        """Of one element of a key or value."""
+        return CODE_BITS[self.fmt] if self.quantized else 8 * FLOAT_BYTES[self.fmt]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of the key of one token and head."""
-        if self.quantized:
-            return self.head_dim if self.fmt == "int8" else self.head_dim // 2
-        return self.head_dim * FLOAT_BYTES[self.fmt]
+        return self.head_dim * self.bits // 8
 
     @property
     def key_bytes(self) -> int:
@@ -69,8 +74,12 @@ class KvLayout:
         return 4 * self.block_tokens if self.quantized else 0
 
     @property
+    def zero_bytes(self) -> int:
+        return self.scale_bytes if self.fmt == "int4z" else 0
+
+    @property
     def head_bytes(self) -> int:
-        return self.key_bytes + self.value_bytes + self.scale_bytes
+        return self.key_bytes + self.value_bytes + self.scale_bytes + self.zero_bytes
 
     @property
     def block_bytes(self) -> int:

@@ -39,11 +39,11 @@ class WriteRows(NamedTuple):
 
     word: int  # bytes of the words that key rows (and value rows of 16 and 32 bit) are written in
     key_LX: Tensor
-    value_LX: Tensor  # int8, int4: byte address of a token's first value code
-    scale_LX: Tensor
+    value_LX: Tensor  # 8 and 4 bit: byte address of a token's first value code
+    scale_LX: Tensor  # its zero lies P words further
     half_X: (
         tuple[Tensor, Tensor] | None
-    )  # int4: rows (token, head) whose values go to low and to high nibbles
+    )  # 4 bit: rows (token, head) whose values go to low and to high nibbles
 
 
 class DecodeGroup(NamedTuple):
@@ -120,7 +120,7 @@ def _write_rows(layout: KvLayout, slab_table_SL: np.ndarray, spans: Spans) -> Wr
         rows = flat(both_LT2G, word)
         return WriteRows(word, rows, rows, rows, None)
     scales = flat(value_LTG + layout.value_bytes + lane_T1 * 4, 4)
-    if layout.fmt == "int8":
+    if layout.bits == 8:
         return WriteRows(word, flat(key_LTG, word), flat(value_LTG + lane_T1, 1), scales, None)
     high_TG = np.broadcast_to(lane_T1 >= P // 2, (len(pos_T), layout.num_kv_heads)).reshape(-1)
     halves = (torch.from_numpy(np.flatnonzero(~high_TG)), torch.from_numpy(np.flatnonzero(high_TG)))

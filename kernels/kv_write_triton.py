@@ -4,6 +4,7 @@ All of a step's tokens in a block belong to one program: two tokens of a block s
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,19 @@ from torch import Tensor
 from kernels.kv_layout import MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
+
+STATIC_FORMATS = ("fp8", "int8")
+
+
+class KvScales(NamedTuple):
+    """What a checkpoint may bring.  `channel_GK`: fp32; after rotation keys are divided and queries multiplied by it,
+    which leaves their products.  `static`: constant scales of keys and of values, in place of a token's own."""
+
+    channel_GK: Tensor | None = None
+    static: tuple[float, float] | None = None
+
+
+NO_SCALES = KvScales()
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class RopeKvWriteConfig:
 
     @classmethod
     def pick(cls, head_dim: int, num_heads: int) -> "RopeKvWriteConfig":
-        return cls(triton.next_power_of_2(head_dim // 2), triton.next_power_of_2(num_heads))
+        return cls(max(1, triton.next_power_of_2(head_dim // 2)), triton.next_power_of_2(num_heads))
 
 
 @triton.jit
@@ -70,8 +84,8 @@ def _scale_of(b_absmax, QMAX: tl.constexpr, LEAST: tl.constexpr, MOST: tl.conste
 
 @triton.jit
 def _codes_of(b_x, b_scale, QMAX: tl.constexpr):
-    b_s = tl.broadcast_to(b_scale.to(tl.float32)[:, None], b_x.shape)
-    b_c = (tl.div_rn(b_x, b_s) + 12582912.0) - 12582912.0  # round half to even: 1.5 * 2^23
+    b_inv = tl.div_rn(tl.full(b_scale.shape, 1.0, tl.float32), b_scale.to(tl.float32))
+    b_c = (b_x * b_inv[:, None] + 12582912.0) - 12582912.0  # round half to even: 1.5 * 2^23
     return tl.minimum(tl.maximum(b_c, -QMAX), QMAX).to(tl.int32)
 
 
@@ -219,7 +233,9 @@ def _kv_write_kernel(
             b_v = _value_codes(
                 qkv_v, p_scale, o_row, o_n, m_n, stride_qkv_t, K, BLOCK_HALF, QMAX, LEAST, MOST
             )
-            tl.store(p_value + o_d[None, :] * P + o_n[:, None], b_v.to(tl.int8), mask=m_n[:, None] & m_d)
+            tl.store(
+                p_value + o_d[None, :] * P + o_n[:, None], (b_v + 128).to(tl.int8), mask=m_n[:, None] & m_d
+            )
         else:
             o_lo = tl.arange(0, P // 2)
             o_hi = o_lo + P // 2
@@ -243,9 +259,16 @@ def _kv_write_kernel(
 
 
 def rope_kv_write_triton(
-    qkv_TX: Tensor, cos_MK: Tensor, sin_MK: Tensor, pool: Tensor, step: KvStep, layer: int, num_heads: int
+    qkv_TX: Tensor,
+    cos_MK: Tensor,
+    sin_MK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    layer: int,
+    scales: KvScales = NO_SCALES,
 ) -> Tensor:
     lay, work = step.layout, step.work
+    num_heads = qkv_TX.shape[1] // lay.head_dim - 2 * lay.num_kv_heads
     assert work is not None, "this KvStep was built for the CPU path"
     T, G, K = qkv_TX.shape[0], lay.num_kv_heads, lay.head_dim
     config = RopeKvWriteConfig.pick(K, num_heads)

@@ -6,16 +6,16 @@ with that rounded scale.  A nibble of V shares its byte with another token of th
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.kv_case import Paged, places, rope_tables
-from kernels.kv_layout import MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
+from kernels.kv_layout import BIAS, MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
-from kernels.kv_write_triton import rope_kv_write_triton
+from kernels.kv_write_triton import NO_SCALES, STATIC_FORMATS, KvScales, rope_kv_write_triton
 from kernels.spec import Case, Cost, KernelSpec, case
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,80 +33,136 @@ def rotate(x_TXK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return out
 
 
-def quantize_heads(x_XK: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """Codes (int8, signed) and fp16 scales of the rows of x."""
-    qmax = QMAX[fmt]
-    scale = (x_XK.abs().amax(-1) / qmax).clamp_(MIN_SCALE, MAX_SCALE).half()
-    codes = x_XK.div(scale.to(x_XK.dtype).unsqueeze(-1)).round_().clamp_(-qmax, qmax)
-    return codes.to(torch.int8), scale
+class Quantized(NamedTuple):
+    """Codes of rows (int8, or e4m3 for fp8; without any bias), and what they are multiplied by and added to, fp16."""
+
+    code_XK: Tensor
+    scale_X: Tensor
+    zero_X: Tensor | None
+
+
+def quantize_heads(x_XK: Tensor, fmt: str, scale_X: Tensor | None = None) -> Quantized:
+    """Row by row.  `scale_X`: fp16 scales to use in place of the rows' own (symmetric formats)."""
+    qmax, zero_X, least = QMAX[fmt], None, -QMAX[fmt]
+    if fmt == "int4z":
+        low_X, high_X = x_XK.amin(-1), x_XK.amax(-1)
+        spread_X, least = high_X - low_X, 0
+        zero_X = low_X.clamp(-MAX_SCALE, MAX_SCALE).half()
+        x_XK = x_XK - zero_X.to(x_XK.dtype).unsqueeze(-1)
+    elif scale_X is None:
+        spread_X = x_XK.abs().amax(-1)
+    if scale_X is None:
+        scale_X = (spread_X / qmax).clamp_(MIN_SCALE, MAX_SCALE).half()
+    code_XK = x_XK * scale_X.to(x_XK.dtype).reciprocal().unsqueeze(-1)
+    if fmt == "fp8":
+        return Quantized(code_XK.clamp_(least, qmax).to(torch.float8_e4m3fn), scale_X, None)
+    return Quantized(code_XK.round_().clamp_(least, qmax).to(torch.int8), scale_X, zero_X)
+
+
+def _static_scales(scales: KvScales, fmt: str) -> Tensor | None:
+    """The constant scales of keys and of values, [2] fp16, where there are any."""
+    if scales.static is None:
+        return None
+    assert fmt in STATIC_FORMATS, f"static scales are for {STATIC_FORMATS}, not {fmt}"
+    return torch.tensor(scales.static).clamp_(MIN_SCALE, MAX_SCALE).half()
+
+
+def turn(
+    qkv_TX: Tensor, cos_TK: Tensor, sin_TK: Tensor, lay: KvLayout, scales: KvScales
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys after rotation and channel scaling (fp32, or fp64 if qkv is), and the values as they came."""
+    T, G, K = len(qkv_TX), lay.num_kv_heads, lay.head_dim
+    heads = qkv_TX.reshape(T, -1, K)
+    turned = rotate(heads[:, :-G], cos_TK, sin_TK)
+    q_THK, key_TGK = turned[:, :-G], turned[:, -G:]
+    if scales.channel_GK is not None:
+        s_GK = scales.channel_GK.to(turned.dtype)
+        q_THK = (q_THK.view(T, G, -1, K) * s_GK[:, None]).view(q_THK.shape)
+        key_TGK = key_TGK * s_GK.reciprocal()
+    return q_THK, key_TGK, heads[:, -G:]
 
 
 def rope_kv_write_ref(
-    qkv_TX: Tensor, cos_MK: Tensor, sin_MK: Tensor, pool: Tensor, step: KvStep, layer: int, num_heads: int
+    qkv_TX: Tensor,
+    cos_MK: Tensor,
+    sin_MK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    layer: int,
+    scales: KvScales = NO_SCALES,
 ) -> Tensor:
     """Token by token and head by head, through the definition of the layout."""
-    lay, spans = step.layout, step.spans
-    G, K, P = lay.num_kv_heads, lay.head_dim, lay.block_tokens
-    heads = qkv_TX.view(-1, num_heads + 2 * G, K)
-    turned = rotate(heads[:, : num_heads + G], cos_MK[step.pos_T.long()], sin_MK[step.pos_T.long()])
+    lay, spans, pos_T = step.layout, step.spans, step.pos_T.long()
+    P = lay.block_tokens
+    turned = turn(qkv_TX, cos_MK[pos_T], sin_MK[pos_T], lay, scales)
+    q_THK, key_TGK, value_TGK = turned
     for b, (start, count, row) in enumerate(zip(spans.start_B, spans.count_B, spans.row_B, strict=True)):
         for t in range(int(count)):
             index, lane = divmod(int(start) + t, P)
             block = int(spans.block_BN[b, index])
             at = int(step.slab_table_SL[block >> SLOT_BITS, layer]) + (block & SLOT_MASK) * lay.block_bytes
-            for g in range(G):
+            for g in range(lay.num_kv_heads):
                 part = pool[at + g * lay.head_bytes :][: lay.head_bytes]
-                _store_one(
-                    lay,
-                    part,
-                    lane,
-                    turned[int(row) + t, num_heads + g],
-                    heads[int(row) + t, num_heads + G + g],
-                )
-    return turned[:, :num_heads].to(qkv_TX.dtype)
+                key_K, value_K = key_TGK[int(row) + t, g], value_TGK[int(row) + t, g]
+                _store_one(lay, part, lane, key_K, value_K, _static_scales(scales, lay.fmt))
+    return q_THK.to(qkv_TX.dtype)
 
 
-def _store_one(lay: KvLayout, part: Tensor, lane: int, key_K: Tensor, value_K: Tensor) -> None:
+def _store_one(
+    lay: KvLayout, part: Tensor, lane: int, key_K: Tensor, value_K: Tensor, static_2: Tensor | None
+) -> None:
     P, K = lay.block_tokens, lay.head_dim
-    keys, values, scales = part.split([lay.key_bytes, lay.value_bytes, lay.scale_bytes])
+    keys, values, scales, zeros = part.split(
+        [lay.key_bytes, lay.value_bytes, lay.scale_bytes, lay.zero_bytes]
+    )
     if not lay.quantized:
         keys.view(FLOAT_DTYPES[lay.fmt]).view(P, K)[lane] = key_K
         values.view(FLOAT_DTYPES[lay.fmt]).view(P, K)[lane] = value_K
         return
-    (key, key_scale), (value, value_scale) = (
-        quantize_heads(x.to(torch.promote_types(x.dtype, torch.float32)), lay.fmt) for x in (key_K, value_K)
+    wide = torch.promote_types(key_K.dtype, torch.float32)
+    key, value = (
+        quantize_heads(x.to(wide), lay.fmt, None if static_2 is None else static_2[i].to(x.device))
+        for i, x in enumerate((key_K, value_K))
     )
-    scales.view(torch.float16).view(P, 2)[lane] = torch.stack((key_scale, value_scale))
-    if lay.fmt == "int8":
-        keys.view(torch.int8).view(P, K)[lane] = key
-        values.view(torch.int8).view(K, P)[:, lane] = value
+    scales.view(torch.float16).view(P, 2)[lane] = torch.stack((key.scale_X, value.scale_X))
+    if key.zero_X is not None and value.zero_X is not None:
+        zeros.view(torch.float16).view(P, 2)[lane] = torch.stack((key.zero_X, value.zero_X))
+    if lay.bits == 8:
+        keys.view(P, K)[lane] = key.code_XK.view(torch.uint8)
+        values.view(K, P)[:, lane] = value.code_XK.view(torch.uint8) ^ BIAS.get(lay.fmt, 0)
         return
-    key, value = (key + 8).to(torch.uint8), (value + 8).to(torch.uint8)
-    keys.view(P, K // 2)[lane] = key[: K // 2] | key[K // 2 :] << 4
+    low, high = ((key.code_XK + BIAS[lay.fmt]).to(torch.uint8)).split(K // 2)
+    keys.view(P, K // 2)[lane] = low | high << 4
+    code = (value.code_XK + BIAS[lay.fmt]).to(torch.uint8)
     column = values.view(K, P // 2)[:, lane % (P // 2)]
-    column.copy_(column & 0xF0 | value if lane < P // 2 else column & 0x0F | value << 4)
+    column.copy_(column & 0xF0 | code if lane < P // 2 else column & 0x0F | code << 4)
 
 
 def rope_kv_write_cpu(
-    qkv_TX: Tensor, cos_MK: Tensor, sin_MK: Tensor, pool: Tensor, step: KvStep, layer: int, num_heads: int
+    qkv_TX: Tensor,
+    cos_MK: Tensor,
+    sin_MK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    layer: int,
+    scales: KvScales = NO_SCALES,
 ) -> Tensor:
     lay, rows = step.layout, step.rows
     assert rows is not None, "this KvStep was built for Triton"
     T, G, K = qkv_TX.shape[0], lay.num_kv_heads, lay.head_dim
-    heads = qkv_TX.view(T, num_heads + 2 * G, K)
     cos_TK, sin_TK = cos_MK.index_select(0, step.pos_T), sin_MK.index_select(0, step.pos_T)
-    turned = rotate(heads[:, : num_heads + G], cos_TK, sin_TK)
+    q_THK, key_TGK, value_TGK = turn(qkv_TX, cos_TK, sin_TK, lay, scales)
     kv_T2GK = torch.empty(T, 2, G, K, dtype=FLOAT_DTYPES.get(lay.fmt, torch.float32))
-    kv_T2GK[:, 0] = turned[:, num_heads:]
-    kv_T2GK[:, 1] = heads[:, num_heads + G :]
+    kv_T2GK[:, 0] = key_TGK
+    kv_T2GK[:, 1] = value_TGK
     write = rows.write
     word = WORDS[write.word]
     keys = _rows_at_every_word(pool.view(word), lay.row_bytes // write.word)
     if lay.quantized:
-        _store_codes(kv_T2GK, keys, pool, step, layer)
+        _store_codes(kv_T2GK, keys, pool, step, layer, _static_scales(scales, lay.fmt))
     else:
         keys.index_copy_(0, write.key_LX[layer], kv_T2GK.view(T * 2 * G, K).view(word))
-    return turned[:, :num_heads].to(qkv_TX.dtype).contiguous()
+    return q_THK.to(qkv_TX.dtype).contiguous()
 
 
 def _rows_at_every_word(words: Tensor, width: int, stride: int = 1) -> Tensor:
@@ -114,17 +170,23 @@ def _rows_at_every_word(words: Tensor, width: int, stride: int = 1) -> Tensor:
     return words.as_strided((len(words) - (width - 1) * stride, width), (1, stride))
 
 
-def _store_codes(kv_T2GK: Tensor, keys: Tensor, pool: Tensor, step: KvStep, layer: int) -> None:
+def _store_codes(
+    kv_T2GK: Tensor, keys: Tensor, pool: Tensor, step: KvStep, layer: int, static_2: Tensor | None
+) -> None:
     lay, write, K = step.layout, step.rows.write, step.layout.head_dim
-    codes_T2GK, scale_T2G = quantize_heads(kv_T2GK, lay.fmt)
-    pairs = torch.stack((scale_T2G[:, 0], scale_T2G[:, 1]), dim=-1).view(torch.int32)
-    pool.view(torch.int32).index_copy_(0, write.scale_LX[layer], pairs.view(-1))
-    if lay.fmt == "int8":
-        keys.index_copy_(0, write.key_LX[layer], codes_T2GK[:, 0].reshape(-1, K).view(keys.dtype))
+    given = None if static_2 is None else static_2[:, None].expand(kv_T2GK.shape[:3])
+    codes_T2GK, scale_T2G, zero_T2G = quantize_heads(kv_T2GK, lay.fmt, given)
+    words = pool.view(torch.int32)
+    words.index_copy_(0, write.scale_LX[layer], _pairs(scale_T2G))
+    if zero_T2G is not None:
+        words.index_copy_(0, write.scale_LX[layer] + lay.block_tokens, _pairs(zero_T2G))
+    if lay.bits == 8:
+        key_XK, value_XK = (x.reshape(-1, K).view(torch.uint8) for x in codes_T2GK.unbind(1))
+        keys.index_copy_(0, write.key_LX[layer], key_XK.view(keys.dtype))
         columns = _rows_at_every_word(pool, K, lay.block_tokens)
-        columns.index_copy_(0, write.value_LX[layer], codes_T2GK[:, 1].reshape(-1, K).view(torch.uint8))
+        columns.index_copy_(0, write.value_LX[layer], value_XK ^ BIAS.get(lay.fmt, 0))
         return
-    codes = (codes_T2GK + 8).view(torch.uint8)
+    codes = (codes_T2GK + BIAS[lay.fmt]).view(torch.uint8)
     packed = codes[:, 0, :, : K // 2] | codes[:, 0, :, K // 2 :] << 4
     keys.index_copy_(0, write.key_LX[layer], packed.view(-1, K // 2).view(keys.dtype))
     columns = _rows_at_every_word(pool, K, lay.block_tokens // 2)
@@ -134,17 +196,31 @@ def _store_codes(kv_T2GK: Tensor, keys: Tensor, pool: Tensor, step: KvStep, laye
         columns.index_copy_(0, at, columns.index_select(0, at) & kept | value_XK[half_X] << shift)
 
 
+def _pairs(x_T2G: Tensor) -> Tensor:
+    """The keys' and values' fp16 of every token and head in one int32."""
+    return torch.stack((x_T2G[:, 0], x_T2G[:, 1]), dim=-1).view(torch.int32).view(-1)
+
+
 def rope_kv_write(
-    qkv_TX: Tensor, cos_MK: Tensor, sin_MK: Tensor, pool: Tensor, step: KvStep, layer: int, num_heads: int
+    qkv_TX: Tensor,
+    cos_MK: Tensor,
+    sin_MK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    layer: int,
+    num_heads: int,
+    scales: KvScales = NO_SCALES,
 ) -> Tensor:
-    """Returns the rotated q_THK; writes the step's keys and values into `pool`.  Tables are fp32 [positions, K]."""
+    """Returns the rotated q_THK; writes the step's keys and values into `pool`.
+
+    Tables are fp32 [positions, K], their second half equal to the first."""
     assert qkv_TX.shape == (
         step.num_tokens,
         (num_heads + 2 * step.layout.num_kv_heads) * step.layout.head_dim,
     )
     assert qkv_TX.stride(1) == 1
     run = rope_kv_write_cpu if step.work is None else rope_kv_write_triton
-    return run(qkv_TX, cos_MK, sin_MK, pool, step, layer, num_heads)
+    return run(qkv_TX, cos_MK, sin_MK, pool, step, layer, scales)
 
 
 def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
@@ -159,16 +235,16 @@ def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
     width = (c["H"] + 2 * c["G"]) * c["K"]
     place_T2 = places(*spans)
     qkv_TX = torch.randn(len(place_T2), width + c.dims.get("pad", 0), generator=generator).to(c.dtype)
-    return qkv_TX[:, :width], place_T2, *rope_tables(length, c["K"]), paged, c["H"]
+    return qkv_TX[:, :width], place_T2, *rope_tables(length, c["K"]), paged
 
 
 def _write(
-    run: Any, qkv_TX: Tensor, place_T2: Tensor, cos_MK: Tensor, sin_MK: Tensor, paged: Paged, num_heads: int
+    run: Any, qkv_TX: Tensor, place_T2: Tensor, cos_MK: Tensor, sin_MK: Tensor, paged: Paged
 ) -> tuple[Tensor | None, ...]:
     """Writes layer 1 of a copy of the pool: (q, what it then holds for these rows, bit patterns for 16-bit floats)."""
     paged = paged.to(qkv_TX.device)
     step = paged.step(place_T2, triton=run is rope_kv_write_triton)
-    q_THK = run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1, num_heads)
+    q_THK = run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1)
     held = paged.stored(place_T2, 1)
     return q_THK, *(x.view(torch.int16) if x is not None and x.dtype.itemsize == 2 else x for x in held)
 
