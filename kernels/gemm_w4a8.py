@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_w8a8 import float_sum, onednn_int8, pick_int8_form, to_unsigned, zero_points
 from kernels.launch import cdiv
 from kernels.spec import Case, Cost, KernelSpec, case
+from kernels.w8_cpu import float_sum, onednn_int8, pick_int8_form, to_unsigned, zero_points
 
 # a wider group is cut on the GPU, its scale repeated: the operands of one dot must fit in registers
 MAX_GROUP = 128

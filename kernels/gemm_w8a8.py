@@ -1,47 +1,36 @@
-"""int8 x int8 matmul: y = (sum_k x[t,k] * w[n,k]) * scale_w[n] * scale_x[t] + bias, the sum exact in int32.
+"""8-bit matmul: y = (sum_k x[t,k] * w[n,k]) * scale_w[n] * scale_x[t] + bias, x and w both int8 or both fp8 (e4m3).
 
-T tokens, N outputs, K inputs.  Reads N*K bytes: bandwidth-bound for small T.  Since the sum is exact, no tiling and no
-batch can change a row.  CPU: oneDNN's prepacked product of *unsigned* activations (x + 128, taken back through the zero
-point): with signed ones it runs its reference loop, a thousand times slower, on every CPU without AMX.
+T tokens, N outputs, K inputs.  Reads N*K bytes: bandwidth-bound until T is some 150 on an H200.  int8 sums are exact in
+int32, so no tiling and no batch can change a row; fp8 sums are float32, added in an order that the config alone decides,
+and `deterministic` takes one config for every T.  Scales per tensor are the same one, repeated.
 """
 
-import functools
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import cdiv, cpu_facts
-from kernels.spec import Case, Cost, KernelSpec, case
+from kernels import backend
+from kernels.gemm_w8a8_large import _gemm_w8a8_large_kernel, _gemm_w8a8_tma_kernel
+from kernels.gemm_w8a8_small import _gemm_w8a8_small_kernel
+from kernels.launch import cdiv, gpu_facts, launch
+from kernels.linear import TILE_ROWS, pad_rows
+from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
+from kernels.w8_config import W8Config
+from kernels.w8_cpu import fp8_sum, pick_int8_form, prepack, scaled_int8
 
-# the partial sums of |x|, |w| <= 128 stay below 2^24 for this many products, so float32 adds them exactly
-EXACT_IN_FLOAT = 1024
-
-
-@dataclass(frozen=True)
-class GemmConfig:
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    @classmethod
-    def pick(cls, rows: int) -> "GemmConfig":
-        """Tiles by rows alone; not tuned on hardware yet, only free of spills (tests/kernels/test_aot.py)."""
-        if rows <= 16:
-            return cls(16, 64, 128, num_warps=4, num_stages=4)
-        if rows <= 64:
-            return cls(64, 64, 128, num_warps=4, num_stages=4)
-        return cls(128, 128, 128, num_warps=8, num_stages=3)
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
 class W8Weight:
-    """`form`: cuda, onednn, int_mm or float; the one copy of the codes lies as that form wants it."""
+    """`form`: cuda, onednn, int_mm, float or float8 (a CPU's fp8); the one copy of the codes lies as that form wants it.
+
+    `row_dtype` is that of the activations' codes.  `arrivals` (cuda) are zeros between two launches.
+    """
 
     form: str
     codes: Tensor
@@ -49,15 +38,46 @@ class W8Weight:
     bias_N: Tensor | None
     out_features: int
     in_features: int
+    row_dtype: torch.dtype = torch.int8
+    arrivals: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         bias = 0 if self.bias_N is None else self.bias_N.nbytes
-        return (
-            self.out_features * self.in_features * (4 if self.form == "float" else 1)
-            + self.scale_N.nbytes
-            + bias
-        )
+        arrivals = 0 if self.arrivals is None else self.arrivals.nbytes
+        width = 4 if self.form == "float" else 1
+        return self.out_features * self.in_features * width + self.scale_N.nbytes + bias + arrivals
+
+
+def prepare_w8a8(
+    codes_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, form: str | None = None
+) -> W8Weight:
+    """Takes int8 or e4m3 codes and one float32 scale a row (or a single one); the caller drops its codes."""
+    N, K = codes_NK.shape
+    assert codes_NK.dtype in (torch.int8, FP8), f"{codes_NK.dtype=}"
+    assert scale_N.numel() in (1, N), f"{scale_N.shape=} {N=}"
+    on_gpu = backend.runs_triton(codes_NK.device)
+    form = form or ("cuda" if on_gpu else "float8" if codes_NK.dtype == FP8 else pick_int8_form())
+    scale_N = scale_N.float().reshape(-1).expand(N).contiguous()
+    codes = codes_NK.contiguous()
+    if form != "cuda":
+        return W8Weight(form, prepack(form, codes), scale_N, bias_N, N, K, codes_NK.dtype)
+    # kernels take tensors that start on 16 bytes, which a slice may not
+    codes, scale_N = (t.clone() if t.data_ptr() % 16 else t for t in (codes, scale_N))
+    arrivals = torch.zeros(2 * cdiv(N, 64), dtype=torch.int32, device=codes.device)
+    return W8Weight(form, codes, scale_N, bias_N, N, K, codes_NK.dtype, arrivals)
+
+
+def _hopper_sum(x_TK: Tensor, w_NK: Tensor) -> Tensor:
+    """What torch itself loses on sm_90, whose tensor cores keep 13 bits of a sum of 128 fp8 products, 32 at a time."""
+    y_TN = torch.zeros(x_TK.shape[0], w_NK.shape[0])
+    for k in range(0, x_TK.shape[1], 128):
+        part_TN = torch.zeros_like(y_TN)
+        for i in range(k, min(k + 128, x_TK.shape[1]), 32):
+            part_TN += x_TK[:, i : i + 32].float() @ w_NK[:, i : i + 32].float().t()
+            part_TN.view(torch.int32).bitwise_and_(-1024)
+        y_TN += part_TN
+    return y_TN
 
 
 def gemm_w8a8_ref(
@@ -68,169 +88,154 @@ def gemm_w8a8_ref(
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """float64 adds the integer products exactly; fp64 scales make the result the truth."""
-    y = (x_TK.double() @ codes_NK.double().t()).to(scale_N.dtype) * scale_N * scale_T[:, None]
+    """float64 adds integer products exactly; fp64 scales make the result the truth."""
+    if codes_NK.dtype == FP8:
+        total = _hopper_sum(x_TK, codes_NK)
+    else:
+        total = (x_TK.double() @ codes_NK.double().t()).to(scale_N.dtype)
+    y = total * scale_N * scale_T[:, None]
     return (y if bias_N is None else y + bias_N).to(out_dtype)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _gemm_w8a8_kernel(
-    y,
-    x,
-    w,
-    scale_t,
-    scale_n,
-    bias,
-    T,
-    N,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    # neighbours share a block of w: it is the larger operand
-    i_m = tl.program_id(0) % tl.cdiv(T, BLOCK_M)
-    i_n = tl.program_id(0) // tl.cdiv(T, BLOCK_M)
-    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    m_m = o_m < T
-    m_n = o_n < N
-    p_x = x + o_m[:, None] * K + o_k[None, :]
-    p_w = w + o_n[:, None] * K + o_k[None, :]
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for i_k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
-        m_k = o_k < K - i_k
-        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0)
-        b_w = tl.load(p_w, mask=m_n[:, None] & m_k[None, :], other=0)
-        b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, out_dtype=tl.int32)
-        p_x += BLOCK_K
-        p_w += BLOCK_K
-    b_sn = tl.load(scale_n + o_n, mask=m_n, other=0.0)
-    b_st = tl.load(scale_t + o_m, mask=m_m, other=0.0)
-    b_y = b_acc.to(tl.float32) * b_sn[None, :] * b_st[:, None]
-    if HAS_BIAS:
-        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    p_y = y + o_m[:, None] * N + o_n[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+def _unit(n: int) -> int:
+    return 16 if n % 16 == 0 else 1
+
+
+def _launch_small(y_TN: Tensor, x_TK: Tensor, scale_T: Tensor, w: W8Weight, c: W8Config) -> None:
+    (T, K), N = x_TK.shape, w.out_features
+    assert w.arrivals is not None, "a weight that was not prepared for a GPU"
+    tiles = cdiv(T, c.block_t) * cdiv(N, c.block_n)
+    # a config for fewer rows may come with more tiles than there are counters
+    splits = c.split_k if tiles <= w.arrivals.numel() else 1
+    partials = y_TN
+    if splits > 1:
+        sum_type = torch.int32 if w.row_dtype == torch.int8 else torch.float32
+        size = tiles * splits * c.block_t * c.block_n
+        partials = torch.empty(size, dtype=sum_type, device=x_TK.device)
+    launch(
+        _gemm_w8a8_small_kernel,
+        (tiles * splits,),
+        y_TN,
+        partials,
+        w.arrivals,
+        x_TK,
+        w.codes,
+        scale_T,
+        w.scale_N,
+        w.scale_N if w.bias_N is None else w.bias_N,
+        T,
+        N // _unit(N),
+        K // _unit(K),
+        splits,
+        BLOCK_T=c.block_t,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
+        N_UNIT=_unit(N),
+        K_UNIT=_unit(K),
+        WHOLE_K=K % c.block_k == 0,
+        HAS_BIAS=w.bias_N is not None,
+        HAS_SPLITS=splits > 1,
+        PROMOTE=c.promote,
+        NUM_STAGES=c.num_stages,
+        num_warps=c.num_warps,
+    )
+
+
+def _launch_large(
+    y_TN: Tensor, x_TK: Tensor, scale_T: Tensor, w: W8Weight, c: W8Config, num_sms: int
+) -> None:
+    (T, K), N = x_TK.shape, w.out_features
+    tiles = cdiv(T, c.block_t) * cdiv(N, c.block_n)
+    by_engine = c.tma and K % 16 == 0
+    x, codes, whole = x_TK, w.codes, {"WHOLE_K": K % c.block_k == 0}
+    if by_engine:
+        x = TensorDescriptor(x_TK, [T, K], [K, 1], [c.block_t, c.block_k])
+        codes = TensorDescriptor(w.codes, [N, K], [K, 1], [c.block_n, c.block_k])
+        whole = {}
+    launch(
+        _gemm_w8a8_tma_kernel if by_engine else _gemm_w8a8_large_kernel,
+        (min(tiles, num_sms * c.programs_per_sm),),
+        y_TN,
+        x,
+        codes,
+        scale_T,
+        w.scale_N,
+        w.scale_N if w.bias_N is None else w.bias_N,
+        T,
+        N // _unit(N),
+        K // _unit(K),
+        BLOCK_T=c.block_t,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
+        N_UNIT=_unit(N),
+        K_UNIT=_unit(K),
+        **whole,
+        GROUP_T=c.group_t,
+        FLATTEN=c.flatten,
+        HAS_BIAS=w.bias_N is not None,
+        PROMOTE=c.promote,
+        NUM_STAGES=c.num_stages,
+        num_warps=c.num_warps,
+    )
 
 
 def gemm_w8a8_triton(
-    x_TK: Tensor, scale_T: Tensor, w: W8Weight, out_dtype: torch.dtype, config: GemmConfig | None = None
+    x_TK: Tensor,
+    scale_T: Tensor,
+    w: W8Weight,
+    out_dtype: torch.dtype,
+    deterministic: bool = False,
+    config: W8Config | None = None,
 ) -> Tensor:
-    T, N, K = x_TK.shape[0], w.out_features, w.in_features
+    (T, K), N = x_TK.shape, w.out_features
     assert x_TK.is_contiguous(), f"{x_TK.stride()=}"
     assert w.form == "cuda", f"{w.form=}"
-    c = config or GemmConfig.pick(T)
     y_TN = torch.empty(T, N, dtype=out_dtype, device=x_TK.device)
-    if T:
-        _gemm_w8a8_kernel[(cdiv(T, c.block_m) * cdiv(N, c.block_n),)](
-            y_TN,
-            x_TK,
-            w.codes,
-            scale_T,
-            w.scale_N,
-            w.scale_N if w.bias_N is None else w.bias_N,
-            T,
-            N,
-            K,
-            BLOCK_M=c.block_m,
-            BLOCK_N=c.block_n,
-            BLOCK_K=c.block_k,
-            HAS_BIAS=w.bias_N is not None,
-            NUM_STAGES=c.num_stages,
-            num_warps=c.num_warps,
-        )
+    if T == 0:
+        return y_TN
+    gpu = gpu_facts(x_TK.device)
+    c = config or W8Config.pick(gpu, T, N, K, w.row_dtype == FP8, deterministic)
+    if c.swap:
+        _launch_small(y_TN, x_TK, scale_T, w, c)
+    else:
+        _launch_large(y_TN, x_TK, scale_T, w, c, gpu.num_sms)
     return y_TN
 
 
-@functools.cache
-def zero_points(out_features: int) -> Tensor:
-    return torch.zeros(out_features, dtype=torch.int64)
-
-
-def to_unsigned(codes: Tensor) -> Tensor:
-    """codes + 128 as uint8: the sign bit flipped."""
-    return codes.view(torch.uint8).bitwise_xor(128)
-
-
-def onednn_int8(x_TK: Tensor, packed: Tensor, scale_N: Tensor) -> Tensor:
-    """The exact sum times scale_N, in float32; x_TK as `to_unsigned` gives it."""
-    zero_N = zero_points(scale_N.shape[0])
-    call = torch.ops.onednn.qlinear_pointwise
-    return call(x_TK, 1.0, 128, packed, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], "")
-
-
-@functools.cache
-def pick_int8_form() -> str:
-    """The fastest CPU product that is exact here.  Old CPUs saturate pairs of int8 products at 16 bits: tried, not assumed."""
-    x = torch.tensor([[127, -127], [-127, -127]], dtype=torch.int8).repeat(1, 64)
-    w = torch.tensor([[127, 127], [-128, 127]], dtype=torch.int8).repeat(8, 64)
-    exact = (x.double() @ w.double().t()).float()
-    ops = torch.ops.onednn
-    if cpu_facts().vnni and hasattr(ops, "qlinear_prepack") and hasattr(ops, "qlinear_pointwise"):
-        packed = ops.qlinear_prepack(w, [2, 128])
-        if torch.equal(onednn_int8(to_unsigned(x), packed, torch.ones(16)), exact):
-            return "onednn"
-    if hasattr(torch, "_int_mm") and torch.equal(torch._int_mm(x, w.t()).float(), exact):
-        return "int_mm"
-    return "float"
-
-
-def float_sum(x_TK: Tensor, wide_NK: Tensor) -> Tensor:
-    """The sum as float64: float32 products are exact within a chunk, float64 adds the chunks."""
-    y = torch.zeros(x_TK.shape[0], wide_NK.shape[0], dtype=torch.float64)
-    for k in range(0, x_TK.shape[1], EXACT_IN_FLOAT):
-        y += x_TK[:, k : k + EXACT_IN_FLOAT].float() @ wide_NK[:, k : k + EXACT_IN_FLOAT].t()
-    return y
-
-
-def prepare_w8a8(
-    codes_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, form: str | None = None
-) -> W8Weight:
-    """Takes int8 codes and one float32 scale a row; the caller drops its codes."""
-    N, K = codes_NK.shape
-    assert codes_NK.dtype == torch.int8, f"{codes_NK.dtype=}"
-    assert scale_N.shape == (N,), f"{scale_N.shape=} {N=}"
-    form = form or ("cuda" if codes_NK.is_cuda else pick_int8_form())
-    codes = codes_NK.contiguous()
-    if form == "onednn":
-        codes = torch.ops.onednn.qlinear_prepack(codes, [32, K])
-    elif form == "float":
-        codes = codes.float()
-    return W8Weight(form, codes, scale_N.float(), bias_N, N, K)
-
-
-def scaled(x_TK: Tensor, w: W8Weight) -> Tensor:
-    """The exact sum times the weights' scales, float32."""
-    if w.form == "onednn":
-        return onednn_int8(to_unsigned(x_TK), w.codes, w.scale_N)
-    total = torch._int_mm(x_TK, w.codes.t()) if w.form == "int_mm" else float_sum(x_TK, w.codes)
-    return total.float().mul_(w.scale_N)
-
-
-def gemm_w8a8_cpu(x_TK: Tensor, scale_T: Tensor, w: W8Weight, out_dtype: torch.dtype) -> Tensor:
-    if x_TK.shape[0] == 0:
+def gemm_w8a8_cpu(
+    x_TK: Tensor, scale_T: Tensor, w: W8Weight, out_dtype: torch.dtype, deterministic: bool = False
+) -> Tensor:
+    T = x_TK.shape[0]
+    if T == 0:
         return torch.zeros(0, w.out_features, dtype=out_dtype)
-    y_TN = scaled(x_TK.contiguous(), w).mul_(scale_T[:, None])
+    if w.form == "float8":
+        rows = pad_rows(x_TK, TILE_ROWS) if deterministic else x_TK
+        y_TN = fp8_sum(rows, w.codes, TILE_ROWS if deterministic else T)[:T].mul_(w.scale_N)
+    else:
+        y_TN = scaled_int8(w.form, x_TK.contiguous(), w.codes, w.scale_N)
+    y_TN = y_TN.mul_(scale_T[:, None])
     return (y_TN if w.bias_N is None else y_TN.add_(w.bias_N)).to(out_dtype)
 
 
 def gemm_w8a8(
     x_TK: Tensor, scale_T: Tensor, w: W8Weight, out_dtype: torch.dtype, deterministic: bool = False
 ) -> Tensor:
-    """y_TN in `out_dtype`; always deterministic, the argument is there because the other matmuls have it."""
-    run = gemm_w8a8_triton if x_TK.is_cuda else gemm_w8a8_cpu
-    return run(x_TK, scale_T, w, out_dtype)
+    """y_TN in `out_dtype`; int8 results are deterministic always, fp8 ones where it is asked for."""
+    assert x_TK.dtype == w.row_dtype, f"{x_TK.dtype=} {w.row_dtype=}"
+    run = gemm_w8a8_triton if backend.runs_triton(x_TK.device) else gemm_w8a8_cpu
+    return run(x_TK, scale_T, w, out_dtype, deterministic)
+
+
+def _codes(rows: int, columns: int, c: Case, generator: torch.Generator) -> Tensor:
+    if c.dims.get("fp8"):
+        return torch.randn(rows, columns, generator=generator).mul_(100).clamp_(-448, 448).to(FP8)
+    low = 127 if c.dims.get("extreme") else -127
+    return torch.randint(low, 128, (rows, columns), generator=generator, dtype=torch.int8)
 
 
 def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
     T, N, K = c["T"], c["N"], c["K"]
-    low = 127 if c.dims.get("extreme") else -127
-    x = torch.randint(low, 128, (T, K), generator=generator).to(torch.int8)
-    w = torch.randint(low, 128, (N, K), generator=generator).to(torch.int8)
+    x, w = _codes(T, K, c, generator), _codes(N, K, c, generator)
     scale_T, scale_N = torch.rand(T, generator=generator) / 127, torch.rand(N, generator=generator) / 127
     bias = torch.randn(N, generator=generator).to(c.dtype) if c.dims.get("bias") else None
     return x, scale_T, w, scale_N, bias, c.dtype
@@ -245,10 +250,36 @@ def _prepare(form: str | None) -> Any:
     def prepare(
         x: Tensor, scale_T: Tensor, w: Tensor, scale_N: Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Any:
-        return x, scale_T, prepare_w8a8(w, scale_N, bias, form), out_dtype
+        # a form for int8 says nothing of fp8, which a CPU has one way to multiply
+        own = None if w.dtype == FP8 and form != "cuda" else form
+        return x, scale_T, prepare_w8a8(w, scale_N, bias, own), out_dtype
 
     return prepare
 
+
+def _shapes(m: ModelShape) -> tuple[tuple[int, int], ...]:
+    """N and K of qkv, o, gate_up, down and an 8-bit head."""
+    return ((m.H + 2 * m.G) * m.K, m.D), (m.D, m.H * m.K), (2 * m.F, m.D), (m.D, m.F), (m.V, m.D)
+
+
+def _serving(m: ModelShape) -> tuple[Case, ...]:
+    return tuple(
+        case(torch.bfloat16, T=T, N=N, K=K, fp8=fp8)
+        for fp8, T, (N, K) in product((False, True), (1, 16, 64, 256, 2048), _shapes(m))
+    )
+
+
+def _small(c: Case) -> Case:
+    """One tile with the divisors of the real one."""
+    K = next(k for k, unit in ((512, 256), (384, 128), (400, 16), (401, 1)) if c["K"] % unit == 0)
+    return Case(c.dtype, {**c.dims, "T": 2, "N": 128 if c["N"] % 16 == 0 else 127, "K": K})
+
+
+def _dims(c: Case) -> tuple[int, int, int, bool]:
+    return c["T"], c["N"], c["K"], bool(c.dims.get("fp8"))
+
+
+LLAMA_3_8B = ModelShape(D=4096, H=32, G=8, K=128, F=14336, V=128256)
 
 SPEC = KernelSpec(
     name="gemm_w8a8",
@@ -263,6 +294,7 @@ SPEC = KernelSpec(
         "float": _prepare("float"),
         "triton": _prepare("cuda"),
     },
+    invariant={run: {"deterministic": True} for run in ("cpu", "int_mm", "float", "triton")},
     tests=(
         case(torch.float32, T=1, N=1, K=1),
         case(torch.float32, T=17, N=65, K=129, bias=True),
@@ -270,11 +302,21 @@ SPEC = KernelSpec(
         case(torch.float16, T=65, N=37, K=200),
         case(torch.float32, T=2, N=16, K=2816, extreme=True),
         case(torch.bfloat16, T=0, N=8, K=32),
+        case(torch.float32, T=3, N=65, K=1200, bias=True, fp8=True),
+        case(torch.bfloat16, T=33, N=64, K=256, fp8=True),
+        case(torch.float16, T=130, N=129, K=127, bias=True, fp8=True),
     ),
-    compiles=tuple(case(torch.bfloat16, T=T, N=256, K=256, bias=T == 64) for T in (16, 64, 128)),
-    benches=(
-        case(torch.bfloat16, T=1, N=6144, K=4096),
-        case(torch.bfloat16, T=32, N=28672, K=4096),
-        case(torch.bfloat16, T=2048, N=4096, K=14336),
+    compiles=tuple(
+        case(torch.bfloat16, T=T, N=256, K=K, bias=T == 64) for T, K in ((16, 1024), (64, 256), (129, 256))
     ),
+    benches=tuple(
+        case(torch.bfloat16, T=T, N=N, K=K, fp8=fp8)
+        for fp8, T, (N, K) in product((False, True), (1, 16, 64, 2048, 4096), _shapes(LLAMA_3_8B))
+        if T <= 64 or N != LLAMA_3_8B.V
+    ),
+    serving=_serving,
+    config=lambda c, gpu: W8Config.pick(gpu, *_dims(c)),
+    candidates=lambda c, gpu: W8Config.candidates(gpu, *_dims(c)),
+    small=_small,
+    streams={"_gemm_w8a8_small_kernel": lambda c: c["BLOCK_N"] * c["BLOCK_K"]},
 )

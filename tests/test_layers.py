@@ -13,7 +13,9 @@ from tests.source import FOLDERS, PACKAGES, ROOT, files, imported, module
 ORDER = {
     "kernels": """
         backend launch spec table
-        quant_rows rmsnorm silu_mul linear gemm_w8a8 gemm_w4a8
+        quant_rows rmsnorm silu_mul linear
+        w8_cpu w8_config gemm_w8a8_small gemm_w8a8_large gemm_w8a8
+        gemm_w4a8
         kv_layout kv_read kv_rows kv_work kv_step kv_case kv_write_triton rope_kv_write
         attn_cpu attn_tile attn_decode attn_prefill attention
         catalog

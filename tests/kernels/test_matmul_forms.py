@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gemm_w4a8 import cut_group, gemm_w4a8, gemm_w4a8_triton, pack_pairs, prepare_w4a8
-from kernels.gemm_w8a8 import gemm_w8a8, gemm_w8a8_triton, pick_int8_form, prepare_w8a8
+from kernels.gemm_w8a8 import gemm_w8a8, gemm_w8a8_triton, prepare_w8a8
 from kernels.linear import PreparedLinear, linear, prepare_linear
+from kernels.w8_cpu import pick_int8_form
 from tests.close import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

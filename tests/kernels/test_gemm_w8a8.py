@@ -1,0 +1,123 @@
+"""Every kernel and launch shape of the 8-bit matmul: exact integers, fp8 sums in an order of their own, whole rows."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gemm_w8a8 import FP8, SPEC, gemm_w8a8, gemm_w8a8_ref, gemm_w8a8_triton, prepare_w8a8
+from kernels.launch import ASSUMED
+from kernels.w8_config import W8Config, split
+from tests.close import assert_no_worse
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = W8Config(True, 16, 64, 128, 1, num_warps=4, num_stages=3)
+LARGE = W8Config(False, 64, 64, 128, 1, num_warps=4, num_stages=3, group_t=2)
+
+
+def codes(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    return torch.randn(rows, columns, generator=generator).to(FP8)
+
+
+def changed(base: W8Config, **fields: int | bool) -> W8Config:
+    return W8Config(**(vars(base) | fields))
+
+
+CONFIGS = {
+    "split2": changed(SMALL, split_k=2),
+    "split5": changed(SMALL, split_k=5),
+    "more splits than turns": changed(SMALL, split_k=8, block_k=256),
+    "tokens32": changed(SMALL, block_t=32),
+    "large": LARGE,
+    "large, one loop": changed(LARGE, flatten=True),
+    "engine": changed(LARGE, tma=True),
+    "engine, one loop": changed(LARGE, tma=True, flatten=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_launch_shape_is_right(name: str, dtype: torch.dtype):
+    T, N, K = 70 if "large" in name or "engine" in name else 35, 130, 592
+    x, w = codes(T, K, dtype), codes(N, K, dtype, seed=1)
+    scale_T, scale_N = torch.rand(T), torch.rand(N)
+    bias_N = torch.randn(N)
+    moved = [t.to(DEVICE) for t in (x, scale_T, w, scale_N, bias_N)]
+    prepared = prepare_w8a8(*moved[2:], form="cuda")
+    for _ in range(2):  # the second launch finds the counters as the first one left them
+        y = gemm_w8a8_triton(moved[0], moved[1], prepared, torch.float32, config=CONFIGS[name]).cpu()
+        args = (x, scale_T, w, scale_N, bias_N)
+        truth = gemm_w8a8_ref(*(t.double() for t in args), torch.float64)
+        assert_no_worse(y, gemm_w8a8_ref(*args, torch.float32), truth)
+        assert not prepared.arrivals.any(), "a counter was not set back"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
+def test_a_row_of_a_split_sum_does_not_see_its_neighbours(dtype: torch.dtype):
+    """At one config, whatever the other rows and however many; small numbers of any magnitude, so order would show."""
+    x, w = codes(37, 640, dtype).to(DEVICE), codes(70, 640, dtype, seed=1).to(DEVICE)
+    scale_T, prepared = (
+        torch.rand(37, device=DEVICE),
+        prepare_w8a8(w, torch.rand(70, device=DEVICE), form="cuda"),
+    )
+    config = changed(SMALL, split_k=3)
+    whole = gemm_w8a8_triton(x, scale_T, prepared, torch.float32, config=config)
+    for start, stop in ((0, 1), (15, 18), (36, 37)):
+        rows = slice(start, stop)
+        piece = gemm_w8a8_triton(
+            x[rows].clone(), scale_T[rows].clone(), prepared, torch.float32, config=config
+        )
+        assert torch.equal(piece, whole[rows])
+
+
+def test_deterministic_fp8_has_one_config():
+    gpu = ASSUMED[90]
+    for N, K in ((6144, 4096), (4096, 14336)):
+        picked = {W8Config.pick(gpu, T, N, K, fp8=True, deterministic=True) for T in (1, 16, 64, 2048)}
+        assert len(picked) == 1
+        assert all(c.split_k == 1 for c in picked)
+
+
+def test_a_config_for_fewer_rows_serves_more_tiles_than_it_has_counters_for():
+    x, w = codes(100, 256, torch.int8).to(DEVICE), codes(20, 256, torch.int8, seed=1).to(DEVICE)
+    prepared = prepare_w8a8(w, torch.ones(20, device=DEVICE), form="cuda")
+    assert prepared.arrivals.numel() < 7
+    config = changed(SMALL, split_k=2)
+    y = gemm_w8a8_triton(x, torch.ones(100, device=DEVICE), prepared, torch.float32, config=config)
+    assert torch.equal(y.cpu().long(), x.cpu().long() @ w.cpu().long().t())
+
+
+def test_splits_have_equal_shares_and_none_is_empty():
+    for gpu, (N, K) in product(
+        ASSUMED.values(), ((6144, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (1, 1))
+    ):
+        turns, splits = -(-K // 128), split(gpu, N, K)
+        share = -(-turns // splits)
+        assert splits == 1 or (share >= 4 and (splits - 1) * share < turns)
+    assert split(ASSUMED[90], 28672, 4096) == 1
+    assert split(ASSUMED[90], 4096, 14336) > 4
+
+
+def test_candidates_hold_what_is_picked_and_fit():
+    for capability, gpu in ASSUMED.items():
+        for c in SPEC.benches:
+            if not (c.dims["fp8"] and capability == 80):
+                assert SPEC.config(c, gpu) in set(SPEC.candidates(c, gpu)), (c.id, capability)
+
+
+@pytest.mark.parametrize("form", ["float8", "cuda"])
+def test_fp8_codes_keep_one_copy_and_one_scale_may_serve_all(form: str):
+    x, w = codes(3, 64, FP8).to(DEVICE), codes(5, 64, FP8, seed=1).to(DEVICE)
+    if form == "float8":
+        x, w = x.cpu(), w.cpu()
+    prepared = prepare_w8a8(w, torch.tensor(0.5), form=form)
+    assert prepared.codes.data_ptr() == w.data_ptr(), "the codes were copied"
+    ones = torch.ones(3, device=x.device)
+    run = gemm_w8a8_triton if form == "cuda" else gemm_w8a8
+    y = run(x, ones, prepared, torch.float32)
+    expected = 0.5 * (x.cpu().double() @ w.cpu().double().t())
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-3, atol=1e-3)  # Hopper's 13 bits
