@@ -47,14 +47,17 @@ KV_DTYPE = choice(
     "fp32",
     "bf16",
     "fp16",
+    "fp8",
     "int8",
     "int4",
+    "int4z",
     float32="fp32",
     bfloat16="bf16",
     float16="fp16",
     half="fp16",
 )
 QUANTIZATION = choice("auto", "none", "w8a8-int8", "w4a8-int8", w8a8="w8a8-int8", w4a8="w4a8-int8")
+LM_HEAD = choice("auto", "int8", "fp8")
 DEVICE = text(r"auto|cpu|cuda:[0-9]{1,2}", "one of auto, cpu, cuda:0, cuda:1, ...")
 
 
@@ -117,6 +120,7 @@ class ModelEntry:
     chat_template: str | None = key(maybe(file_path()), None)
     dtype: str = key(DTYPE, "auto")
     quantization: str = key(QUANTIZATION, "auto")
+    lm_head: str = key(LM_HEAD, "auto")
     kv_dtype: str = key(KV_DTYPE, "auto")
     max_model_len: int | None = key(maybe(integer(1, 1 << 24), "auto"), None)
     max_num_seqs: int = key(integer(1, 65536), 256)

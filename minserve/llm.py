@@ -35,7 +35,7 @@ class LLM:
     """Loads `model`, a Hugging Face folder.  ValueError names what is wrong with a folder or an argument.
 
     `quantization`: auto (what the checkpoint is), none, w8a8-int8 or w4a8-int8 (quantized at load).  `kv_dtype`: auto,
-    fp32, bf16, fp16, int8, int4.  `pool_bytes`: size of the KV slab pool, auto where None.  `deterministic`: a request
+    fp32, bf16, fp16, fp8, int8, int4, int4z.  `pool_bytes`: size of the KV slab pool, auto where None.  `deterministic`: a request
     gets the same tokens whatever else runs, slower.  `overlap`: plan a step while the one before runs; default on a GPU
     only.  Other keywords are keys of a model in examples/full.yaml (max_num_seqs, max_num_batched_tokens, reserve_tokens, ...).
     """

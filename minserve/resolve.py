@@ -5,7 +5,7 @@ Reads config.json, no weights, and needs no torch: the agent plans the pool of a
 
 from dataclasses import dataclass
 
-from kernels.kv_layout import KvLayout
+from kernels.kv_layout import CODE_BITS, KvLayout
 from minserve.config import GpuConfig, ModelEntry
 from minserve.model_config import LlamaConfig
 from sched.slabs import MAX_SLAB_BYTES, ModelShape, PoolPlan, solve
@@ -15,7 +15,7 @@ SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """`dtype` and `layout.fmt` are short names (fp32, bf16, fp16, int8, int4); lengths in tokens."""
+    """`dtype` and `layout.fmt` are short names (fp32, bf16, fp16, fp8, int8, int4, int4z); lengths in tokens."""
 
     entry: ModelEntry
     config: LlamaConfig
@@ -49,7 +49,8 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
         dtype = "bf16"
     fmt = dtype if entry.kv_dtype == "auto" else entry.kv_dtype
     if fmt in SHORT_DTYPE.values() and fmt != dtype:
-        raise ValueError(f"models[{entry.name}].kv_dtype must be auto, {dtype}, int8 or int4, got {fmt!r}")
+        choices = ", ".join(("auto", dtype, *CODE_BITS))
+        raise ValueError(f"models[{entry.name}].kv_dtype must be one of {choices}, got {fmt!r}")
     window = longest_window(config)
     max_model_len = entry.max_model_len or config.max_position_embeddings
     if max_model_len > window:

@@ -181,8 +181,11 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("quantization: w4a16"), ("models[0].quantization", "w4a16", "w4a8-int8")),
     (model("quantization: awq"), ("models[0].quantization", "awq", "auto, none, w8a8-int8, w4a8-int8")),
     (model("quantization: 8"), ("models[0].quantization", "8")),
-    (model("kv_dtype: int2"), ("models[0].kv_dtype", "int2", "auto, fp32, bf16, fp16, int8, int4")),
-    (model("kv_dtype: fp8"), ("models[0].kv_dtype", "fp8")),
+    (
+        model("kv_dtype: int2"),
+        ("models[0].kv_dtype", "int2", "auto, fp32, bf16, fp16, fp8, int8, int4, int4z"),
+    ),
+    (model("kv_dtype: fp9"), ("models[0].kv_dtype", "fp9", "fp8")),
     (model("kv_dtype: [int8]"), ("models[0].kv_dtype", "int8")),
     (model("max_model_len: 0"), ("models[0].max_model_len", "0", "auto")),
     (model("max_model_len: 8kk"), ("models[0].max_model_len", "8kk")),

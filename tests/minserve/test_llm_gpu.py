@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("kv_dtype", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "fp8", "int8", "int4", "int4z"])
 def test_a_gpu_answers_as_the_cpu_does(folder: Path, kv_dtype: str, overlap: bool) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     found = []
