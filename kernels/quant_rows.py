@@ -144,7 +144,10 @@ def _quant_rows_kernel(
     o_d = tl.arange(0, BLOCK_D)
     b_x = load_rows(x + (o_t * stride_xt * UNIT)[:, None] + o_d[None, :], o_t, o_d, T, D)
     b_codes, b_scale = quantize_rows(b_x, codes.dtype.element_ty)
-    store_rows(codes + (o_t * D)[:, None] + o_d[None, :], b_codes, o_t, o_d, T, D)
+    # 8 codes a thread: with 16, a thread's loads would be every other 16 bytes, and in kernels that store 16-bit rows
+    # besides, the layouts would differ with shared memory between them
+    p_codes = tl.max_contiguous(codes + (o_t * D)[:, None] + o_d[None, :], [1, 8])
+    store_rows(p_codes, b_codes, o_t, o_d, T, D)
     tl.store(scale + o_t, b_scale, mask=o_t < T)
 
 

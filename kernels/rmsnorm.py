@@ -90,7 +90,8 @@ def _rmsnorm_kernel(
     b_y = (b_n * b_w).to(x.dtype.element_ty)
     if IS_QUANT:
         b_codes, b_scale = quantize_rows(b_y.to(tl.float32), y.dtype.element_ty)
-        store_rows(y + o_td, b_codes, o_t, o_d, T, D)
+        # as in _quant_rows_kernel
+        store_rows(tl.max_contiguous(y + o_td, [1, 8]), b_codes, o_t, o_d, T, D)
         tl.store(scale + o_t, b_scale, mask=o_t < T)
     else:
         store_rows(y + o_td, b_y, o_t, o_d, T, D)

@@ -45,8 +45,9 @@ def test_activations_are_truly_quantized(scheme, dtype):
     assert not same_for_twins(weight_only, K, dtype), "the check cannot tell the two apart"
 
 
+@pytest.mark.parametrize("quant", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_codes_are_those_of_the_unfused_result(dtype):
+def test_fused_codes_are_those_of_the_unfused_result(dtype, quant):
     """Quantizing inside rmsnorm and silu_mul is exactly quant_rows of what they return otherwise."""
     generator = torch.Generator().manual_seed(2)
     x, gu = (
@@ -55,11 +56,12 @@ def test_fused_codes_are_those_of_the_unfused_result(dtype):
     )
     w = torch.rand(96, generator=generator).to(dtype)
     for plain, fused in (
-        (rmsnorm(x, w, 1e-5, x).y_TD, rmsnorm(x, w, 1e-5, x, quant=True)),
-        (silu_mul(gu).y_TF, silu_mul(gu, quant=True)),
+        (rmsnorm(x, w, 1e-5, x).y_TD, rmsnorm(x, w, 1e-5, x, quant=quant)),
+        (silu_mul(gu).y_TF, silu_mul(gu, quant=quant)),
     ):
-        codes, scale_T = quant_rows(plain)
-        assert torch.equal(fused[0], codes)
+        codes, scale_T = quant_rows(plain, quant)
+        assert fused[0].dtype == quant
+        assert torch.equal(fused[0].view(torch.int8), codes.view(torch.int8))
         assert torch.equal(fused[-1], scale_T)
 
 
@@ -78,3 +80,21 @@ def test_a_code_is_never_further_than_half_a_quantum(dtype):
     error = (codes.double() * scale_T.double()[:, None] - x.double()).abs() / scale_T.double()[:, None]
     assert error.max() <= 0.5 + 1e-4
     assert codes.min() == -127 or codes.max() == 127
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_fp8_code_is_within_half_a_step_of_its_mantissa(dtype):
+    """Three bits of mantissa: a sixteenth of the value, or half of the smallest step 2^-9."""
+    x = torch.randn(64, 300, generator=torch.Generator().manual_seed(3)).to(dtype)
+    codes, scale_T = quant_rows(x, torch.float8_e4m3fn)
+    scaled = x.double() / scale_T.double()[:, None]
+    assert ((codes.double() - scaled).abs() <= (scaled.abs() / 16).clamp_min(2**-10) * (1 + 1e-4)).all()
+    assert codes.double().abs().max() == 448
+
+
+def test_true_means_int8_and_other_types_are_refused():
+    x, w = torch.ones(1, 16), torch.ones(16)
+    assert rmsnorm(x, w, 1e-5, quant=True).y_TD.dtype == torch.int8
+    assert silu_mul(x, quant=False).scale_T is None
+    with pytest.raises(AssertionError, match="float8_e5m2"):
+        silu_mul(x, quant=torch.float8_e5m2)
