@@ -54,6 +54,11 @@ class W4Weight:
     group_size: int
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the activations' codes."""
+        return torch.int8
+
+    @property
     def bits_stored(self) -> int:
         return 4 if self.form == "cuda" else 8
 

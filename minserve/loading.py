@@ -55,6 +55,7 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         device=device,
         quantization=resolved.quantization,
         quantization_config=config.quantization,
+        lm_head=resolved.entry.lm_head,
     ) as source:
         return LoadedModel(resolved, build_llama(config, source, rope), source.report)
 

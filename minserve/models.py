@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from kernels.attention import attention
 from kernels.kv_step import KvStep
-from kernels.linear import PreparedLinear, linear
 from kernels.rmsnorm import rmsnorm
 from kernels.rope_kv_write import rope_kv_write
 from kernels.silu_mul import silu_mul
@@ -44,7 +43,7 @@ class Llama:
     embed_VD: Tensor
     blocks: tuple[Block, ...]
     norm_D: Tensor
-    head: PreparedLinear
+    head: Linear
     rope: RopeTables
 
     def hidden(
@@ -59,24 +58,24 @@ class Llama:
         residual_TD: Tensor | None = None
         scale = c.head_dim**-0.5
         for layer, b in enumerate(self.blocks):
-            h = rmsnorm(x_TD, b.attn_norm_D, c.rms_norm_eps, residual_TD, quant=b.qkv.wants_int8)
+            h = rmsnorm(x_TD, b.attn_norm_D, c.rms_norm_eps, residual_TD, quant=b.qkv.wants)
             residual_TD = x_TD if h.residual_TD is None else h.residual_TD
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
             q_THK = rope_kv_write(qkv_TX, self.rope.cos_MK, self.rope.sin_MK, pool, step, layer, c.num_heads)
             o_THK = attention(q_THK, pool, step, layer, scale)
             x_TD = b.o(o_THK.flatten(1), None, deterministic=deterministic)
-            h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants_int8)
+            h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants)
             residual_TD = h.residual_TD
             gu_T2F = b.gate_up(h.y_TD, h.scale_T, deterministic=deterministic)
-            a = silu_mul(gu_T2F, quant=b.down.wants_int8)
+            a = silu_mul(gu_T2F, quant=b.down.wants)
             x_TD = b.down(a.y_TF, a.scale_T, deterministic=deterministic)
         assert residual_TD is not None, "a model without layers"
         return x_TD, residual_TD
 
     def logits(self, x_RD: Tensor, residual_RD: Tensor, *, deterministic: bool = False) -> Tensor:
         """fp32 logits [R, V] of rows picked from what `hidden` returned."""
-        h = rmsnorm(x_RD, self.norm_D, self.config.rms_norm_eps, residual_RD)
-        return linear(h.y_TD, self.head, deterministic=deterministic).float()
+        h = rmsnorm(x_RD, self.norm_D, self.config.rms_norm_eps, residual_RD, quant=self.head.wants)
+        return self.head(h.y_TD, h.scale_T, deterministic=deterministic).float()
 
 
 def build_llama(config: LlamaConfig, source: WeightSource, rope: RopeTables) -> Llama:

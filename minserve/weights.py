@@ -2,7 +2,7 @@
 
 Strict: a tensor of the wrong shape, a missing one, and one that nobody took are errors that name it.  Layers are
 loaded as the file has them (plain or quantized), or plain ones are quantized here (`w8a8-int8`, `w4a8-int8`, round to
-nearest); embeddings, norms and the head stay as they are.  One tensor at a time is in memory besides the result.
+nearest); embeddings and norms stay as they are, the head too unless it is asked for in 8 bits.  One tensor at a time is in memory besides the result.
 """
 
 import difflib
@@ -17,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.gemm_w4a8 import W4Weight, prepare_w4a8
-from kernels.gemm_w8a8 import prepare_w8a8
-from kernels.linear import PreparedLinear, prepare_linear
+from kernels.gemm_w8a8 import FP8, W8Weight, prepare_w8a8
+from kernels.launch import gpu_facts
+from kernels.linear import prepare_linear
+from kernels.quant_rows import quant_rows
 from minserve.checkpoint import Checkpoint, listed
 from minserve.linear import Linear, Prepared
 from quant.formats import compressed_tensors
@@ -29,6 +31,10 @@ from quant.scheme import ONLINE, QuantWeight, fuse
 # buffers that old exporters saved beside the weights; they follow from the config
 DERIVED = (".rotary_emb.inv_freq",)
 AS_STORED = ("auto", "none")
+# what the head may be quantized to, one scale a token and one an entry of the vocabulary
+HEAD_DTYPES = {"int8": torch.int8, "fp8": FP8}
+# rows of it that are quantized at once: their float32 copy is small beside the head
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(slots=True)
@@ -80,13 +86,20 @@ class WeightSource:
         device: torch.device | str = "cpu",
         quantization: str = "auto",
         quantization_config: dict[str, Any] | None = None,
+        lm_head: str = "auto",
         progress: bool | None = None,
     ) -> None:
         if quantization not in AS_STORED and quantization not in ONLINE:
             choices = ", ".join((*AS_STORED, *ONLINE))
             raise ValueError(f"quantization must be one of {choices}, got {quantization!r}")
+        if lm_head != "auto" and lm_head not in HEAD_DTYPES:
+            raise ValueError(f"lm_head must be one of {', '.join(('auto', *HEAD_DTYPES))}, got {lm_head!r}")
         self.dtype, self.device = dtype, torch.device(device)
-        self.quantization = quantization
+        if lm_head == "fp8" and self.device.type == "cuda" and gpu_facts(self.device).capability < 89:
+            raise ValueError(
+                "lm_head must be auto or int8 on a GPU before sm_89, which has no fp8, got 'fp8'"
+            )
+        self.quantization, self.lm_head = quantization, lm_head
         self.report = LoadReport()
         self._config = read_config(quantization_config)
         self._checkpoint = Checkpoint(folder)
@@ -122,25 +135,36 @@ class WeightSource:
         weights = [self._prepare(w, b) for w, b in _joined(shards, biases)]
         return Linear(weights, self.dtype)
 
-    def head(self, name: str, embed_VD: Tensor, tied: bool) -> PreparedLinear:
-        """The output projection, plain; where tied, the embedding itself, and a stored copy must equal it."""
+    def head(self, name: str, embed_VD: Tensor, tied: bool) -> Linear:
+        """The output projection; where tied, the embedding itself, and a stored copy must equal it."""
         V, D = embed_VD.shape
         stored = f"{name}.weight"
-        if tied:
-            if stored in self._checkpoint and not torch.equal(self._plain(stored, (V, D)), embed_VD):
-                raise ValueError(
-                    f"{stored} differs from the embedding, but the config says tie_word_embeddings"
-                )
-            head = prepare_linear(embed_VD, None)
-            # a CPU packs weights for its matmul: then the head is a second copy of the embedding
-            self.report.other_bytes += head.nbytes if head.form != "dense" else 0
-            return head
-        weight = self._shard(name, D, V, online=False)
+        weight: Tensor | QuantWeight = embed_VD
+        if not tied:
+            weight = self._shard(name, D, V, online=False)
+        elif stored in self._checkpoint and not torch.equal(self._plain(stored, (V, D)), embed_VD):
+            raise ValueError(f"{stored} differs from the embedding, but the config says tie_word_embeddings")
         if isinstance(weight, QuantWeight):
             raise ValueError(f"{name} is quantized ({weight.scheme}); supported: a plain head")
-        prepared = self._prepare(weight, None)
-        assert isinstance(prepared, PreparedLinear), type(prepared)
-        return prepared
+        head: Prepared
+        if self.lm_head in HEAD_DTYPES:
+            head = self._head_in_8_bits(name, weight)
+        elif tied:
+            head = prepare_linear(weight)
+            # a CPU packs weights for its matmul: then the head is a second copy of the embedding
+            self.report.other_bytes += head.nbytes if head.form != "dense" else 0
+        else:
+            head = self._prepare(weight, None)
+        return Linear([head], torch.float32)
+
+    def _head_in_8_bits(self, name: str, weight_VD: Tensor) -> W8Weight:
+        parts = [quant_rows(rows, HEAD_DTYPES[self.lm_head]) for rows in weight_VD.split(ROWS_AT_ONCE)]
+        scale_V = torch.cat([part.scale_T for part in parts])
+        if not bool(torch.isfinite(scale_V).all()):
+            raise ValueError(f"{name} must be finite to be quantized")
+        head = prepare_w8a8(torch.cat([part.codes_TD for part in parts]), scale_V)
+        self._book(f"{name} {self.lm_head} (channel, symmetric)", "gemm_w8a8", head)
+        return head
 
     def finish(self) -> LoadReport:
         """Ends the loading; raises ValueError naming every tensor that nobody took."""
@@ -228,11 +252,14 @@ class WeightSource:
             scheme, kernel = str(weight.scheme), "gemm_w4a8"
         if isinstance(prepared, W4Weight) and prepared.bits_stored != 4:
             note = f"int4 weights are unpacked to int{prepared.bits_stored} on the {self.device.type.upper()}"
+        self._book(scheme, kernel, prepared, note)
+        return prepared
+
+    def _book(self, scheme: str, kernel: str, prepared: Prepared, note: str = "") -> None:
         row = self.report.rows.setdefault((scheme, kernel), ReportRow(scheme, kernel, note=note))
         row.layers += 1
         row.weights += prepared.in_features * prepared.out_features
         row.nbytes += prepared.nbytes
-        return prepared
 
 
 def _joined(

@@ -53,7 +53,7 @@ def test_integer_arithmetic(scheme: str, has_bias: bool, dtype: torch.dtype) -> 
     linear = Linear([prepare(w, bias)], dtype)
     x_TK = torch.randn(T, K).to(dtype)
     y = linear(x_TK)
-    assert linear.wants_int8
+    assert linear.wants == torch.int8
     assert y.dtype == dtype
     want = truth(x_TK, w, bias)
     assert errors(y, want).worst < {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
@@ -96,13 +96,13 @@ def test_parts_of_different_schemes_run_one_by_one() -> None:
     rows = quant_rows(x_TK)
     alone = [Linear([p], torch.float32)(x_TK) for p in (prepare(a), prepare(b), prepare_linear(plain, None))]
     mixed = Linear([prepare(a), prepare(b), prepare_linear(plain, None)], torch.float32)
-    assert not mixed.wants_int8
+    assert mixed.wants is None
     assert mixed.out_features == N + 16 + 8
     assert torch.equal(mixed(x_TK), torch.cat(alone, dim=1))
-    with pytest.raises(AssertionError, match="float part"):
+    with pytest.raises(AssertionError, match="wants None"):
         mixed(rows.codes_TD, rows.scale_T)
     both = Linear([prepare(a), prepare(b)], torch.float32)
-    assert both.wants_int8
+    assert both.wants == torch.int8
     assert torch.equal(both(rows.codes_TD, rows.scale_T), torch.cat(alone[:2], dim=1))
 
 

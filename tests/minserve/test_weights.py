@@ -70,7 +70,7 @@ def test_plain_weights_are_fused_and_computed(tmp_path: Path) -> None:
     linear, report = read(folder(tmp_path / "m", tensors))
     stacked = torch.cat([tensors[f"{n}.weight"] for n in QKV])
     assert len(linear.parts) == 1
-    assert not linear.wants_int8
+    assert linear.wants is None
     torch.testing.assert_close(linear(X), X @ stacked.t(), rtol=2e-2, atol=2e-2)
     assert "bfloat16: 1 layers, kernel linear, 16.00 bits per weight" in report.lines()[0]
     assert report.other_bytes == 2 * D
@@ -82,7 +82,7 @@ def test_stored_and_online_quantization_agree(scheme: Scheme, container: str, tm
     tensors = plain_tensors()
     path = folder(tmp_path / "q", quantized(tensors, dict.fromkeys(QKV, scheme), container))
     linear, report = read(path, quantization_config=ct(scheme, container))
-    assert linear.wants_int8
+    assert linear.wants == torch.int8
     assert len(linear.parts) == 1
     dequantized = [quantize(tensors[f"{n}.weight"], scheme, torch.bfloat16).dequantize() for n in QKV]
     rows = X.float()
@@ -132,7 +132,7 @@ def test_shards_of_different_schemes_are_not_fused(tmp_path: Path) -> None:
     groups = config_object({s: [n] for n, s in schemes.items()}, "int8", [QKV[2]])
     linear, report = read(path, quantization_config=groups)
     assert [type(p) for p in linear.parts] == [W8Weight, W4Weight, PreparedLinear]
-    assert not linear.wants_int8
+    assert linear.wants is None
     assert len(report.rows) == 3
     each = []
     for name, rows in zip(QKV, ROWS, strict=True):
@@ -152,7 +152,7 @@ def test_online_quantization_leaves_norms_and_head(name: str, bits: int, tmp_pat
         report = source.finish()
     assert isinstance(linear.parts[0], W8Weight if bits == 8 else W4Weight)
     assert norm.dtype == torch.bfloat16
-    assert isinstance(head, PreparedLinear)
+    assert isinstance(head.parts[0], PreparedLinear)
     assert [row.layers for row in report.rows.values()] == [1, 1]
     unpacked = "int4 weights are unpacked to int8 on the CPU"
     assert any(unpacked in line for line in report.lines()) == (bits == 4)
