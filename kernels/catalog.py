@@ -9,6 +9,7 @@ from kernels import (
     rmsnorm,
     rope_kv_write,
     silu_mul,
+    w4_to_w8,
 )
 from kernels.spec import KernelSpec
 
@@ -19,6 +20,7 @@ SPECS: tuple[KernelSpec, ...] = (
     linear.SPEC,
     gemm_w8a8.SPEC,
     gemm_w4a8.SPEC,
+    w4_to_w8.SPEC,
     rope_kv_write.SPEC,
     attention.SPEC,
 )

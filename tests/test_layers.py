@@ -15,9 +15,9 @@ ORDER = {
         backend launch spec table
         quant_rows rmsnorm silu_mul linear
         w8_cpu w8_config gemm_w8a8_small gemm_w8a8_large gemm_w8a8
-        gemm_w4a8
+        w4_decode w4_pack w4_cpu w4_config w4_to_w8 gemm_w4a8_tile gemm_w4a8
         kv_layout kv_read kv_rows kv_work kv_step kv_case kv_write_triton rope_kv_write
-        attn_cpu attn_tile attn_decode attn_prefill attention
+        attn_cpu attn_tile attn_decode attn_ref prefill_tile prefill_inline attn_prefill attention
         catalog
     """,
     "quant": """
@@ -32,7 +32,7 @@ ORDER = {
         sampling schema config
         model_config rope checkpoint resolve linear weights
         slab_words shared_memory slab_table cuda_memory pool keeper
-        models sampler inputs runner engine loading
+        models sampler inputs runner warmup engine loading
         text outputs llm
         wire host agent protocol answers loop worker frontend listener responses server serve
     """,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.gemm_w4a8 import cut_group, gemm_w4a8, gemm_w4a8_triton, pack_pairs, prepare_w4a8
+from kernels.gemm_w4a8 import gemm_w4a8, gemm_w4a8_triton, prepare_w4a8
 from kernels.gemm_w8a8 import gemm_w8a8, gemm_w8a8_triton, prepare_w8a8
 from kernels.linear import PreparedLinear, linear, prepare_linear
 from kernels.w8_cpu import pick_int8_form
@@ -50,22 +50,6 @@ def test_the_sum_of_a_group_is_exact(form, group):
     shifted = w.long() - zero.long().repeat_interleave(group, 1)
     twice = (2 * scale).long().repeat_interleave(group, 1)
     assert torch.equal((2 * y).long(), x.long() @ (shifted * twice).t())
-
-
-def test_two_codes_share_a_byte_and_come_back():
-    w = codes(7, 5 * 16, -8, 8)
-    packed = pack_pairs(w, 16)
-    assert packed.shape == (7, 3 * 16)
-    halves = torch.stack([packed & 15, packed >> 4], 1).to(torch.int8) - 8
-    back = halves.view(7, 2, 3, 16).transpose(1, 2).reshape(7, -1)[:, : 5 * 16]
-    assert torch.equal(back, w)
-
-
-@pytest.mark.parametrize(
-    ("group", "cut"), [(128, 128), (32, 32), (1024, 128), (2816, 128), (96, 96), (130, 65), (131, 1)]
-)
-def test_a_group_is_cut_into_equal_parts(group, cut):
-    assert cut_group(group) == cut
 
 
 @pytest.mark.parametrize(
@@ -131,6 +115,6 @@ def test_stored_bytes_are_said():
     w8 = prepare_w8a8(codes(16, 64), torch.ones(16), form="int_mm")
     assert w8.nbytes == 16 * 64 + 4 * 16
     w4 = prepare_w4a8(codes(16, 64, -8, 8), torch.ones(16, 2), form="cuda")
-    assert (w4.bits_stored, w4.nbytes) == (4, 16 * 32 + 4 * 32)
-    assert w4.codes[0].nbytes == 16 * 32
+    assert (w4.bits_stored, w4.nbytes) == (4, 16 * 32 + 4 * 32 + w4.held.arrivals.nbytes)
+    assert w4.held.codes.nbytes == 16 * 32
     assert prepare_w4a8(codes(16, 64, -8, 8), torch.ones(16, 2), form=pick_int8_form()).bits_stored == 8

@@ -1,0 +1,129 @@
+"""The 4-bit matmul's kernel: weights stream through registers, tokens through shared memory.
+
+The operands are swapped (weights are the rows of the tensor core's tile, tokens its 16 to 128 columns), because Hopper
+takes the row operand from registers: decoded weights are never written anywhere.  A turn of the loop is one pair of
+groups.  One scale a channel: the sum over all K stays in int32, exact.  Scales by group: each group's sum is exact
+(fp8: float32), and added to the total in the order of the groups.  K is split and arrivals counted as in gemm_w8a8_small.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.w4_decode import decode
+
+
+@triton.jit
+def _store_tile(
+    y, b_acc, scale_t, scale, bias, o_t, o_n, T, N, BY_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """b_acc is [BLOCK_N, BLOCK_T]; the arithmetic of gemm_w8a8, so that either kernel gives the same bits."""
+    m_t, m_n = o_t < T, o_n < N
+    b_y = b_acc.to(tl.float32)
+    if not BY_GROUP:
+        b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
+    b_y *= tl.load(scale_t + o_t, mask=m_t, other=0.0)[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    p_y = y + o_t.to(tl.int64)[None, :] * N + o_n[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_t[None, :] & m_n[:, None])
+
+
+@triton.jit
+def _load_rows(p_x, o_c, left, WHOLE: tl.constexpr):
+    """A chunk of every token, [CHUNK, BLOCK_T]: its group has `left` inputs and the chunk may have more."""
+    return tl.load(p_x) if WHOLE else tl.load(p_x, mask=(o_c < left)[:, None], other=0.0)
+
+
+@triton.jit
+def _add_group(b_acc, b_w, b_x, p_scale, BY_GROUP: tl.constexpr):
+    if BY_GROUP:
+        SUM: tl.constexpr = tl.int32 if b_w.dtype == tl.int8 else tl.float32
+        b_acc += tl.dot(b_w, b_x, out_dtype=SUM).to(tl.float32) * tl.load(p_scale)[:, None]
+    else:
+        b_acc = tl.dot(b_w, b_x, b_acc, out_dtype=tl.int32)
+    return b_acc
+
+
+@triton.jit(do_not_specialize=["T", "n_units", "k_units", "splits"])
+def _gemm_w4a8_kernel(
+    y,
+    partials,
+    arrivals,
+    x,
+    w,
+    scale_t,
+    scale,
+    meta,
+    bias,
+    T,
+    n_units,
+    k_units,
+    splits,
+    DECODE: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    N_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    # in units the compiler knows the divisor of: one binary serves every N and K that have it
+    N, K = n_units * N_UNIT, k_units * K_UNIT
+    pairs = tl.cdiv(K, 2 * GROUP)
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    tiles = tiles_t * tl.cdiv(N, BLOCK_N)
+    i_tile = tl.program_id(0) % tiles
+    i_s = tl.program_id(0) // tiles
+    # neighbours share a tile of weights
+    o_t = (i_tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_n = (i_tile // tiles_t) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = tl.arange(0, CHUNK)
+    first, last = 0, pairs
+    if HAS_SPLITS:
+        share = tl.cdiv(pairs, splits)
+        first = i_s * share
+        last = tl.minimum(first + share, pairs)
+    # rows past the end read the last one again: cheaper than a mask, and never stored
+    o_row = tl.minimum(o_n, N - 1)
+    p_x = x + tl.minimum(o_t, T - 1).to(tl.int64)[None, :] * K + first * (2 * GROUP) + o_c[:, None]
+    p_w = w + o_row.to(tl.int64)[:, None] * (pairs * CHUNK) + first * CHUNK + o_c[None, :]
+    p_meta = meta + first * N + o_row
+    p_scale = scale + 2 * first * N + o_row
+    b_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32 if BY_GROUP else tl.int32)
+    for i in tl.range(first, last, num_stages=NUM_STAGES):
+        left = K - i * (2 * GROUP)
+        b_x0 = _load_rows(p_x, o_c, tl.minimum(left, GROUP), WHOLE)
+        b_x1 = _load_rows(p_x + GROUP, o_c, tl.minimum(left - GROUP, GROUP), WHOLE)
+        b_w0, b_w1 = decode(tl.load(p_w), p_meta, DECODE)
+        b_acc = _add_group(b_acc, b_w0, b_x0, p_scale, BY_GROUP)
+        b_acc = _add_group(b_acc, b_w1, b_x1, p_scale + N, BY_GROUP)
+        p_x += 2 * GROUP
+        p_w += CHUNK
+        p_meta += N
+        p_scale += 2 * N
+    if not HAS_SPLITS:
+        _store_tile(y, b_acc, scale_t, scale, bias, o_t, o_n, T, N, BY_GROUP, HAS_BIAS)
+    else:
+        # [tile, split, token, output]; of the tokens only those there are
+        o_part = tl.arange(0, BLOCK_T)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        p_tile = partials + i_tile.to(tl.int64) * splits * (BLOCK_T * BLOCK_N) + o_part
+        m_part = (o_t < T)[None, :] & (o_n < N)[:, None]
+        tl.store(p_tile + i_s * (BLOCK_T * BLOCK_N), b_acc, mask=m_part)
+        # every thread's part is written before this program counts as arrived
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + i_tile, 1, sem="acq_rel") == splits - 1:
+            tl.store(arrivals + i_tile, 0)
+            b_sum = tl.zeros([BLOCK_N, BLOCK_T], b_acc.dtype)
+            # several at once hide the latency of L2, as many as stay in registers
+            AT_ONCE: tl.constexpr = max(1, 64 // BLOCK_T)
+            for i in range(0, splits, AT_ONCE):
+                for j in tl.static_range(AT_ONCE):
+                    m_there = m_part & (i + j < splits)
+                    p_part = p_tile + (i + j) * (BLOCK_T * BLOCK_N)
+                    b_sum += tl.load(p_part, mask=m_there, other=0.0, cache_modifier=".cg")
+            _store_tile(y, b_sum, scale_t, scale, bias, o_t, o_n, T, N, BY_GROUP, HAS_BIAS)
