@@ -5,40 +5,86 @@ before it, read back from the pool (so write first): chunk cuts and preemption c
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from kernels.attn_cpu import attn_cpu
-from kernels.attn_decode import attn_decode
+from kernels.attn_decode import AttnDecodeConfig, Parts, Query, attn_decode
+from kernels.attn_merge import attn_merge, attn_merge_quant
 from kernels.attn_prefill import attn_prefill
 from kernels.attn_ref import attention_ref
 from kernels.kv_case import Paged, places
 from kernels.kv_layout import KvLayout
 from kernels.kv_step import KvStep
+from kernels.quant_rows import Quant, QuantRows, code_dtype, quant_rows
 from kernels.rope_kv_write import rope_kv_write_cpu
 from kernels.spec import Case, Cost, KernelSpec, case
 
-
-def attention_triton(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> Tensor:
-    out_THK = torch.empty_like(q_THK)
-    if len(step.work.piece_X4):
-        attn_decode(out_THK, q_THK, pool, step, layer, scale)
-    if len(step.work.chunk_X4):
-        attn_prefill(out_THK, q_THK, pool, step, layer, scale)
-    return out_THK
+FUSED_ROWS = 8  # fewer rows of many pieces keep too few programs busy when each merges a whole row
 
 
-def attention(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> Tensor:
-    """o_THK.  The step says whether it is deterministic, and which path it was built for."""
+def attention_triton(
+    query: Query, step: KvStep, quant: torch.dtype | None, config: AttnDecodeConfig | None = None
+) -> Tensor | QuantRows:
+    q_THK, work = query.q_THK, step.work
+    assert work is not None, "this KvStep was built for a CPU"
+    # merging whole rows pays once they are many; a row's codes must not depend on how many there are
+    fused = quant is not None and not step.deterministic and not len(work.chunk_X4)
+    fused = fused and len(work.merge_X3) >= FUSED_ROWS
+    out_THK = q_THK if fused else torch.empty_like(q_THK)
+    if len(work.merge_X3):
+        parts = Parts.empty(work.num_slots, *q_THK.shape[1:], q_THK.device)
+        for one_token, pieces in ((True, work.piece_X8), (False, work.wide_X8)):
+            if len(pieces):
+                attn_decode(out_THK, parts, query, step, one_token, not fused, config)
+        if fused:
+            return attn_merge_quant(q_THK, parts, step, quant)
+        if work.num_split:
+            attn_merge(out_THK, parts, step)
+    if len(work.chunk_X4):
+        attn_prefill(out_THK, q_THK, query.pool, step, query.layer, query.scale)
+    return out_THK if quant is None else quant_rows(out_THK.flatten(1), quant)
+
+
+@overload
+def attention(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> Tensor: ...
+
+
+@overload
+def attention(
+    q_THK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    layer: int,
+    scale: float,
+    quant: Quant,
+    int8_qk: bool = False,
+) -> Tensor | QuantRows: ...
+
+
+def attention(
+    q_THK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    layer: int,
+    scale: float,
+    quant: Quant = None,
+    int8_qk: bool = False,
+) -> Tensor | QuantRows:
+    """o_THK, or its rows' codes with `quant` (int8 or fp8).  The step says whether it is deterministic, and which path
+    it was built for.  `int8_qk`: on a GPU, decodes over int8 and 4 bit keys take queries of 8 bits instead of 16."""
     lay = step.layout
     assert q_THK.is_contiguous(), f"{q_THK.stride()=}"
     assert len(q_THK) == step.num_tokens, f"{q_THK.shape=} {step.num_tokens=}"
     assert q_THK.shape[1] % lay.num_kv_heads == 0, f"{q_THK.shape=} {lay=}"
     assert q_THK.shape[2] == lay.head_dim, f"{q_THK.shape=} {lay=}"
-    run = attn_cpu if step.work is None else attention_triton
-    return run(q_THK, pool, step, layer, scale)
+    dtype = code_dtype(quant)
+    if step.work is not None:
+        return attention_triton(Query(q_THK, pool, layer, scale, 1 if int8_qk else 2), step, dtype)
+    out_THK = attn_cpu(q_THK, pool, step, layer, scale)
+    return out_THK if dtype is None else quant_rows(out_THK.flatten(1), dtype)
 
 
 def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:

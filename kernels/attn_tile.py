@@ -91,7 +91,7 @@ def attend_block(
         p_k = p_c + tl.arange(0, P)[:, None] * K + o_d[None, :]
         b_k = tl.load(p_k, mask=m_d[None, :], other=0)
         p_v = p_c + P * K + o_d[:, None] * P + tl.arange(0, P)[None, :]
-        b_v = tl.load(p_v, mask=m_d[:, None], other=0)
+        b_v = (tl.load(p_v, mask=m_d[:, None], other=0).to(tl.int32) & 255) - 128
         b_s = tl.dot(b_k.to(DTYPE), b_q0, input_precision="ieee") * b_ks[:, None]
     else:
         p_c = codes + unit * (128 // BITS)

@@ -5,6 +5,7 @@ sequence has no block.  Rows are (sequence, position) pairs, so that any cut of 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ class Paged:
         pool = self.pool.clone() if self.pool.device == torch.device(device) else self.pool.to(device)
         return replace(self, pool=pool, slab_table_SL=self.slab_table_SL.to(device))
 
-    def step(self, place_T2: Tensor, triton: bool | None = None, deterministic: bool = False) -> KvStep:
+    def step(
+        self, place_T2: Tensor, triton: bool | None = None, deterministic: bool = False, **routing: Any
+    ) -> KvStep:
         """The step of these rows; consecutive positions of a sequence are one chunk."""
         spans: list[list[int]] = []
         for seq, pos in place_T2.tolist():
@@ -64,7 +67,7 @@ class Paged:
         seqs, starts, counts = (list(x) for x in zip(*spans, strict=True))
         table, device = self.block_table_BN[seqs], self.pool.device
         return KvStep.build(
-            self.layout, self.slab_table_SL, table, starts, counts, device, deterministic, triton
+            self.layout, self.slab_table_SL, table, starts, counts, device, deterministic, triton, **routing
         )
 
     def stored(self, place_T2: Tensor, layer: int) -> StoredKv:

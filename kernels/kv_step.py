@@ -5,14 +5,16 @@ first.  A sequence's blocks are named by its line of the block table; entries pa
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import backend
 from kernels.kv_layout import KvLayout
 from kernels.kv_rows import CpuRows, Spans, plan_rows
-from kernels.kv_work import GpuWork, plan_work
+from kernels.kv_work import GpuWork, Routing, full_grid, plan_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,15 @@ class KvStep:
         device: torch.device | str,
         deterministic: bool = False,
         triton: bool | None = None,
+        **routing: Any,
     ) -> "KvStep":
         """`slab_table_SL`: int64 byte offsets, on `device`.  `block_table_BN`: int32 block ids, on the host.
-        `triton` None: where the device is not a CPU; True on a CPU is for the interpreter."""
-        spans = _spans(layout, block_table_BN, starts, counts)
+        `triton` None: where the ops run on Triton; `routing`: heads_per_kv and scratch_blocks of kv_work.Routing."""
+        spans = make_spans(layout, block_table_BN, starts, counts)
         device = torch.device(device)
-        if triton or (triton is None and device.type != "cpu"):
-            work = plan_work(layout, spans, device, deterministic)
+        if triton or (triton is None and backend.runs_triton(device)):
+            slots = full_grid(layout, device)
+            work = plan_work(layout, spans, device, Routing(deterministic, slots, **routing))
             return cls(layout, spans, work.pos_T, slab_table_SL, deterministic, None, work)
         rows = plan_rows(layout, slab_table_SL.numpy(), spans, deterministic)
         first_T = np.repeat(spans.start_B - spans.row_B, spans.count_B)
@@ -57,7 +61,7 @@ class KvStep:
         return self.pos_T.shape[0]
 
 
-def _spans(layout: KvLayout, block_table_BN: Tensor, starts: list[int], counts: list[int]) -> Spans:
+def make_spans(layout: KvLayout, block_table_BN: Tensor, starts: list[int], counts: list[int]) -> Spans:
     start_B, count_B = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     B, N = block_table_BN.shape
     assert len(start_B) == len(count_B) == B, f"{len(start_B)=} {len(count_B)=} {block_table_BN.shape=}"

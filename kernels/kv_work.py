@@ -136,9 +136,7 @@ def aligned_sizes(shapes: list[tuple[int, ...]]) -> list[int]:
 def split_tables(packed: Tensor, shapes: list[tuple[int, ...]], numbers: tuple[int, int, int]) -> GpuWork:
     """The tables that lie in `packed` one after the other."""
     parts = packed.split(aligned_sizes(shapes))
-    tables = (
-        part[: int(np.prod(shape))].view(shape) for part, shape in zip(parts, shapes, strict=True)
-    )
+    tables = (part[: int(np.prod(shape))].view(shape) for part, shape in zip(parts, shapes, strict=True))
     return GpuWork(*tables, *numbers)
 
 

@@ -91,6 +91,12 @@ class Repaired:
             return Repaired.stock_fma(self, x, y, z)
         return narrow(widen(x) * widen(y) + widen(z), x.dtype.scalar)
 
+    def create_minnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmax)
+
     def create_clampf(self, arg, low, high, propagate_nans):
         if not held_as_bits(arg):
             return Repaired.stock_clamp(self, arg, low, high, propagate_nans)
@@ -136,6 +142,8 @@ REPLACED = (
     "binary_op",
     "unary_op",
     "create_fma",
+    "create_minnumf",
+    "create_maxnumf",
     "create_clampf",
     "create_dot",
     "cast_impl",

@@ -73,12 +73,12 @@ def test_many_ragged_decodes(fmt: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "int4"])
 def test_split_decodes_are_merged(fmt: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kv_work, "SPLIT_TOKENS", 64)
+    monkeypatch.setattr(kv_work, "LEAST_SPLIT", 64)
     lengths = (64, 65, 150)
     q_THK, paged, scale = filled(fmt, lengths)
     spans = [(b, n - 1, 1) for b, n in enumerate(lengths)]
     q_BHK, place_B2 = q_THK[rows_of(lengths, spans)], places(*spans)
-    assert len(paged.step(place_B2, triton=True).work.piece_X4) == 6
+    assert len(paged.step(place_B2, triton=True).work.piece_X8) == 6
     truth, own = truth_and_own(q_BHK, paged, place_B2, scale)
     assert_no_worse(attend(True, q_BHK, paged, place_B2, scale), own, truth)
 

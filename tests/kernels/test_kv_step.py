@@ -7,7 +7,8 @@ import torch
 from kernels import kv_rows, kv_work
 from kernels.kv_case import Paged, places
 from kernels.kv_layout import KvLayout
-from kernels.kv_step import KvStep
+from kernels.kv_step import KvStep, make_spans
+from kernels.kv_work import GpuWork, Routing, plan_work
 
 LAYOUT = KvLayout("bf16", 2, 16)
 
@@ -55,21 +56,111 @@ def test_a_group_fits_its_budget(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("lengths", [(5,), (1, 63, 64), (7, 8, 9, 200, 300)])
 def test_every_table_is_aligned_alike_in_every_step(lengths: tuple[int, ...]):
     work = paged(*lengths).step(places(*((b, n - 1, 1) for b, n in enumerate(lengths))), triton=True).work
-    assert {(t.data_ptr() - work.block_BN.data_ptr()) % 16 for t in work if t.numel()} == {0}
+    assert {
+        (t.data_ptr() - work.block_BN.data_ptr()) % 16
+        for t in work
+        if isinstance(t, torch.Tensor) and t.numel()
+    } == {0}
 
 
-def test_pieces_cover_every_key_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kv_work, "SPLIT_TOKENS", 64)
-    lengths = (1, 63, 64, 65, 200)
-    step = paged(*lengths).step(places(*((b, n - 1, 1) for b, n in enumerate(lengths))), triton=True)
-    pieces, merges = step.work.piece_X4.numpy(), step.work.merge_X3.numpy()
-    for (row, first, count), length in zip(merges, lengths, strict=True):
-        mine = pieces[first : first + count]
-        assert (mine[:, 1] == row).all()
-        assert np.concatenate([np.arange(low, end) for low, end in mine[:, 2:]]).tolist() == list(
-            range(length)
-        )
-        assert (mine[:, 3] - mine[:, 2] <= 64).all()
+def work_of(spans: list[tuple[int, int, int]], slots: int = 64, **routing) -> GpuWork:
+    """Spans (sequence, start, count) of distinct sequences."""
+    p = paged(*(start + count for _, start, count in spans))
+    starts, counts = [start for _, start, _ in spans], [count for _, _, count in spans]
+    host = make_spans(LAYOUT, p.block_table_BN, starts, counts)
+    return plan_work(
+        LAYOUT, host, torch.device("cpu"), Routing(slots=slots, **{"deterministic": False} | routing)
+    )
+
+
+def seen_keys(work: GpuWork) -> dict[int, list[int]]:
+    """The keys that each row's merge adds up, and where: a slot holds what one piece left."""
+    left = {}
+    for _, row, pos, rows, low, end, slot, parts in np.concatenate((work.piece_X8, work.wide_X8)).tolist():
+        assert low % LAYOUT.block_tokens == 0
+        for lane in range(rows):
+            assert slot + lane * parts not in left, "two pieces leave their part in one slot"
+            left[slot + lane * parts] = row + lane, [k for k in range(low, end) if k <= pos + lane]
+    assert sorted(left) == list(range(work.num_slots))
+    keys = {}
+    for row, first, parts in work.merge_X3.tolist():
+        assert {left[slot][0] for slot in range(first, first + parts)} == {row}
+        keys[row] = sum((left[slot][1] for slot in range(first, first + parts)), [])
+    return keys
+
+
+@pytest.mark.parametrize("slots", [8, 64, 4096])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_row_sees_every_key_once(slots: int, deterministic: bool):
+    spans = [(0, 0, 1), (1, 62, 1), (2, 1999, 1), (3, 700, 1), (4, 100, 5), (5, 0, 3), (6, 31, 16)]
+    work = work_of(spans, slots, deterministic=deterministic)
+    keys = seen_keys(work)
+    positions = [start + i for _, start, count in spans for i in range(count)]
+    assert keys == {row: list(range(pos + 1)) for row, pos in enumerate(positions)}
+    counts = [len(work.piece_X8), len(work.wide_X8), work.num_split, len(keys)]
+    assert work.count_X.tolist() == counts
+    assert bool(len(work.wide_X8)) != deterministic
+    assert work.wide_tokens == (0 if deterministic else 16)
+
+
+def test_rows_of_several_pieces_come_first_and_long_pieces_too():
+    work = work_of([(0, 0, 1), (1, 1999, 1), (2, 60, 1), (3, 900, 1)], slots=40)
+    parts = work.merge_X3[:, 2]
+    assert (parts[: work.num_split] > 1).all()
+    assert (parts[work.num_split :] == 1).all()
+    assert 0 < work.num_split < 4
+    length = work.piece_X8[:, 5] - work.piece_X8[:, 4]
+    assert length.tolist() == sorted(length.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots", "expected"),
+    [
+        ([100, 90], 264, 256),  # nothing to gain below the floor
+        ([4096] * 4, 264, 128 * 2),  # 4 x 16 pieces x 2 heads
+        ([4096] * 32, 264, 1024),  # 128 items of 1024: two more cuts would be too many
+        ([4096] * 200, 264, 6208),  # more rows than slots: no cut
+        ([100] * 200 + [60000], 264, 608),  # but for a sequence that is far longer than its share
+    ],
+)
+def test_pieces_fill_the_gpu_once(lengths: list[int], slots: int, expected: int):
+    ends = np.array(lengths)
+    tokens = kv_work.piece_tokens(ends, LAYOUT, slots)
+    assert tokens == expected
+    items = int((-(-ends // tokens)).sum()) * LAYOUT.num_kv_heads
+    assert items <= slots + len(lengths) * LAYOUT.num_kv_heads
+
+
+def test_piece_length_is_the_least_that_fits():
+    generator = np.random.default_rng(0)
+    P, G = LAYOUT.block_tokens, LAYOUT.num_kv_heads
+    for _ in range(50):
+        ends = generator.integers(1, 5000, generator.integers(1, 60))
+        slots = int(generator.integers(len(ends) * G + 1, 1000))
+        tokens = kv_work.piece_tokens(ends, LAYOUT, slots)
+        least = next(n for n in range(256, 10000, P) if (-(-ends // n)).sum() * G <= slots)
+        assert tokens == least
+
+
+def test_a_deterministic_row_is_cut_by_its_own_length_alone():
+    alone = work_of([(0, 1999, 1)], deterministic=True)
+    among = work_of([(0, 1999, 1), (1, 5, 1), (2, 0, 9)], deterministic=True)
+    cut = {(low, end) for _, row, _, _, low, end, _, _ in among.piece_X8.tolist() if row == 0}
+    assert cut == {(low, end) for _, _, _, _, low, end, _, _ in alone.piece_X8.tolist()}
+    assert max(end - low for low, end in cut) == kv_work.SPLIT_TOKENS
+
+
+def test_chunks_go_where_their_columns_and_the_scratch_say():
+    spans = [(0, 9, 1), (1, 100, 8), (2, 100, 9), (3, 0, 300), (4, 60, 40)]
+    work = work_of(spans, heads_per_kv=8)
+    assert sorted(work.wide_X8[:, 0].tolist()) == [1]
+    assert sorted(set(work.chunk_X4[:, 0].tolist())) == [2, 3, 4]
+    # room for 4 + 10 blocks: the last one's context of 4 has none
+    work = work_of(spans, heads_per_kv=8, scratch_blocks=15)
+    assert sorted(set(work.chunk_X4[:, 0].tolist())) == [2, 3]
+    groups = work.wide_X8[work.wide_X8[:, 0] == 4]
+    assert sorted(groups[:, 3].tolist()) == [8] * 5
+    assert work.wide_tokens == 8
 
 
 def test_chunks_and_touches_cover_every_row_once():
