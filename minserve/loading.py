@@ -17,6 +17,7 @@ from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_
 from minserve.rope import rope_tables
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
+from minserve.warmup import Sizes, warm_up
 from minserve.weights import LoadReport, WeightSource
 from sched.batching import Batcher
 from sched.blocks import BlockPool
@@ -76,6 +77,10 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
         max_model_len=r.max_model_len,
         max_waiting=r.entry.max_queued_requests,
     )
+    device = sets.pool.bytes.device
+    if device.type == "cuda":
+        sizes = Sizes(limits.max_running, limits.max_step_tokens, limits.max_model_len)
+        warm_up(model.llama, r.layout, sizes, device, deterministic=r.entry.deterministic)
     runner = Runner(
         model.llama,
         r.layout,

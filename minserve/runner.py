@@ -7,7 +7,7 @@ while the one before it runs, and what it reads (token history, keys and values)
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from kernels.kv_step import KvStep
 from kernels.launch import upload
 from minserve.inputs import Join, PromptRows, RowTable, StepInputs
 from minserve.models import HEAD_ROWS, Llama
-from minserve.pool import LeasedSets
 from minserve.sampler import TokenLogprobs, gather_logprobs, sample
 from sched.step import StepPlan
 
@@ -43,6 +42,29 @@ class PromptLogprobs(NamedTuple):
 class StepResult:
     sampled: tuple[SampledToken, ...]
     prompt_logprobs: tuple[PromptLogprobs, ...]
+
+
+class Memory(Protocol):
+    @property
+    def bytes(self) -> Tensor:
+        """uint8, on the device of the model."""
+
+
+class BlockStore(Protocol):
+    """Where the blocks of a model lie: the sets it leases, or what stands for them."""
+
+    slab_table_SL: Tensor
+
+    @property
+    def pool(self) -> Memory: ...
+
+    @property
+    def num_draining(self) -> int: ...
+
+    def take_changed(self) -> list[int]:
+        """The rows of `slab_table_SL` that changed since the last call."""
+
+    def poll(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -94,7 +116,7 @@ class Runner:
         self,
         model: Llama,
         layout: KvLayout,
-        sets: LeasedSets,
+        sets: BlockStore,
         *,
         max_rows: int,
         max_model_len: int,

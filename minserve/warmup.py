@@ -1,0 +1,196 @@
+"""Warm-up: launches every kernel variant that a step can need before the first request comes, and watches from then on.
+
+Steps run on a runner of their own over one block of memory that every block id leads to: what they read and write means
+nothing, and no block of the pool is touched.  What Triton compiles does not depend on how many layers or requests
+there are, nor on how long they are, but kernels choose their tiles by the number of tokens: hence the many sizes.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from kernels.kv_layout import KvLayout
+from minserve.inputs import Join
+from minserve.linear import Linear
+from minserve.models import Block, Llama
+from minserve.runner import Runner
+from minserve.sampling import SamplingParams
+from sched.step import Chunk, Grant, StepPlan
+
+log = logging.getLogger(__name__)
+LONG = 8192  # the longest context a step is given: nothing is compiled anew for a longer one
+GREEDY = SamplingParams(temperature=0.0)
+# one row of each; together in one batch too
+SAMPLINGS = (
+    GREEDY,
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.7, top_k=20),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.9, min_p=0.05),
+    SamplingParams(temperature=0.7, min_p=0.05),
+    SamplingParams(temperature=0.0, logprobs=0),
+    SamplingParams(temperature=1.0, logprobs=3),
+    SamplingParams(temperature=1.0, presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1),
+    SamplingParams(temperature=0.0, logit_bias={0: 1.0}, min_tokens=4),
+)
+
+
+class CompileMonitor:
+    """Triton calls it after each compile.  While `serving`, one is an error in the log: requests wait for it."""
+
+    def __init__(self) -> None:
+        self.compiles = 0
+        self.late = 0
+        self.serving = False
+
+    def __call__(self, *, repr: str, **rest: Any) -> None:
+        self.compiles += 1
+        if self.serving:
+            self.late += 1
+            log.error("a kernel was compiled while serving: %s", repr)
+
+
+def compile_monitor() -> CompileMonitor:
+    """The one of this process: there is one Triton in it."""
+    monitor = knobs.runtime.jit_post_compile_hook
+    if not isinstance(monitor, CompileMonitor):
+        assert monitor is None, f"{monitor!r} watches Triton already"
+        monitor = knobs.runtime.jit_post_compile_hook = CompileMonitor()
+    return monitor
+
+
+class _Memory(NamedTuple):
+    bytes: Tensor
+
+
+class OneBlock:
+    """Where blocks lie, for a Runner: all in one."""
+
+    num_draining = 0
+
+    def __init__(self, layout: KvLayout, num_layers: int, device: torch.device) -> None:
+        self.pool = _Memory(torch.zeros(layout.block_bytes, dtype=torch.uint8, device=device))
+        self.slab_table_SL = torch.zeros(1, num_layers, dtype=torch.int64)
+
+    def take_changed(self) -> list[int]:
+        return []
+
+    def poll(self) -> None:
+        pass
+
+
+class Shape(NamedTuple):
+    """A step: contexts of its decodes, (start, tokens) of its chunks."""
+
+    decodes: tuple[int, ...]
+    chunks: tuple[tuple[int, int], ...]
+    params: Sequence[SamplingParams] = (GREEDY,)
+
+
+class Sizes(NamedTuple):
+    """What bounds a step: requests, tokens, and positions of one request."""
+
+    max_running: int
+    max_step_tokens: int
+    max_model_len: int
+
+
+def token_counts(most: int) -> list[int]:
+    """All up to 33, then around every power of two and every multiple of 64: tiles are chosen by such limits."""
+    powers = [1 << i for i in range(most.bit_length() + 1)]
+    near = [p + d for p in powers for d in (-1, 0, 1)] + [3 * p // 2 for p in powers]
+    return sorted(n for n in {*range(1, 34), *near, *range(64, most + 1, 64), most} if 1 <= n <= most)
+
+
+def step_shapes(sizes: Sizes) -> Iterator[Shape]:
+    """Decodes alone, chunks alone, with and without context, and both; short contexts and the longest."""
+    last = sizes.max_model_len
+    for n in token_counts(min(sizes.max_running, sizes.max_step_tokens)):
+        yield Shape((1,) * n, ())
+        yield Shape((last, *(1,) * (n - 1)), ())
+    for n in token_counts(sizes.max_step_tokens):
+        if n <= last:
+            yield Shape((), ((0, n),))
+        if n < last:
+            yield Shape((), ((last - n, n),))
+        if 1 < n <= last and sizes.max_running > 1:
+            yield Shape((last,), ((0, n - 1),))
+    for params in SAMPLINGS:
+        yield Shape((min(8, last),) * min(3, sizes.max_running), (), (params,))
+    yield Shape((min(8, last),) * min(len(SAMPLINGS), sizes.max_running), (), SAMPLINGS)
+    if last > 1 and sizes.max_step_tokens > 1:
+        many = min(last, sizes.max_step_tokens, 40)
+        for n in (0, 3):
+            yield Shape((), ((0, many),), (SamplingParams(prompt_logprobs=n),))
+
+
+def distinct(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """One layer of each kind: those of a kind launch the same."""
+    return tuple({_kind(b): b for b in blocks}.values())
+
+
+def _kind(value: Any) -> Any:
+    """Equal for values that differ in nothing but the numbers in their tensors."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, Linear):
+        return tuple(_kind(p) for p in value.parts), value.out_dtype
+    if dataclasses.is_dataclass(value):
+        return type(value), tuple(_kind(getattr(value, f.name)) for f in dataclasses.fields(value))
+    if isinstance(value, tuple):
+        return tuple(_kind(v) for v in value)
+    return value
+
+
+def run_shape(runner: Runner, shape: Shape) -> None:
+    """One step of requests that are new, and gone afterwards; all their blocks are block 0."""
+    lengths = [*shape.decodes, *(start + count for start, count in shape.chunks)]
+    joins = tuple(
+        Join(rid, (0,) * n, n, shape.params[rid % len(shape.params)], rid, (0,))
+        for rid, n in enumerate(lengths)
+    )
+    grants = tuple(Grant(rid, (0,) * runner.layout.blocks_for(n)) for rid, n in enumerate(lengths))
+    first = len(shape.decodes)
+    chunks = tuple(Chunk(first + i, *chunk, True) for i, chunk in enumerate(shape.chunks))
+    runner.execute(StepPlan(0, tuple(range(first)), chunks, grants, ()), joins).wait()
+    runner.rows.drop(tuple(range(len(lengths))))
+
+
+def scratch_runner(
+    model: Llama, layout: KvLayout, sizes: Sizes, device: torch.device, *, deterministic: bool = False
+) -> Runner:
+    """A runner whose steps leave nothing behind.  Of layers that launch the same it has one."""
+    few = dataclasses.replace(model, blocks=distinct(model.blocks))
+    # as many columns as the real table: its stride is a constant of the model that kernels may be compiled for
+    blocks = OneBlock(layout, len(model.blocks), device)
+    return Runner(
+        few,
+        layout,
+        blocks,
+        max_rows=sizes.max_running + 1,
+        max_model_len=sizes.max_model_len,
+        deterministic=deterministic,
+        overlap=False,
+    )
+
+
+def warm_up(
+    model: Llama, layout: KvLayout, sizes: Sizes, device: torch.device, *, deterministic: bool = False
+) -> None:
+    """Compiles, or loads from Triton's cache, all that steps of these sizes launch; a compile after it is an error."""
+    monitor = compile_monitor()
+    monitor.serving = False  # another model of this process may be serving already
+    compiled, start = monitor.compiles, time.monotonic()
+    sizes = sizes._replace(max_model_len=min(sizes.max_model_len, LONG))
+    runner = scratch_runner(model, layout, sizes, device, deterministic=deterministic)
+    for shape in step_shapes(sizes):
+        run_shape(runner, shape)
+    runner.close()
+    monitor.serving = True
+    log.info("warm-up: %d kernels in %.1f s", monitor.compiles - compiled, time.monotonic() - start)

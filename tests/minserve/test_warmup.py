@@ -1,0 +1,85 @@
+"""Nothing is compiled while serving: whatever kernel variants 200 random steps launch, warm-up has launched before."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton import knobs
+
+from minserve.warmup import CompileMonitor, Sizes, compile_monitor, step_shapes, token_counts
+from tests.source import ROOT
+from tests.tiny import write_llama
+
+FEW: tuple[dict[str, Any], ...] = (
+    {"dtype": "fp16", "quantization": "w8a8-int8", "kv_dtype": "int8"},
+    {"dtype": "bf16", "quantization": "w4a8-int8", "kv_dtype": "int4"},
+)
+MANY: tuple[dict[str, Any], ...] = (
+    {"dtype": "fp32"},
+    {"dtype": "bf16"},
+    {"dtype": "fp16", "kv_dtype": "int4z"},
+    {"dtype": "bf16", "kv_dtype": "fp8", "deterministic": True},
+    {"dtype": "bf16", "quantization": "w8a8-int8", "deterministic": True},
+    {"dtype": "fp16", "quantization": "w4a8-int8", "kv_dtype": "fp8"},
+)
+
+
+@pytest.mark.parametrize("models", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_random_steps_need_no_kernel_that_warm_up_has_not_launched(
+    tmp_path: Path, models: tuple[dict[str, Any], ...]
+) -> None:
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "head_dim": 64,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 512,
+    }
+    folder = write_llama(tmp_path / "model", seed=2, **sizes)
+    arguments = [json.dumps({"folder": str(folder), "max_model_len": 500} | m) for m in models]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.minserve.launch_keys", *arguments],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(models)
+    for model, line in zip(models, found, strict=True):
+        assert line["warmed"] >= 10, f"{model}: only {line['warmed']} kernels"
+        assert not line["late"], f"{model}: " + "\n".join(f"{k} ({v})" for k, v in line["late"].items())
+
+
+@pytest.mark.parametrize(("running", "tokens", "length"), [(1, 1, 1), (4, 7, 3), (300, 2048, 4096)])
+def test_steps_keep_within_their_sizes(running: int, tokens: int, length: int) -> None:
+    seen = set()
+    for shape in step_shapes(Sizes(running, tokens, length)):
+        counts = [1] * len(shape.decodes) + [n for _, n in shape.chunks]
+        assert len(counts) <= running
+        assert 0 < sum(counts) <= tokens
+        assert max((*shape.decodes, *(start + n for start, n in shape.chunks))) <= length
+        assert min((*shape.decodes, *counts)) > 0
+        seen.add(len(shape.decodes))
+    assert {1, min(running, tokens)} <= seen
+    assert token_counts(tokens)[-1] == tokens
+
+
+def test_a_late_compile_is_an_error_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+    monitor = compile_monitor()
+    assert compile_monitor() is monitor is knobs.runtime.jit_post_compile_hook
+    with caplog.at_level(logging.ERROR):
+        monitor(repr="early", key="")
+        assert not caplog.records
+        monitor.serving = True
+        monitor(repr="_gemm_kernel[num_warps=4]", key="")
+    assert (monitor.compiles, monitor.late) == (2, 1)
+    assert "_gemm_kernel" in caplog.text
+    assert isinstance(monitor, CompileMonitor)
