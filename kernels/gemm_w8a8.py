@@ -5,6 +5,7 @@ int32, so no tiling and no batch can change a row; fp8 sums are float32, added i
 and `deterministic` takes one config for every T.  Scales per tensor are the same one, repeated.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -64,7 +65,7 @@ def prepare_w8a8(
         return W8Weight(form, prepack(form, codes), scale_N, bias_N, N, K, codes_NK.dtype)
     # kernels take tensors that start on 16 bytes, which a slice may not
     codes, scale_N = (t.clone() if t.data_ptr() % 16 else t for t in (codes, scale_N))
-    arrivals = torch.zeros(2 * cdiv(N, 64), dtype=torch.int32, device=codes.device)
+    arrivals = torch.zeros(8 * cdiv(N, 64), dtype=torch.int32, device=codes.device)
     return W8Weight(form, codes, scale_N, bias_N, N, K, codes_NK.dtype, arrivals)
 
 
@@ -257,22 +258,29 @@ def _prepare(form: str | None) -> Any:
     return prepare
 
 
-def _shapes(m: ModelShape) -> tuple[tuple[int, int], ...]:
-    """N and K of qkv, o, gate_up, down and an 8-bit head."""
-    return ((m.H + 2 * m.G) * m.K, m.D), (m.D, m.H * m.K), (2 * m.F, m.D), (m.D, m.F), (m.V, m.D)
-
-
-def _serving(m: ModelShape) -> tuple[Case, ...]:
-    return tuple(
-        case(torch.bfloat16, T=T, N=N, K=K, fp8=fp8)
-        for fp8, T, (N, K) in product((False, True), (1, 16, 64, 256, 2048), _shapes(m))
+def _shapes(m: ModelShape) -> tuple[tuple[int, int, torch.dtype], ...]:
+    """N, K and the type of the outputs: of qkv, o, gate_up, down, and of an 8-bit head, whose logits are float32."""
+    bf16 = torch.bfloat16
+    return (
+        ((m.H + 2 * m.G) * m.K, m.D, bf16),
+        (m.D, m.H * m.K, bf16),
+        (2 * m.F, m.D, bf16),
+        (m.D, m.F, bf16),
+        (m.V, m.D, torch.float32),
     )
 
 
+def _cases(m: ModelShape, rows: tuple[int, ...]) -> Iterator[Case]:
+    for fp8, T, (N, K, dtype) in product((False, True), rows, _shapes(m)):
+        # a step has a row of logits for each sequence, not for each token
+        if T <= 512 or dtype == torch.bfloat16:
+            yield case(dtype, T=T, N=N, K=K, fp8=fp8)
+
+
 def _small(c: Case) -> Case:
-    """One tile with the divisors of the real one."""
+    """As many tokens, which are cheap, and one tile of weights with the divisors of the real ones."""
     K = next(k for k, unit in ((512, 256), (384, 128), (400, 16), (401, 1)) if c["K"] % unit == 0)
-    return Case(c.dtype, {**c.dims, "T": 2, "N": 128 if c["N"] % 16 == 0 else 127, "K": K})
+    return Case(c.dtype, {**c.dims, "T": max(c["T"], 16), "N": 128 if c["N"] % 16 == 0 else 127, "K": K})
 
 
 def _dims(c: Case) -> tuple[int, int, int, bool]:
@@ -307,14 +315,10 @@ SPEC = KernelSpec(
         case(torch.float16, T=130, N=129, K=127, bias=True, fp8=True),
     ),
     compiles=tuple(
-        case(torch.bfloat16, T=T, N=256, K=K, bias=T == 64) for T, K in ((16, 1024), (64, 256), (129, 256))
+        case(torch.bfloat16, T=T, N=256, K=K, bias=T == 64) for T, K in ((16, 1024), (64, 256), (600, 256))
     ),
-    benches=tuple(
-        case(torch.bfloat16, T=T, N=N, K=K, fp8=fp8)
-        for fp8, T, (N, K) in product((False, True), (1, 16, 64, 2048, 4096), _shapes(LLAMA_3_8B))
-        if T <= 64 or N != LLAMA_3_8B.V
-    ),
-    serving=_serving,
+    benches=tuple(_cases(LLAMA_3_8B, (1, 16, 64, 2048, 4096))),
+    serving=lambda m: tuple(_cases(m, (1, 16, 64, 256, 2048))),
     config=lambda c, gpu: W8Config.pick(gpu, *_dims(c)),
     candidates=lambda c, gpu: W8Config.candidates(gpu, *_dims(c)),
     small=_small,

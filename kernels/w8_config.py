@@ -34,53 +34,65 @@ class W8Config:
     def pick(
         cls, gpu: GpuFacts, T: int, N: int, K: int, fp8: bool = False, deterministic: bool = False
     ) -> "W8Config":
-        """What was measured, else by shape: free of spills and counted (`python -m bench.aot`), not timed."""
+        """What was measured, else by shape: free of spills and counted (`python -m bench.aot`), not timed.
+
+        T counts as the next power of two, so a warm-up at those compiles whatever serving will launch.
+        """
         if fp8 and deterministic:
             return cls(True, 64, 64, 128, 1, num_warps=4, num_stages=4)
+        T = max(16, 1 << (T - 1).bit_length())
         return tuned(cls, "gemm_w8a8", gpu, T=T, N=N, K=K, fp8=fp8) or cls._by_shape(gpu, T, N, K, fp8)
 
     @classmethod
     def _by_shape(cls, gpu: GpuFacts, T: int, N: int, K: int, fp8: bool) -> "W8Config":
-        little_shared = gpu.shared_bytes < 131072
-        if T <= 128:
-            block_t = 16 if T <= 16 else 32 if T <= 32 else 64 if T <= 64 else 128
-            warps, stages = (8, 3 if little_shared else 4) if block_t == 128 else (4, 4)
-            return cls(True, block_t, 128, 128, split(gpu, N, K), warps, stages)
-        # promoted sums take twice the registers; int8 of sm_100 and 16x8 tiles of sm_80 have none to spare either
-        wide = gpu.capability == 90 and not fp8 and cdiv(T, 128) * cdiv(N, 256) >= gpu.num_sms
-        if wide:
-            return cls(False, 128, 256, 128, 1, num_warps=8, num_stages=3)
-        return cls(False, 128, 128, 128, 1, num_warps=8, num_stages=3 if little_shared else 4)
+        sms, engine = gpu.num_sms, gpu.capability >= 90 and K % 16 == 0
+        stages = 3 if gpu.shared_bytes < 131072 else 4
+        if T <= 64:
+            # two or three programs fit an SM
+            split_k = shares(K, 2 * sms / cdiv(N, 128))
+            return cls(True, T, 128, 128, split_k, num_warps=4, num_stages=4)
+        tiles = cdiv(T, 128) * cdiv(N, 128)
+        if T <= 128 or (T <= 512 and tiles < sms):
+            return cls(True, 128, 128, 128, shares(K, sms / tiles), num_warps=8, num_stages=stages)
+        # promoted sums take twice the registers: a narrower tile, and two programs an SM that wait by turns
+        if gpu.capability == 90 and fp8 and engine:
+            return cls(False, 128, 128, 128, 1, num_warps=4, num_stages=3, tma=True)
+        # sums of a whole group of four warps have room for a wide tile, fragments of single warps do not
+        wide = gpu.capability == 90 and engine and cdiv(T, 128) * cdiv(N, 256) >= sms
+        return cls(False, 128, 256 if wide else 128, 128, 1, num_warps=8, num_stages=stages, tma=engine)
 
     @classmethod
     def candidates(cls, gpu: GpuFacts, T: int, N: int, K: int, fp8: bool = False) -> Iterator["W8Config"]:
         """What a tuner may try for this shape."""
-        if T <= 256:
-            widths = [t for t in (16, 32, 64, 128) if t < 2 * max(T, 16) and t >= min(T, 64)]
-            splits = sorted({1, 2, 3, 4, 6, 8, split(gpu, N, K)})
-            for t, n, k, s in product(widths, (64, 128), (128, 256), splits):
-                if s == 1 or K // k >= 2 * s:
-                    for stages in (3, 4, 5):
-                        yield cls(True, t, n, k, s, 8 if t * n >= 128 * 128 else 4, stages)
+        T = max(16, 1 << (T - 1).bit_length())
+        own = cls._by_shape(gpu, T, N, K, fp8)
+        yield own
+        tries = []
+        if T <= 512:
+            s = own.split_k
+            splits = sorted({1, max(1, s // 2), max(1, s - 1), s, s + 1, shares(K, 2 * s)})
+            widths = [t for t in (16, 32, 64, 128) if min(T, 64) <= t <= T]
+            shapes = ((64, 128, 5), (64, 256, 4), (128, 128, 4), (128, 128, 5), (128, 256, 3))
+            for t, (n, k, stages), split_k in product(widths, shapes, splits):
+                tries.append(cls(True, t, n, k, split_k, 8 if t * n == 128 * 128 else 4, stages))
         if T > 64:
-            for (t, n, warps), stages, flatten, tma in product(
-                ((64, 128, 4), (128, 128, 4), (128, 128, 8), (64, 256, 8), (128, 256, 8)),
-                (3, 4),
-                (False, True),
-                (False, True) if gpu.capability >= 90 and K % 16 == 0 else (False,),
-            ):
-                if not (fp8 and n * t == 128 * 256):
-                    yield cls(False, t, n, 128, 1, warps, stages, tma=tma, flatten=flatten)
+            tiles = ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+            loads = (
+                [(False, False), (True, False), (True, True)] if gpu.capability >= 90 else [(False, False)]
+            )
+            for (t, n, warps), stages, (tma, flatten) in product(tiles, (3, 4), loads):
+                tries.append(cls(False, t, n, 128, 1, warps, stages, tma=tma, flatten=flatten))
+        yield from (c for c in tries if c != own)
 
     @property
     def programs_per_sm(self) -> int:
-        """Of the persistent kernel: two where registers and shared memory leave room for both."""
+        """Of the persistent kernel: two where registers leave room for both."""
         return 2 if self.num_warps == 4 else 1
 
 
-def split(gpu: GpuFacts, N: int, K: int) -> int:
-    """Into how many programs K is split: three for every two SMs, as far as K goes round."""
-    tiles, turns = cdiv(N, 128), cdiv(K, 128)
-    wanted = min(cdiv(3 * gpu.num_sms, 2 * tiles), turns // MIN_TURNS)
-    # equal shares: the last one may be shorter, none is empty
-    return cdiv(turns, cdiv(turns, wanted)) if wanted > 1 else 1
+def shares(K: int, at_most: float) -> int:
+    """Into how many equal parts K is split, a power of two: the last may be shorter, none is empty."""
+    turns, parts = cdiv(K, 128), 1
+    while 2 * parts <= min(at_most, turns / MIN_TURNS):
+        parts *= 2
+    return cdiv(turns, cdiv(turns, parts))
