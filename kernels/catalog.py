@@ -8,6 +8,7 @@ from kernels import (
     quant_rows,
     rmsnorm,
     rope_kv_write,
+    sample,
     silu_mul,
     w4_to_w8,
 )
@@ -23,4 +24,5 @@ SPECS: tuple[KernelSpec, ...] = (
     w4_to_w8.SPEC,
     rope_kv_write.SPEC,
     attention.SPEC,
+    sample.SPEC,
 )

@@ -1,7 +1,7 @@
 """From logits to tokens: bias, penalties, temperature, top-k, top-p, min-p, and log probabilities.
 
-Every row is drawn from its own uniform number, a hash of (seed, position), by inverting the cumulative distribution:
-the same seed gives the same tokens whatever else is in the batch.  Order of the filters as vLLM's: bias and bans,
+Every row is drawn from its own uniform number, a hash of (seed, position), by inverting the cumulative distribution
+(kernels/sample.py): the same seed gives the same tokens whatever else is in the batch.  Order of the filters as vLLM's: bias and bans,
 penalties, temperature, min-p, top-k, top-p.  Log probabilities are those of the raw logits.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import upload
+from kernels.sample import sample_rows
 
 MASK64 = (1 << 64) - 1
 
@@ -94,54 +95,12 @@ def _adjust(logits_RV: Tensor, batch: SampleBatch) -> Tensor:
     return out
 
 
-def _draw(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The first index whose cumulative probability exceeds uniform * total; [R] int64."""
-    cum_RV = probs_RV.cumsum(-1)
-    # a uniform just below 1 can round up to the total: the last index with weight is the right answer then
-    threshold_R1 = (uniform_R * cum_RV[:, -1])[:, None]
-    hit = (cum_RV > threshold_R1) & (probs_RV > 0)
-    last = probs_RV.shape[1] - 1 - (probs_RV > 0).flip(-1).int().argmax(-1)
-    return torch.where(hit.any(-1), hit.int().argmax(-1), last)
-
-
-def _draw_filtered(probs_RV: Tensor, top_k: Tensor, top_p: Tensor, uniform_R: Tensor) -> Tensor:
-    """Keeps the top_k most likely, then the smallest set of them whose mass reaches top_p, and draws."""
-    sorted_RV, order_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(probs_RV.shape[1], device=probs_RV.device)
-    sorted_RV = sorted_RV * (rank_V < top_k[:, None])
-    sorted_RV = sorted_RV / sorted_RV.sum(-1, keepdim=True)
-    before_RV = sorted_RV.cumsum(-1) - sorted_RV
-    sorted_RV = sorted_RV * (before_RV < top_p[:, None])
-    return order_RV.gather(-1, _draw(sorted_RV, uniform_R)[:, None])[:, 0]
-
-
-def _sample_rows(logits_RV: Tensor, batch: SampleBatch, tokens_R: Tensor) -> None:
-    """Overwrites the greedy choice of every row with a temperature.  A row's path depends on that row alone."""
-    vocab, device = logits_RV.shape[1], logits_RV.device
-    plain: list[int] = []
-    filtered: list[int] = []
-    for r, t in enumerate(batch.temperature):
-        if t:
-            limited = 0 < batch.top_k[r] < vocab or batch.top_p[r] < 1
-            (filtered if limited else plain).append(r)
-
-    def column(values: list[float], rows: list[int]) -> Tensor:
-        return upload(torch.tensor([values[r] for r in rows], dtype=torch.float32), device)
-
-    for rows in (plain, filtered):
-        if not rows:
-            continue
-        index = upload(torch.tensor(rows), device)
-        probs_RV = torch.softmax(logits_RV[index] / column(batch.temperature, rows)[:, None], dim=-1)
-        floor_R1 = probs_RV.amax(-1, keepdim=True) * column(batch.min_p, rows)[:, None]
-        probs_RV = probs_RV * (probs_RV >= floor_R1)
-        u_R = column(batch.uniform, rows)
-        if rows is plain:
-            tokens_R[index] = _draw(probs_RV, u_R)
-        else:
-            k_R = torch.tensor([batch.top_k[r] if batch.top_k[r] > 0 else vocab for r in rows])
-            k_R = upload(k_R, device)
-            tokens_R[index] = _draw_filtered(probs_RV, k_R, column(batch.top_p, rows), u_R)
+def _asks(batch: SampleBatch, vocab: int) -> Tensor:
+    """What the rows ask of `sample_rows`, in the order of its columns."""
+    # a k as large as the vocabulary is none, and float32 could not hold every one
+    top_k = [k if 0 < k < vocab else 0 for k in batch.top_k]
+    columns = (batch.temperature, top_k, batch.top_p, batch.min_p, batch.uniform)
+    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.float32)
 
 
 def gather_logprobs(
@@ -169,13 +128,12 @@ def gather_logprobs(
 
 def sample(logits_RV: Tensor, batch: SampleBatch) -> Sampled:
     """One token a row from fp32 logits [R, V].  Does not change `logits_RV`."""
-    broken_R = ~torch.isfinite(logits_RV.amax(-1))
     adjusted_RV = _adjust(logits_RV, batch)
-    tokens_R = adjusted_RV.argmax(-1)
-    if not batch.greedy:
-        _sample_rows(
-            torch.nan_to_num(adjusted_RV, nan=0.0, posinf=0.0, neginf=float("-inf")), batch, tokens_R
-        )
+    asks_R5 = None if batch.greedy else upload(_asks(batch, logits_RV.shape[1]), logits_RV.device)
+    tokens_R, broken_R = sample_rows(adjusted_RV, asks_R5)
+    if adjusted_RV is not logits_RV:
+        # a bias must not hide a broken row, nor bans make one
+        broken_R = ~torch.isfinite(logits_RV.amax(-1))
     logprobs = None
     if any(n is not None for n in batch.logprobs):
         logprobs = gather_logprobs(logits_RV, tokens_R, batch.logprobs)
