@@ -1,8 +1,12 @@
-"""The Triton path of rope_kv_write: one program a token for q, one a written block and KV head for k and v.
+"""The Triton run of rope_kv_write, one launch: a program takes the step's tokens of one block and a few heads.
 
-All of a step's tokens in a block belong to one program: two tokens of a block share the bytes of V's nibbles.
+Programs of a block: some for its KV heads, the rest for the query heads of its tokens.  A tile's rows are the block's
+tokens, one head after the other (so that transposed values are stored along the tokens), or the heads of one token
+where the block gets a single one.  A block belongs to one line of `touch_X4`, so two tokens whose values share a byte
+belong to one program; a line of 0 lanes is padding.  Addresses are in units of 16 bytes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_layout import MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS
+from kernels.kv_layout import BIAS, MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
+from kernels.kv_write_tile import (
+    halves,
+    padded_half,
+    pair,
+    quantized,
+    store_block,
+    store_token,
+    tables,
+    turned,
+)
+from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
+from kernels.table import tuned
 
 STATIC_FORMATS = ("fp8", "int8")
 
@@ -31,231 +47,262 @@ NO_SCALES = KvScales()
 
 @dataclass(frozen=True)
 class RopeKvWriteConfig:
-    """Tiles: half a head (rope works on halves) and all query heads of a token."""
+    """Query heads and KV heads of a program."""
 
-    block_half: int
-    block_h: int
-    num_warps: int = 8
+    q_heads: int
+    kv_heads: int
+    num_warps: int
 
     @classmethod
-    def pick(cls, head_dim: int, num_heads: int) -> "RopeKvWriteConfig":
-        return cls(max(1, triton.next_power_of_2(head_dim // 2)), triton.next_power_of_2(num_heads))
+    def pick(cls, gpu: GpuFacts, num_heads: int, layout: KvLayout, single: bool) -> "RopeKvWriteConfig":
+        """`single`: every block gets one token, as in a step of decodes only."""
+        G, K = layout.num_kv_heads, layout.head_dim
+        found = tuned(cls, "rope_kv_write", gpu, H=num_heads, G=G, K=K, fmt=layout.fmt, single=single)
+        if found or single:
+            return found or cls(_up_to(4, num_heads), _up_to(4, G), num_warps=1)
+        # a tile of half heads gives each thread 16 bytes of bf16 to load at a time
+        num_warps = layout.block_tokens * triton.next_power_of_2(K // 2) // 256
+        return cls(_up_to(8, num_heads), _up_to(2, G), max(1, min(8, num_warps)))
+
+    @classmethod
+    def candidates(cls, num_heads: int, num_kv_heads: int, single: bool) -> Iterator["RopeKvWriteConfig"]:
+        for q_heads in {_up_to(n, num_heads) for n in (2, 4, 8, 16)}:
+            for kv_heads in {_up_to(n, num_kv_heads) for n in (1, 2, 4)}:
+                for num_warps in (1, 2, 4) if single else (4, 8):
+                    yield cls(q_heads, kv_heads, num_warps)
+
+
+def _up_to(most: int, heads: int) -> int:
+    return min(most, triton.next_power_of_2(heads))
 
 
 @triton.jit
-def _rope_q_kernel(
+def _rows_of(i_row, i_head, i_lane, num, NUM_HEADS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr):
+    """A tile's rows as (token, head, lane, mask).  `SINGLE`: heads from i_head on of the token i_row at lane i_lane;
+    else all lanes of the block, of which `num` from i_lane on are there, where i_row would be lane 0."""
+    o_r = tl.arange(0, TILE)
+    if SINGLE:
+        o_row, o_head, o_lane = i_row, i_head + o_r, i_lane
+        m_r = o_head < NUM_HEADS
+    else:
+        o_row, o_head, o_lane = i_row + o_r, i_head, o_r
+        m_r = (o_r >= i_lane) & (o_r < i_lane + num)
+    return o_row, o_head, o_lane, m_r
+
+
+@triton.jit
+def _write_q(
     out,
     qkv,
-    cos,
-    sin,
-    pos,
-    stride_qkv_t,
+    channel,
+    i_row,
+    i_head,
+    i_lane,
+    num,
+    b_cos,
+    b_sin,
+    STRIDE: tl.constexpr,
     H: tl.constexpr,
+    G: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
-    i_t = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = K // 2
-    o_h = tl.arange(0, BLOCK_H)[:, None]
-    o_d = tl.arange(0, BLOCK_HALF)[None, :]
-    m_d = o_d < HALF
-    m_hd = (o_h < H) & m_d
-    i_pos = tl.load(pos + i_t).to(tl.int64)
-    p_x = qkv + i_t * stride_qkv_t + o_h * K + o_d
-    b_x1 = tl.load(p_x, mask=m_hd, other=0.0).to(tl.float32)
-    b_x2 = tl.load(p_x + HALF, mask=m_hd, other=0.0).to(tl.float32)
-    p_cos = cos + i_pos * K + o_d
-    p_sin = sin + i_pos * K + o_d
-    b_y1 = b_x1 * tl.load(p_cos, mask=m_d, other=0.0) - b_x2 * tl.load(p_sin, mask=m_d, other=0.0)
-    b_y2 = b_x2 * tl.load(p_cos + HALF, mask=m_d, other=0.0) + b_x1 * tl.load(
-        p_sin + HALF, mask=m_d, other=0.0
-    )
-    p_y = out + (i_t * H + o_h) * K + o_d
-    tl.store(p_y, b_y1.to(out.dtype.element_ty), mask=m_hd)
-    tl.store(p_y + HALF, b_y2.to(out.dtype.element_ty), mask=m_hd)
+    o_row, o_head, _, m_r = _rows_of(i_row, i_head, i_lane, num, H, TILE, SINGLE)
+    o_h = tl.arange(0, padded_half(K))[None, :]
+    m_x = m_r[:, None] & (o_h < HALF)
+    b_x1, b_x2 = halves(qkv + (o_row * STRIDE + o_head * K)[:, None] + o_h, m_x, HALF)
+    b_y1, b_y2 = turned(b_x1, b_x2, b_cos, b_sin)
+    if CHANNEL:
+        o_r = tl.zeros([TILE], tl.int32)
+        b_s1, b_s2 = halves(channel + (o_r + o_head // (H // G) * K)[:, None] + o_h, m_x, HALF)
+        b_y1 *= b_s1
+        b_y2 *= b_s2
+    p_y = out + ((o_row * H + o_head) * K)[:, None] + o_h
+    tl.store(p_y, b_y1.to(out.dtype.element_ty), mask=m_x)
+    tl.store(p_y + HALF, b_y2.to(out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
-def _scale_of(b_absmax, QMAX: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
-    b_qmax = tl.full(b_absmax.shape, QMAX, tl.float32)
-    return tl.minimum(tl.maximum(tl.div_rn(b_absmax, b_qmax), LEAST), MOST).to(tl.float16)
-
-
-@triton.jit
-def _codes_of(b_x, b_scale, QMAX: tl.constexpr):
-    b_inv = tl.div_rn(tl.full(b_scale.shape, 1.0, tl.float32), b_scale.to(tl.float32))
-    b_c = (b_x * b_inv[:, None] + 12582912.0) - 12582912.0  # round half to even: 1.5 * 2^23
-    return tl.minimum(tl.maximum(b_c, -QMAX), QMAX).to(tl.int32)
-
-
-@triton.jit
-def _rotated_key(qkv_k, cos, sin, pos, o_row, m_n, stride_qkv_t, K: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The two halves of the keys of rows o_row, fp32; zero where not m_n."""
-    HALF: tl.constexpr = K // 2
-    o_h = tl.arange(0, BLOCK_HALF)
-    m_nh = m_n[:, None] & (o_h < HALF)[None, :]
-    o_cos = tl.load(pos + o_row, mask=m_n, other=0).to(tl.int64)[:, None] * K + o_h[None, :]
-    p_k = qkv_k + o_row[:, None] * stride_qkv_t + o_h[None, :]
-    b_x1 = tl.load(p_k, mask=m_nh, other=0.0).to(tl.float32)
-    b_x2 = tl.load(p_k + HALF, mask=m_nh, other=0.0).to(tl.float32)
-    b_c1 = tl.load(cos + o_cos, mask=m_nh, other=0.0)
-    b_s1 = tl.load(sin + o_cos, mask=m_nh, other=0.0)
-    b_c2 = tl.load(cos + HALF + o_cos, mask=m_nh, other=0.0)
-    b_s2 = tl.load(sin + HALF + o_cos, mask=m_nh, other=0.0)
-    return b_x1 * b_c1 - b_x2 * b_s1, b_x2 * b_c2 + b_x1 * b_s2
-
-
-@triton.jit
-def _value_codes(
-    qkv_v,
-    p_scale,
-    o_row,
-    o_lane,
-    m_n,
-    stride_qkv_t,
-    K: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    QMAX: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
-):
-    """Codes of the values of rows o_row; stores their scales in the high halves of lanes o_lane."""
-    o_d = tl.arange(0, 2 * BLOCK_HALF)
-    p_v = qkv_v + o_row[:, None] * stride_qkv_t + o_d[None, :]
-    b_v = tl.load(p_v, mask=m_n[:, None] & (o_d < K)[None, :], other=0.0).to(tl.float32)
-    b_scale = _scale_of(tl.max(tl.abs(b_v), 1), QMAX, LEAST, MOST)
-    tl.store(p_scale + 2 * o_lane + 1, b_scale.to(tl.int16, bitcast=True), mask=m_n)
-    return _codes_of(b_v, b_scale, QMAX)
-
-
-@triton.jit
-def _store_floats(p_block, b_k1, b_k2, qkv_v, o_row, m_n, stride_qkv_t, K: tl.constexpr, P: tl.constexpr):
-    """Keys and values, both row-major."""
-    BLOCK_HALF: tl.constexpr = b_k1.shape[1]
-    DTYPE: tl.constexpr = p_block.dtype.element_ty
-    o_n = tl.arange(0, P)
-    o_h = tl.arange(0, BLOCK_HALF)
-    o_d = tl.arange(0, 2 * BLOCK_HALF)
-    m_nh = m_n[:, None] & (o_h < K // 2)[None, :]
-    m_nd = m_n[:, None] & (o_d < K)[None, :]
-    p_k = p_block + o_n[:, None] * K + o_h[None, :]
-    tl.store(p_k, b_k1.to(DTYPE), mask=m_nh)
-    tl.store(p_k + K // 2, b_k2.to(DTYPE), mask=m_nh)
-    b_v = tl.load(qkv_v + o_row[:, None] * stride_qkv_t + o_d[None, :], mask=m_nd, other=0.0)
-    tl.store(p_block + P * K + o_n[:, None] * K + o_d[None, :], b_v.to(DTYPE), mask=m_nd)
-
-
-@triton.jit
-def _store_key_codes(
-    p_key,
-    p_scale,
-    b_k1,
-    b_k2,
-    m_n,
+def _write_kv(
+    codes,
+    words,
+    qkv,
+    channel,
+    at_unit,
+    i_row,
+    i_head,
+    i_lane,
+    num,
+    b_cos,
+    b_sin,
+    key_scale,
+    value_scale,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
+    FMT: tl.constexpr,
     BITS: tl.constexpr,
     QMAX: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD_UNITS: tl.constexpr,
+    STATIC: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
     HALF: tl.constexpr = K // 2
-    o_n = tl.arange(0, P)
-    o_h = tl.arange(0, b_k1.shape[1])
-    m_nh = m_n[:, None] & (o_h < HALF)[None, :]
-    b_absmax = tl.maximum(tl.max(tl.abs(b_k1), 1), tl.max(tl.abs(b_k2), 1))
-    b_scale = _scale_of(b_absmax, QMAX, LEAST, MOST)
-    tl.store(p_scale + 2 * o_n, b_scale.to(tl.int16, bitcast=True), mask=m_n)
-    b_q1 = _codes_of(b_k1, b_scale, QMAX)
-    b_q2 = _codes_of(b_k2, b_scale, QMAX)
-    if BITS == 8:
-        p_k = p_key + o_n[:, None] * K + o_h[None, :]
-        tl.store(p_k, b_q1.to(tl.int8), mask=m_nh)
-        tl.store(p_k + HALF, b_q2.to(tl.int8), mask=m_nh)
+    ROW: tl.constexpr = K * BITS // 8
+    o_row, o_head, o_lane, m_r = _rows_of(i_row, i_head, i_lane, num, G, TILE, SINGLE)
+    o_h = tl.arange(0, padded_half(K))[None, :]
+    m_h = o_h < HALF
+    m_x = m_r[:, None] & m_h
+    p_k = qkv + (o_row * STRIDE + (H + o_head) * K)[:, None] + o_h
+    b_k1, b_k2 = halves(p_k, m_x, HALF)
+    b_k1, b_k2 = turned(b_k1, b_k2, b_cos, b_sin)
+    if CHANNEL:
+        o_r = tl.zeros([TILE], tl.int32)
+        p_s = channel + (o_r + o_head * K)[:, None] + o_h
+        b_one = tl.full(b_k1.shape, 1.0, tl.float32)
+        b_k1 *= tl.div_rn(b_one, tl.load(p_s, mask=m_x, other=1.0))
+        b_k2 *= tl.div_rn(b_one, tl.load(p_s + HALF, mask=m_x, other=1.0))
+    o_unit = at_unit + o_head * HEAD_UNITS
+    if BITS >= 16:
+        b_v1, b_v2 = halves(p_k + G * K, m_x, HALF)
+        p_c = codes + (o_unit * (128 // BITS) + o_lane * K)[:, None] + o_h
+        tl.store(p_c, b_k1.to(codes.dtype.element_ty), mask=m_x)
+        tl.store(p_c + HALF, b_k2.to(codes.dtype.element_ty), mask=m_x)
+        tl.store(p_c + P * K, b_v1.to(codes.dtype.element_ty), mask=m_x)
+        tl.store(p_c + P * K + HALF, b_v2.to(codes.dtype.element_ty), mask=m_x)
     else:
-        b_byte = (b_q1 + 8) | ((b_q2 + 8) << 4)
-        tl.store(p_key + o_n[:, None] * HALF + o_h[None, :], b_byte.to(tl.int8), mask=m_nh)
+        b_k1, b_k2, b_ks, b_kz = quantized(
+            b_k1, b_k2, m_h, key_scale, FMT, QMAX, BIAS if BITS == 4 else 0, STATIC
+        )
+        p_c = codes + (o_unit * 16 + o_lane * ROW)[:, None] + o_h
+        if BITS == 8:
+            tl.store(p_c, b_k1.to(tl.int8), mask=m_x)
+            tl.store(p_c + HALF, b_k2.to(tl.int8), mask=m_x)
+        else:
+            tl.store(p_c, ((b_k1 & 15) | (b_k2 << 4)).to(tl.int8), mask=m_x)
+        # after the keys are stored: their registers are free
+        b_v1, b_v2 = halves(p_k + G * K, m_x, HALF)
+        b_v1, b_v2, b_vs, b_vz = quantized(b_v1, b_v2, m_h, value_scale, FMT, QMAX, BIAS, STATIC)
+        p_w = words + (o_unit * 4 + 2 * P * ROW // 4 + o_lane)
+        tl.store(p_w, pair(b_ks, b_vs), mask=m_r)
+        if FMT == "int4z":
+            tl.store(p_w + P, pair(b_kz, b_vz), mask=m_r)
+        p_v = codes + (o_unit * 16 + P * ROW)
+        if SINGLE:
+            store_token(p_v[:, None], b_v1.to(tl.int8), o_h, m_x, i_lane, P, BITS)
+            store_token(p_v[:, None], b_v2.to(tl.int8), o_h + HALF, m_x, i_lane, P, BITS)
+        else:
+            store_block(p_v, b_v1.to(tl.int8), o_h, m_h, i_lane, num, P, BITS)
+            store_block(p_v, b_v2.to(tl.int8), o_h + HALF, m_h, i_lane, num, P, BITS)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _kv_write_kernel(
+@triton.jit(do_not_specialize=["stride_slab", "layer"])
+def _rope_kv_write_kernel(
+    out,
     codes,
-    halves,
+    words,
     qkv,
     cos,
     sin,
     pos,
     slab_table,
     touches,
-    stride_qkv_t,
+    channel,
     stride_slab,
     layer,
+    key_scale,
+    value_scale,
+    STRIDE: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
+    FMT: tl.constexpr,
     BITS: tl.constexpr,
-    HEAD_BYTES: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
     QMAX: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD_UNITS: tl.constexpr,
+    STATIC: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
-    """`codes`: the pool in the format's type; `halves`: as int16, for the scales."""
-    p_touch = touches + tl.program_id(0) * 4
-    i_g = tl.program_id(1)
+    KV_PARTS: tl.constexpr = (G + KV_HEADS - 1) // KV_HEADS
+    PARTS: tl.constexpr = KV_PARTS + (H + Q_HEADS - 1) // Q_HEADS
+    p_touch = touches + (tl.program_id(0) // PARTS).to(tl.int64) * 4
+    i_part = tl.program_id(0) % PARTS
     i_block = tl.load(p_touch)
     i_lane = tl.load(p_touch + 1)
-    i_stop = i_lane + tl.load(p_touch + 2)
-    i_row = tl.load(p_touch + 3) - i_lane  # the row that lane 0 would have
+    num = tl.load(p_touch + 2)
+    if num == 0:
+        return
+    i_row = tl.load(p_touch + 3).to(tl.int64)
+    i_at = tl.load(slab_table + (i_block >> SLOT_BITS).to(tl.int64) * stride_slab + layer)
     i_slot = (i_block & ((1 << SLOT_BITS) - 1)).to(tl.int64)
-    at = tl.load(slab_table + (i_block >> SLOT_BITS).to(tl.int64) * stride_slab + layer)
-    at += (i_slot * G + i_g) * HEAD_BYTES
-
-    CODE_BYTES: tl.constexpr = P * K * BITS // 8  # of the keys, and of the values
-    o_n = tl.arange(0, P)
-    m_n = (o_n >= i_lane) & (o_n < i_stop)
-    o_row = (i_row + o_n).to(tl.int64)
-    qkv_k = qkv + (H + i_g) * K
-    qkv_v = qkv_k + G * K
-    b_k1, b_k2 = _rotated_key(qkv_k, cos, sin, pos, o_row, m_n, stride_qkv_t, K, BLOCK_HALF)
-    if BITS >= 16:
-        _store_floats(codes + at // (BITS // 8), b_k1, b_k2, qkv_v, o_row, m_n, stride_qkv_t, K, P)
+    at_unit = (i_at >> 4) + i_slot * (G * HEAD_UNITS)
+    is_kv = i_part < KV_PARTS
+    i_head = tl.where(is_kv, i_part * KV_HEADS, (i_part - KV_PARTS) * Q_HEADS)
+    # turns: the block's tokens, all heads at once; or the heads, all tokens at once
+    if SINGLE:
+        turns = num
     else:
-        p_scale = halves + (at + 2 * CODE_BYTES) // 2
-        _store_key_codes(codes + at, p_scale, b_k1, b_k2, m_n, K, P, BITS, QMAX, LEAST, MOST)
-        p_value = codes + at + CODE_BYTES
-        o_d = tl.arange(0, 2 * BLOCK_HALF)
-        m_d = (o_d < K)[None, :]
-        if BITS == 8:
-            b_v = _value_codes(
-                qkv_v, p_scale, o_row, o_n, m_n, stride_qkv_t, K, BLOCK_HALF, QMAX, LEAST, MOST
-            )
-            tl.store(
-                p_value + o_d[None, :] * P + o_n[:, None], (b_v + 128).to(tl.int8), mask=m_n[:, None] & m_d
+        turns = tl.minimum(tl.where(is_kv, KV_HEADS, Q_HEADS), tl.where(is_kv, G, H) - i_head)
+        i_row -= i_lane
+        o_n = tl.arange(0, P)
+        m_n = (o_n >= i_lane) & (o_n < i_lane + num)
+        o_pos = tl.load(pos + i_row + o_n, mask=m_n, other=0)
+        b_cos, b_sin = tables(cos, sin, o_pos[:, None], m_n[:, None], K)
+    for turn in tl.range(0, turns):
+        if SINGLE:
+            row, head, lane = i_row + turn, i_head, i_lane + turn
+            b_cos, b_sin = tables(cos, sin, tl.load(pos + row), True, K)
+        else:
+            row, head, lane = i_row, i_head + turn, i_lane
+        if is_kv:
+            _write_kv(
+                codes,
+                words,
+                qkv,
+                channel,
+                at_unit,
+                row,
+                head,
+                lane,
+                num,
+                b_cos,
+                b_sin,
+                key_scale,
+                value_scale,
+                STRIDE,
+                H,
+                G,
+                K,
+                P,
+                FMT,
+                BITS,
+                QMAX,
+                BIAS,
+                HEAD_UNITS,
+                STATIC,
+                KV_HEADS if SINGLE else P,
+                CHANNEL,
+                SINGLE,
             )
         else:
-            o_lo = tl.arange(0, P // 2)
-            o_hi = o_lo + P // 2
-            m_lo = (o_lo >= i_lane) & (o_lo < i_stop)
-            m_hi = (o_hi >= i_lane) & (o_hi < i_stop)
-            r_lo = (i_row + o_lo).to(tl.int64)
-            r_hi = (i_row + o_hi).to(tl.int64)
-            b_lo = _value_codes(
-                qkv_v, p_scale, r_lo, o_lo, m_lo, stride_qkv_t, K, BLOCK_HALF, QMAX, LEAST, MOST
+            TILE: tl.constexpr = Q_HEADS if SINGLE else P
+            _write_q(
+                out, qkv, channel, row, head, lane, num, b_cos, b_sin, STRIDE, H, G, K, TILE, CHANNEL, SINGLE
             )
-            b_hi = _value_codes(
-                qkv_v, p_scale, r_hi, o_hi, m_hi, stride_qkv_t, K, BLOCK_HALF, QMAX, LEAST, MOST
-            )
-            # a nibble that this step does not write keeps its token
-            m_v = (m_lo | m_hi)[:, None] & m_d
-            p_v = p_value + o_d[None, :] * (P // 2) + o_lo[:, None]
-            b_held = tl.load(p_v, mask=m_v, other=0).to(tl.int32)
-            b_low = tl.where(m_lo[:, None], b_lo + 8, b_held & 15)
-            b_high = tl.where(m_hi[:, None], b_hi + 8, (b_held >> 4) & 15)
-            tl.store(p_v, (b_low | (b_high << 4)).to(tl.int8), mask=m_v)
 
 
 def rope_kv_write_triton(
@@ -266,44 +313,54 @@ def rope_kv_write_triton(
     step: KvStep,
     layer: int,
     scales: KvScales = NO_SCALES,
+    config: RopeKvWriteConfig | None = None,
 ) -> Tensor:
     lay, work = step.layout, step.work
-    num_heads = qkv_TX.shape[1] // lay.head_dim - 2 * lay.num_kv_heads
     assert work is not None, "this KvStep was built for the CPU path"
     T, G, K = qkv_TX.shape[0], lay.num_kv_heads, lay.head_dim
-    config = RopeKvWriteConfig.pick(K, num_heads)
-    q_THK = torch.empty(T, num_heads, K, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    tables = (qkv_TX, cos_MK, sin_MK, work.pos_T)
-    _rope_q_kernel[(T,)](
-        q_THK,
-        *tables,
-        qkv_TX.stride(0),
-        H=num_heads,
-        K=K,
-        BLOCK_H=config.block_h,
-        BLOCK_HALF=config.block_half,
-        num_warps=config.num_warps,
+    H = qkv_TX.shape[1] // K - 2 * G
+    # as many blocks as tokens: one each, but for padding (if that made up for shared blocks, these would only take longer)
+    single = len(work.touch_X4) >= T
+    c = config or RopeKvWriteConfig.pick(gpu_facts(pool.device), H, lay, single)
+    q_THK = torch.empty(T, H, K, dtype=qkv_TX.dtype, device=qkv_TX.device)
+    channel, static = scales.channel_GK, scales.static
+    assert static is None or lay.fmt in STATIC_FORMATS, (
+        f"static scales are for {STATIC_FORMATS}, not {lay.fmt}"
     )
-    _kv_write_kernel[(len(work.touch_X4), G)](
+    key_scale, value_scale = (min(max(float(s), MIN_SCALE), MAX_SCALE) for s in static or (1.0, 1.0))
+    launch(
+        _rope_kv_write_kernel,
+        (len(work.touch_X4) * (cdiv(G, c.kv_heads) + cdiv(H, c.q_heads)),),
+        q_THK,
         pool.view(FLOAT_DTYPES.get(lay.fmt, torch.int8)),
-        pool.view(torch.int16),
-        *tables,
+        pool.view(torch.int32),
+        qkv_TX,
+        cos_MK,
+        sin_MK,
+        work.pos_T,
         step.slab_table_SL,
         work.touch_X4,
-        qkv_TX.stride(0),
+        cos_MK if channel is None else channel,
         step.slab_table_SL.stride(0),
         layer,
-        H=num_heads,
+        key_scale,
+        value_scale,
+        STRIDE=qkv_TX.stride(0),
+        H=H,
         G=G,
         K=K,
         P=lay.block_tokens,
-        BITS=8 * lay.row_bytes // K,
-        HEAD_BYTES=lay.head_bytes,
-        BLOCK_HALF=config.block_half,
-        SLOT_BITS=SLOT_BITS,
+        FMT=lay.fmt,
+        BITS=lay.bits,
         QMAX=QMAX.get(lay.fmt, 1),
-        LEAST=MIN_SCALE,
-        MOST=MAX_SCALE,
-        num_warps=config.num_warps,
+        BIAS=BIAS.get(lay.fmt, 0),
+        HEAD_UNITS=lay.head_bytes // 16,
+        STATIC=static is not None,
+        CHANNEL=channel is not None,
+        SLOT_BITS=SLOT_BITS,
+        Q_HEADS=c.q_heads,
+        KV_HEADS=c.kv_heads,
+        SINGLE=single,
+        num_warps=c.num_warps,
     )
     return q_THK

@@ -1,8 +1,9 @@
 """Rotates q and k, stores k and v in the pool: q' = q * cos + half(q) * sin with half(q) = (-q2, q1), the same for k.
 
 T tokens, H query heads, G KV heads, K head dim, qkv_TX with X = (H + 2G) K.  Bound by bandwidth, and by launches when
-T is small.  Quantized formats: scale = absmax / qmax of a token and head, rounded to fp16 first; codes = rint(x / scale)
-with that rounded scale.  A nibble of V shares its byte with another token of the block.
+T is small.  Quantized formats, for each token and head: scale = absmax / qmax, rounded to fp16; codes = rint(x / scale),
+as a product with the inverse (fp8: rounded to e4m3).  int4z: zero = min, scale = (max - min) / 15, codes of x - zero.
+A nibble of V shares its byte with another token of the block.
 """
 
 from functools import partial
@@ -12,11 +13,17 @@ import torch
 from torch import Tensor
 
 from kernels.kv_case import Paged, places, rope_tables
-from kernels.kv_layout import BIAS, MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
+from kernels.kv_layout import BIAS, CODE_BITS, MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, SLOT_MASK, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
-from kernels.kv_write_triton import NO_SCALES, STATIC_FORMATS, KvScales, rope_kv_write_triton
-from kernels.spec import Case, Cost, KernelSpec, case
+from kernels.kv_write_triton import (
+    NO_SCALES,
+    STATIC_FORMATS,
+    KvScales,
+    RopeKvWriteConfig,
+    rope_kv_write_triton,
+)
+from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # the tests' rows: a decode, and chunks over the edges of blocks and of their halves
@@ -224,7 +231,10 @@ def rope_kv_write(
 
 
 def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
-    return tuple((b, 1000, 1) for b in range(c["decodes"])) if "decodes" in c.dims else SPANS
+    """`decodes` sequences with one token each, a fresh chunk of `chunk` tokens, or SPANS."""
+    if "decodes" in c.dims:
+        return tuple((b, 40, 1) for b in range(c["decodes"]))
+    return ((0, 0, c["chunk"]),) if "chunk" in c.dims else SPANS
 
 
 def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
@@ -235,18 +245,35 @@ def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
     width = (c["H"] + 2 * c["G"]) * c["K"]
     place_T2 = places(*spans)
     qkv_TX = torch.randn(len(place_T2), width + c.dims.get("pad", 0), generator=generator).to(c.dtype)
-    return qkv_TX[:, :width], place_T2, *rope_tables(length, c["K"]), paged
+    channel = torch.rand(c["G"], c["K"], generator=generator) + 0.5 if c.dims.get("channel") else None
+    return qkv_TX[:, :width], place_T2, *rope_tables(length, c["K"]), paged, channel
 
 
 def _write(
-    run: Any, qkv_TX: Tensor, place_T2: Tensor, cos_MK: Tensor, sin_MK: Tensor, paged: Paged
+    run: Any,
+    qkv_TX: Tensor,
+    place_T2: Tensor,
+    cos_MK: Tensor,
+    sin_MK: Tensor,
+    paged: Paged,
+    channel: Tensor | None,
+    config: RopeKvWriteConfig | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Writes layer 1 of a copy of the pool: (q, what it then holds for these rows, bit patterns for 16-bit floats)."""
+    """Writes layer 1 of a copy of the pool: (q, what it then holds for these rows as integers, but for wide floats)."""
     paged = paged.to(qkv_TX.device)
-    step = paged.step(place_T2, triton=run is rope_kv_write_triton)
-    q_THK = run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1)
-    held = paged.stored(place_T2, 1)
-    return q_THK, *(x.view(torch.int16) if x is not None and x.dtype.itemsize == 2 else x for x in held)
+    triton = run is rope_kv_write_triton
+    step = paged.step(place_T2, triton=triton)
+    options = {"config": config} if triton else {}
+    q_THK = run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1, KvScales(channel), **options)
+    return q_THK, *(None if x is None else _bits(x) for x in paged.stored(place_T2, 1))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Neighbours among the values of a type of 8 or 16 bits are neighbours among these integers."""
+    if x.dtype == torch.float8_e4m3fn:
+        bits = x.view(torch.int8).short()
+        return torch.where(bits < 0, -(bits & 127), bits)
+    return x.view(torch.int16) if x.dtype.itemsize == 2 else x
 
 
 def _cost(c: Case) -> Cost:
@@ -255,6 +282,21 @@ def _cost(c: Case) -> Cost:
     return Cost(tokens * (rows + layout.block_bytes // layout.block_tokens), tokens * 6 * c["H"] * c["K"])
 
 
+def _serving(shape: ModelShape) -> tuple[Case, ...]:
+    heads = {"H": shape.H, "G": shape.G, "K": shape.K}
+    steps: tuple[dict[str, int], ...] = (*({"decodes": n} for n in (1, 16, 64, 256)), {"chunk": 2048})
+    return tuple(
+        case(torch.bfloat16, **heads, fmt=fmt, **step) for fmt in ("bf16", *CODE_BITS) for step in steps
+    )
+
+
+def _small(c: Case) -> Case:
+    """Two decodes, or a chunk over two blocks."""
+    dims = {name: x for name, x in c.dims.items() if name not in ("decodes", "chunk")}
+    return Case(c.dtype, {**dims, "decodes": 2} if "decodes" in c.dims else {**dims, "chunk": 40})
+
+
+_WIDE = {"H": 32, "G": 8, "K": 128}
 SPEC = KernelSpec(
     name="rope_kv_write",
     runs={"cpu": partial(_write, rope_kv_write_cpu), "triton": partial(_write, rope_kv_write_triton)},
@@ -265,16 +307,28 @@ SPEC = KernelSpec(
     tests=(
         case(torch.float32, H=4, G=2, K=16, fmt="fp32"),
         case(torch.bfloat16, H=3, G=1, K=80, fmt="bf16", pad=16),
-        case(torch.float16, H=2, G=2, K=64, fmt="fp16"),
+        case(torch.float16, H=2, G=2, K=64, fmt="fp16", channel=True),
+        case(torch.bfloat16, H=6, G=3, K=32, fmt="fp8", channel=True),
         case(torch.float32, H=5, G=1, K=8, fmt="int8"),
         case(torch.bfloat16, H=4, G=2, K=80, fmt="int8"),
         case(torch.float32, H=2, G=2, K=10, fmt="int4"),
         case(torch.bfloat16, H=4, G=2, K=64, fmt="int4"),
+        case(torch.float16, H=16, G=1, K=96, fmt="int4z", channel=True),
     ),
     compiles=tuple(
-        case(torch.bfloat16, H=32, G=8, K=128, fmt=fmt, decodes=1) for fmt in ("bf16", "int8", "int4")
+        case(torch.bfloat16, **_WIDE, fmt=fmt, **step)
+        for fmt in ("bf16", *CODE_BITS)
+        for step in ({"decodes": 2}, {"chunk": 40})
     ),
     benches=tuple(
-        case(torch.bfloat16, H=32, G=8, K=128, fmt=fmt, decodes=32) for fmt in ("bf16", "int8", "int4")
+        case(torch.bfloat16, **_WIDE, fmt=fmt, **step)
+        for fmt in ("bf16", *CODE_BITS)
+        for step in ({"decodes": 64}, {"chunk": 4096})
     ),
+    serving=_serving,
+    config=lambda c, gpu: RopeKvWriteConfig.pick(
+        gpu, c["H"], KvLayout(c["fmt"], c["G"], c["K"]), "decodes" in c.dims
+    ),
+    candidates=lambda c, gpu: RopeKvWriteConfig.candidates(c["H"], c["G"], "decodes" in c.dims),
+    small=_small,
 )
