@@ -44,18 +44,18 @@ class W4Config:
 
     @classmethod
     def _by_shape(cls, gpu: GpuFacts, T: int, N: int, K: int, by_group: bool, group: int) -> "W4Config":
-        little_shared = gpu.shared_bytes < 131072
+        wgmma = gpu.capability == 90
         block_t = 16 if T <= 16 else 32 if T <= 32 else 64 if T <= 64 else 128
-        if gpu.capability < 90 and by_group:
-            # int32 sums of a group beside the float32 total: wider tiles spill without wgmma
+        if by_group and not wgmma:
+            # int32 sums of a group beside the float32 total: wider tiles spill where operands lie in registers too
             block_t = min(block_t, 64)
         # the narrower a group, the less one turn of the loop brings in
-        stages = {32: 6, 64: 4}.get(chunk_of(group), 2 if block_t == 128 and little_shared else 3)
-        if block_t < 128:
-            splits = split(gpu, block_t, N, K, group) if T <= 64 else 1
-            return cls(block_t, 128, splits, 4, stages)
-        wide = not by_group and not little_shared and T > 128
-        return cls(128, 256 if wide else 128, 1, 8, stages, expand=not by_group and T >= EXPAND_ROWS)
+        stages = {32: 6, 64: 4}.get(chunk_of(group), 3)
+        if T > 64:
+            block_n = 256 if wgmma and not by_group and T > 128 else 128
+            return cls(block_t, block_n, 1, 8, stages, expand=not by_group and T >= EXPAND_ROWS)
+        warps = 8 if block_t == 64 and not wgmma else 4
+        return cls(block_t, 128, split(gpu, block_t, N, K, group), warps, stages)
 
     @classmethod
     def candidates(cls, gpu: GpuFacts, T: int, N: int, K: int, kind: str, group: int) -> Iterator["W4Config"]:
