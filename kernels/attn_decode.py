@@ -71,11 +71,13 @@ class AttnDecodeConfig:
         return cls(num_warps, 3, max(1, programs))
 
     @classmethod
-    def candidates(cls) -> Iterator["AttnDecodeConfig"]:
+    def candidates(cls, gpu: GpuFacts, block_bytes: int) -> Iterator["AttnDecodeConfig"]:
+        """`block_bytes` of a KV head: as many programs as have two to four blocks each in flight."""
         for num_warps in (1, 2, 4):
-            for num_stages in (3, 4):
+            for num_stages in (2, 3, 4):
                 for programs in (2, 4, 6, 8, 12):
-                    if programs * num_warps <= 16:
+                    fits = programs * (num_stages * block_bytes + 2048) <= gpu.shared_bytes
+                    if fits and programs * num_warps <= 16:
                         yield cls(num_warps, num_stages, programs)
 
 
@@ -163,7 +165,9 @@ def _attn_decode_kernel(
     scale_log2,
     H: tl.constexpr,
     G: tl.constexpr,
-    SIZES: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    P: tl.constexpr,
     FMT: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
     HEAD_UNITS: tl.constexpr,
@@ -177,13 +181,12 @@ def _attn_decode_kernel(
     STAGES: tl.constexpr,
 ):
     HEADS: tl.constexpr = H // G
-    P: tl.constexpr = SIZES[2]
     HALVES: tl.constexpr = (FMT == "int4" or FMT == "int4z") and DIGITS > 0
     ROWS: tl.constexpr = P // 2 if HALVES else P  # of a tile of scores
     MASK: tl.constexpr = (1 << SLOT_BITS) - 1
     o_t = tl.arange(0, COLUMNS) // HEADS
     o_h = tl.arange(0, COLUMNS) % HEADS
-    o_d = tl.arange(0, SIZES[1])
+    o_d = tl.arange(0, BLOCK_D)
     num_items = tl.load(counts + (0 if ONE_TOKEN else 1)) * G
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
         i_g = item % G
@@ -194,9 +197,9 @@ def _attn_decode_kernel(
         m_c = o_t < tl.load(p_piece + 3)
         o_pos = tl.minimum(tl.load(p_piece + 2) + o_t, i_end - 1)
         o_out = (tl.load(p_piece + 1).to(tl.int64) + o_t) * H + i_g * HEADS + o_h
-        queries = _prepared(q, o_out * SIZES[0], m_c, scale_log2, SIZES, FMT, DTYPE, DIGITS)
+        queries = _prepared(q, o_out * K, m_c, scale_log2, (K, BLOCK_D, P), FMT, DTYPE, DIGITS)
         state = (
-            tl.zeros([SIZES[1], COLUMNS], tl.float32),
+            tl.zeros([BLOCK_D, COLUMNS], tl.float32),
             tl.full([COLUMNS], -1.0e30, tl.float32),
             tl.zeros([ROWS, COLUMNS], tl.float32),
             tl.zeros([16, COLUMNS], tl.float32),
@@ -216,19 +219,19 @@ def _attn_decode_kernel(
             i_next = tl.load(p_blocks + tl.minimum(i_first // P + 2, i_last))
             lanes = (i_first, i_end, o_pos)
             state = _attend_block(
-                state, queries, codes, scales, unit, lanes, SIZES, FMT, DIGITS, ONE_TOKEN, SHIFT
+                state, queries, codes, scales, unit, lanes, (K, BLOCK_D, P), FMT, DIGITS, ONE_TOKEN, SHIFT
             )
         b_acc, b_max, b_sum, b_bias, b_zero = state
         b_sum = tl.sum(b_sum, 0)
         b_acc += (tl.sum(b_zero, 0) - tl.max(b_bias, 0))[None, :]
-        m_out = m_c[None, :] & (o_d < SIZES[0])[:, None]
+        m_out = m_c[None, :] & (o_d < K)[:, None]
         pieces_of_row = tl.load(p_piece + 7)
         if DIRECT and pieces_of_row == 1:
             b_y = (b_acc / b_sum[None, :]).to(out.dtype.element_ty)
-            tl.store(out + (o_out * SIZES[0])[None, :] + o_d[:, None], b_y, mask=m_out)
+            tl.store(out + (o_out * K)[None, :] + o_d[:, None], b_y, mask=m_out)
         else:
             o_slot = (tl.load(p_piece + 6) + o_t * pieces_of_row).to(tl.int64) * H + i_g * HEADS + o_h
-            tl.store(part_o + (o_slot * SIZES[0])[None, :] + o_d[:, None], b_acc, mask=m_out)
+            tl.store(part_o + (o_slot * K)[None, :] + o_d[:, None], b_acc, mask=m_out)
             tl.store(part_max + o_slot, b_max * queries[6], mask=m_c)
             tl.store(part_sum + o_slot, b_sum, mask=m_c)
 
@@ -289,7 +292,9 @@ def attn_decode(
         query.scale * math.log2(math.e),
         H=H,
         G=G,
-        SIZES=(K, padded_dim(lay), lay.block_tokens),
+        K=K,
+        BLOCK_D=padded_dim(lay),
+        P=lay.block_tokens,
         FMT=lay.fmt,
         BLOCK_UNITS=lay.block_bytes // UNIT_BYTES,
         HEAD_UNITS=lay.head_bytes // UNIT_BYTES,

@@ -35,7 +35,7 @@ def filled(
         K=K,
         spans=tuple((b, 0, n) for b, n in enumerate(lengths)),
     )
-    q_THK, _, paged, scale = SPEC.make(c, torch.Generator().manual_seed(0))
+    q_THK, _, paged, scale, _ = SPEC.make(c, torch.Generator().manual_seed(0))
     return q_THK, paged, scale
 
 

@@ -85,7 +85,7 @@ def seen_keys(work: GpuWork) -> dict[int, list[int]]:
     keys = {}
     for row, first, parts in work.merge_X3.tolist():
         assert {left[slot][0] for slot in range(first, first + parts)} == {row}
-        keys[row] = sum((left[slot][1] for slot in range(first, first + parts)), [])
+        keys[row] = [k for slot in range(first, first + parts) for k in left[slot][1]]
     return keys
 
 
