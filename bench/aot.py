@@ -36,7 +36,7 @@ from kernels.spec import Case, KernelSpec
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "aot.json"
 CACHE = ROOT / "bench" / "out" / "aot"
-READERS = ("aot", "sass", "static", "shapes", "target")
+READERS = ("aot", "packs", "sass", "static", "shapes", "target")
 NO_FP8 = "fp8e4nv not supported in this architecture"
 
 

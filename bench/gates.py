@@ -67,6 +67,8 @@ def hard(row: Row) -> Iterator[str]:
         yield f"{name(row)}: spills {row['spill']} bytes"
     if not row["ctas"]:
         yield f"{name(row)}: does not fit an SM ({row['shared']} bytes of shared memory, {row['regs']} registers)"
+    for layout in row.get("astray", []):
+        yield f"{name(row)}: asm that shares a scale finds its elements along another axis: {layout}"
     if loop.get("byte_loads"):
         yield f"{name(row)}: {loop['byte_loads']} loads of single bytes in the hot loop"
     for limit in LIMITS:

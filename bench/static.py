@@ -14,6 +14,7 @@ from typing import Any
 
 import triton
 
+from bench.packs import astray
 from bench.sass import Loop, Unreadable, hot_loop
 from bench.shapes import CHIP_OF, CHIPS
 from bench.target import Launch
@@ -159,6 +160,7 @@ def figures(
         "shared": shared,
         "ctas": programs_per_sm(target, used["regs"], warps, shared),
         "mma": mnemonics(kernel.asm["ptx"]),
+        "astray": list(astray(kernel.asm["ttgir"])),
     }
     if target in LOOPS:
         row["loop"] = loop_figures(launch, target, streams)

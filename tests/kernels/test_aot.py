@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench.gates import Limit, failures
+from bench.packs import astray
 from bench.sass import Unreadable, hot_loop
 from bench.static import programs_per_sm, waiting_loads
 from bench.target import TARGETS
@@ -171,3 +172,23 @@ def test_every_gate_closes(row: dict[str, Any], word: str) -> None:
 def test_a_limit_without_rows_fails_a_whole_run() -> None:
     assert any("finds no row" in line for line in failures([GOOD], None, whole=True))
     assert not Limit("_attn_decode_kernel", "tiles", 2, target=80).covers(GOOD)
+
+
+ASM_IR = """#blocked = #ttg.blocked<{sizePerThread = SIZES, threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = ORDER}>
+%1 = tt.elementwise_inline_asm "{\\0A // shares $3\\0A}" {pack = 4 : i32} %a, %b : tensor<64x64xi8, #blocked>, tensor<64x64xi32, #blocked> -> tensor<64x64xi8, #blocked>
+"""
+
+
+def test_a_shared_pack_along_another_axis_is_found() -> None:
+    right = ASM_IR.replace("SIZES", "[1, 16]").replace("ORDER", "[1, 0]")
+    assert not list(astray(right))
+    for sizes, order in (("[1, 2]", "[1, 0]"), ("[4, 4]", "[0, 1]")):
+        wrong = ASM_IR.replace("SIZES", sizes).replace("ORDER", order)
+        assert len(list(astray(wrong))) == 1
+        assert not list(astray(wrong.replace("// shares", "// pure"))), (
+            "asm that shares nothing may lie anyhow"
+        )
+    register_operand = "tensor<64x64xi8, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>>"
+    assert not list(
+        astray(wrong.replace("tensor<64x64xi8, #blocked>, tensor<64x64xi32, #blocked>", register_operand))
+    )
