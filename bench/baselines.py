@@ -37,12 +37,13 @@ def int_mm(
 
 
 def gemm_w8a8(case: Case, args: tuple[Any, ...]) -> Calls:
-    x, scale_T, w, scale_N, _, dtype = args
+    x, scale_T, w, scale_N, _, dtype, fast = args
     calls: Calls = {"cublas bf16": bf16_linear(x, w)}
     if w.dtype == torch.int8:
         calls["int_mm"] = int_mm(x, w, scale_T, scale_N, dtype)
     elif x.is_cuda:
-        calls["scaled_mm"] = lambda: scaled_mm(x, w, scale_T, scale_N, dtype)
+        # scales a row and a column: into bf16 only
+        calls["scaled_mm"] = lambda: scaled_mm(x, w, scale_T, scale_N, torch.bfloat16, fast)
     return calls
 
 

@@ -113,10 +113,17 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def scaled_mm(x_TK: Tensor, w_NK: Tensor, scale_T: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch's own fp8 product with one scale a row and one a column."""
+def scaled_mm(
+    x_TK: Tensor,
+    w_NK: Tensor,
+    scale_T: Tensor,
+    scale_N: Tensor,
+    dtype: torch.dtype,
+    fast: bool = True,
+) -> Tensor:
+    """torch's own fp8 product with one scale a row and one a column; `fast` sums stay in the tensor core."""
     return torch._scaled_mm(
-        x_TK, w_NK.t(), scale_a=scale_T[:, None], scale_b=scale_N[None], out_dtype=dtype, use_fast_accum=True
+        x_TK, w_NK.t(), scale_a=scale_T[:, None], scale_b=scale_N[None], out_dtype=dtype, use_fast_accum=fast
     )
 
 

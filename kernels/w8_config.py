@@ -1,4 +1,7 @@
-"""The launch shapes of the 8-bit matmul: T tokens, N outputs, K inputs, codes of int8 or fp8."""
+"""The launch shapes of the 8-bit matmul: T tokens, N outputs, K inputs.
+
+`codes` are int8, fp8, or fp8-fast: fp8 whose sums stay in the tensor core, which keeps some 14 bits of them on Hopper.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ MIN_TURNS = 4
 class W8Config:
     """`swap`: weights are the rows of the tensor core's tile (gemm_w8a8_small), else tokens are, and `split_k` is 1.
 
-    `promote`: fp8 sums leave the tensor core, which keeps some 14 bits on Hopper, after every 128 products.
+    `promote`: fp8 sums leave the tensor core after every 128 products.  `tma`: the copy engine loads both operands.
     """
 
     swap: bool
@@ -32,40 +35,42 @@ class W8Config:
 
     @classmethod
     def pick(
-        cls, gpu: GpuFacts, T: int, N: int, K: int, fp8: bool = False, deterministic: bool = False
+        cls, gpu: GpuFacts, T: int, N: int, K: int, codes: str = "int8", deterministic: bool = False
     ) -> "W8Config":
         """What was measured, else by shape: free of spills and counted (`python -m bench.aot`), not timed.
 
         T counts as the next power of two, so a warm-up at those compiles whatever serving will launch.
         """
-        if fp8 and deterministic:
+        if deterministic and codes != "int8":
             return cls(True, 64, 64, 128, 1, num_warps=4, num_stages=4)
         T = max(16, 1 << (T - 1).bit_length())
-        return tuned(cls, "gemm_w8a8", gpu, T=T, N=N, K=K, fp8=fp8) or cls._by_shape(gpu, T, N, K, fp8)
+        found = tuned(cls, "gemm_w8a8", gpu, T=T, N=N, K=K, codes=codes)
+        return found or cls._by_shape(gpu, T, N, K, codes)
 
     @classmethod
-    def _by_shape(cls, gpu: GpuFacts, T: int, N: int, K: int, fp8: bool) -> "W8Config":
+    def _by_shape(cls, gpu: GpuFacts, T: int, N: int, K: int, codes: str) -> "W8Config":
+        promote = codes == "fp8"
         sms, engine = gpu.num_sms, gpu.capability >= 90 and K % 16 == 0
         stages = 3 if gpu.shared_bytes < 131072 else 4
         if T <= 64:
             # two or three programs fit an SM
             split_k = shares(K, 2 * sms / cdiv(N, 128))
-            return cls(True, T, 128, 128, split_k, num_warps=4, num_stages=4)
+            return cls(True, T, 128, 128, split_k, 4, 4, promote)
         tiles = cdiv(T, 128) * cdiv(N, 128)
         if T <= 128 or (T <= 512 and tiles < sms):
-            return cls(True, 128, 128, 128, shares(K, sms / tiles), num_warps=8, num_stages=stages)
+            return cls(True, 128, 128, 128, shares(K, sms / tiles), 8, stages, promote)
         # promoted sums take twice the registers: a narrower tile, and two programs an SM that wait by turns
-        if gpu.capability == 90 and fp8 and engine:
-            return cls(False, 128, 128, 128, 1, num_warps=4, num_stages=3, tma=True)
+        if gpu.capability == 90 and promote and engine:
+            return cls(False, 128, 128, 128, 1, 4, 3, promote, tma=True)
         # sums of a whole group of four warps have room for a wide tile, fragments of single warps do not
         wide = gpu.capability == 90 and engine and cdiv(T, 128) * cdiv(N, 256) >= sms
-        return cls(False, 128, 256 if wide else 128, 128, 1, num_warps=8, num_stages=stages, tma=engine)
+        return cls(False, 128, 256 if wide else 128, 128, 1, 8, stages, promote, tma=engine)
 
     @classmethod
-    def candidates(cls, gpu: GpuFacts, T: int, N: int, K: int, fp8: bool = False) -> Iterator["W8Config"]:
+    def candidates(cls, gpu: GpuFacts, T: int, N: int, K: int, codes: str = "int8") -> Iterator["W8Config"]:
         """What a tuner may try for this shape."""
         T = max(16, 1 << (T - 1).bit_length())
-        own = cls._by_shape(gpu, T, N, K, fp8)
+        own = cls._by_shape(gpu, T, N, K, codes)
         yield own
         tries = []
         if T <= 512:
@@ -74,14 +79,15 @@ class W8Config:
             widths = [t for t in (16, 32, 64, 128) if min(T, 64) <= t <= T]
             shapes = ((64, 128, 5), (64, 256, 4), (128, 128, 4), (128, 128, 5), (128, 256, 3))
             for t, (n, k, stages), split_k in product(widths, shapes, splits):
-                tries.append(cls(True, t, n, k, split_k, 8 if t * n == 128 * 128 else 4, stages))
+                warps = 8 if t * n == 128 * 128 else 4
+                tries.append(cls(True, t, n, k, split_k, warps, stages, own.promote))
         if T > 64:
             tiles = ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
             loads = (
                 [(False, False), (True, False), (True, True)] if gpu.capability >= 90 else [(False, False)]
             )
             for (t, n, warps), stages, (tma, flatten) in product(tiles, (3, 4), loads):
-                tries.append(cls(False, t, n, 128, 1, warps, stages, tma=tma, flatten=flatten))
+                tries.append(cls(False, t, n, 128, 1, warps, stages, own.promote, tma, flatten))
         yield from (c for c in tries if c != own)
 
     @property

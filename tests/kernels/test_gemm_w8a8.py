@@ -16,7 +16,7 @@ SMALL = W8Config(True, 16, 64, 128, 1, num_warps=4, num_stages=3)
 LARGE = W8Config(False, 64, 64, 128, 1, num_warps=4, num_stages=3, group_t=2)
 
 
-def codes(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def random_codes(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.int8:
         return torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
@@ -43,7 +43,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_launch_shape_is_right(name: str, dtype: torch.dtype):
     T, N, K = 70 if "large" in name or "engine" in name else 19, 70, 592
-    x, w = codes(T, K, dtype), codes(N, K, dtype, seed=1)
+    x, w = random_codes(T, K, dtype), random_codes(N, K, dtype, seed=1)
     scale_T, scale_N = torch.rand(T), torch.rand(N)
     bias_N = torch.randn(N)
     moved = [t.to(DEVICE) for t in (x, scale_T, w, scale_N, bias_N)]
@@ -59,7 +59,7 @@ def test_every_launch_shape_is_right(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
 def test_a_row_of_a_split_sum_does_not_see_its_neighbours(dtype: torch.dtype):
     """At one config, whatever the other rows and however many; small numbers of any magnitude, so order would show."""
-    x, w = codes(37, 640, dtype).to(DEVICE), codes(70, 640, dtype, seed=1).to(DEVICE)
+    x, w = random_codes(37, 640, dtype).to(DEVICE), random_codes(70, 640, dtype, seed=1).to(DEVICE)
     scale_T, prepared = (
         torch.rand(37, device=DEVICE),
         prepare_w8a8(w, torch.rand(70, device=DEVICE), form="cuda"),
@@ -76,14 +76,14 @@ def test_a_row_of_a_split_sum_does_not_see_its_neighbours(dtype: torch.dtype):
 
 def test_deterministic_fp8_has_one_config():
     gpu = ASSUMED[90]
-    for N, K in ((6144, 4096), (4096, 14336)):
-        picked = {W8Config.pick(gpu, T, N, K, fp8=True, deterministic=True) for T in (1, 16, 64, 2048)}
+    for codes, (N, K) in product(("fp8", "fp8-fast"), ((6144, 4096), (4096, 14336))):
+        picked = {W8Config.pick(gpu, T, N, K, codes, deterministic=True) for T in (1, 16, 64, 2048)}
         assert len(picked) == 1
         assert all(c.split_k == 1 for c in picked)
 
 
 def test_a_config_for_fewer_rows_serves_more_tiles_than_it_has_counters_for():
-    x, w = codes(150, 256, torch.int8).to(DEVICE), codes(20, 256, torch.int8, seed=1).to(DEVICE)
+    x, w = random_codes(150, 256, torch.int8).to(DEVICE), random_codes(20, 256, torch.int8, seed=1).to(DEVICE)
     prepared = prepare_w8a8(w, torch.ones(20, device=DEVICE), form="cuda")
     assert prepared.arrivals.numel() < 10
     config = changed(SMALL, split_k=2)
@@ -120,7 +120,7 @@ def test_candidates_are_distinct_and_begin_with_what_is_picked():
 
 @pytest.mark.parametrize("form", ["float8", "cuda"])
 def test_fp8_codes_keep_one_copy_and_one_scale_may_serve_all(form: str):
-    x, w = codes(3, 64, FP8).to(DEVICE), codes(5, 64, FP8, seed=1).to(DEVICE)
+    x, w = random_codes(3, 64, FP8).to(DEVICE), random_codes(5, 64, FP8, seed=1).to(DEVICE)
     if form == "float8":
         x, w = x.cpu(), w.cpu()
     prepared = prepare_w8a8(w, torch.tensor(0.5), form=form)
