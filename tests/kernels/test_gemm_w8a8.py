@@ -5,11 +5,20 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from kernels.gemm_w8a8 import FP8, SPEC, gemm_w8a8, gemm_w8a8_ref, gemm_w8a8_triton, prepare_w8a8
-from kernels.launch import ASSUMED
+from kernels.gemm_w8a8 import (
+    FP8,
+    SPEC,
+    W8Weight,
+    gemm_w8a8,
+    gemm_w8a8_ref,
+    gemm_w8a8_triton,
+    prepare_w8a8,
+)
+from kernels.launch import ASSUMED, gpu_facts
 from kernels.w8_config import W8Config, shares
-from tests.close import assert_no_worse
+from tests.close import assert_no_worse, errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = W8Config(True, 16, 64, 128, 1, num_warps=4, num_stages=3)
@@ -130,3 +139,68 @@ def test_fp8_codes_keep_one_copy_and_one_scale_may_serve_all(form: str):
     y = run(x, ones, prepared, torch.float32)
     expected = 0.5 * (x.cpu().double() @ w.cpu().double().t())
     torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-3, atol=1e-3)  # Hopper's 13 bits
+
+
+SERVED = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (32001, 2048), (1000, 200))
+
+
+def on_gpu(
+    T: int, N: int, K: int, dtype: torch.dtype, fast: bool = False
+) -> tuple[Tensor, Tensor, W8Weight, Tensor]:
+    """x, its scales, the weight (all scales 1) and the exact product."""
+    generator = torch.Generator(device="cuda").manual_seed(T + N)
+    x, w = (torch.randint(-127, 128, (rows, K), generator=generator, device="cuda") for rows in (T, N))
+    x, w = x.to(torch.int8), w.to(torch.int8)
+    if dtype == FP8:
+        x, w = (x / 16).to(FP8), (w / 16).to(FP8)
+    weight = prepare_w8a8(w, torch.ones(N, device="cuda"), form="cuda", fast=fast)
+    return x, torch.ones(T, device="cuda"), weight, x.double() @ w.double().t()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 16, 33, 64, 100, 256, 300, 2048])
+@pytest.mark.parametrize(("N", "K"), SERVED)
+def test_served_sizes_on_a_gpu(T: int, N: int, K: int):
+    x, scale_T, weight, truth = on_gpu(T, N, K, torch.int8)
+    assert torch.equal(gemm_w8a8_triton(x, scale_T, weight, torch.float32), truth.float())
+    if torch.cuda.get_device_capability() < (8, 9):
+        return
+    for fast, bound in ((False, 5e-4), (True, 2e-3)):  # what Hopper keeps of 128 and of all K products
+        x, scale_T, weight, truth = on_gpu(T, N, K, FP8, fast)
+        y = gemm_w8a8_triton(x, scale_T, weight, torch.float32)
+        assert errors(y, truth).rms < bound, errors(y, truth)
+        assert torch.equal(y, gemm_w8a8_triton(x, scale_T, weight, torch.float32)), "two launches differ"
+        one = gemm_w8a8_triton(
+            x[-1:].clone(), scale_T[-1:].clone(), weight, torch.float32, deterministic=True
+        )
+        assert torch.equal(one, gemm_w8a8_triton(x, scale_T, weight, torch.float32, deterministic=True)[-1:])
+
+
+@pytest.mark.gpu
+def test_every_candidate_on_a_gpu():
+    """Whatever a tuner may choose is right, or does not fit the GPU."""
+    gpu = gpu_facts(torch.device("cuda"))
+    for T, (N, K) in product((16, 64, 256, 1000), ((4096, 4096), (1008, 208))):
+        x, scale_T, weight, truth = on_gpu(T, N, K, torch.int8)
+        for config in W8Config.candidates(gpu, T, N, K):
+            try:
+                y = gemm_w8a8_triton(x, scale_T, weight, torch.float32, config=config)
+            except OutOfResources:
+                continue
+            assert torch.equal(y, truth.float()), config
+
+
+@pytest.mark.gpu
+def test_split_sums_never_race():
+    """The last of the splits to arrive adds them all: a thousand times the same, in a graph too."""
+    x, scale_T, weight, truth = on_gpu(16, 4096, 14336, torch.int8)
+    config = W8Config.pick(gpu_facts(x.device), 16, 4096, 14336)
+    assert config.split_k > 1
+    gemm_w8a8_triton(x, scale_T, weight, torch.float32, config=config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [gemm_w8a8_triton(x, scale_T, weight, torch.float32, config=config) for _ in range(10)]
+    for _ in range(100):
+        graph.replay()
+        assert all(torch.equal(y, truth.float()) for y in results)
+    assert not weight.arrivals.any()
