@@ -2,8 +2,10 @@
 
 from kernels import (
     attention,
+    attn_prefill,
     gemm_w4a8,
     gemm_w8a8,
+    kv_dequant,
     linear,
     quant_rows,
     rmsnorm,
@@ -23,6 +25,8 @@ SPECS: tuple[KernelSpec, ...] = (
     gemm_w4a8.SPEC,
     w4_to_w8.SPEC,
     rope_kv_write.SPEC,
+    kv_dequant.SPEC,
+    attn_prefill.SPEC,
     attention.SPEC,
     sample.SPEC,
 )
