@@ -92,7 +92,7 @@ def quant_rows(case: Case, args: tuple[Any, ...]) -> Calls:
 
 def attention(case: Case, args: tuple[Any, ...]) -> Calls:
     """On a dense copy of the context in the queries' type: sequences of one length, or one chunk alone."""
-    q_THK, place_T2, paged, scale = args
+    q_THK, place_T2, paged, scale = args[:4]
     seq_T, pos_T = place_T2.T.to("cpu")
     num = int(seq_T.max()) + 1
     lengths = {int(pos_T[seq_T == b].max()) + 1 for b in range(num)}
@@ -180,7 +180,8 @@ def big_attention(case: Case, device: torch.device) -> tuple[Any, ...]:
     """What `attention.SPEC.make` builds, for contexts that would take minutes on the host."""
     paged = filled_pool(case, device)
     decodes = case.dims.get("decodes", 0)
-    rows = [(b, case["context"] - 1) for b in range(decodes)]
+    new = case.dims.get("tokens", 1)
+    rows = [(b, case["context"] - new + i) for b in range(decodes) for i in range(new)]
     rows += [(decodes, i) for i in range(case.dims.get("chunk", 0))]
     q_THK = torch.randn(len(rows), case["H"], case["K"], device=device, dtype=case.dtype)
-    return q_THK, torch.tensor(rows), paged, case["K"] ** -0.5
+    return q_THK, torch.tensor(rows), paged, case["K"] ** -0.5, case.dims.get("int8_qk", False)

@@ -109,7 +109,13 @@ def measure(args: argparse.Namespace, items: list[Item]) -> list[dict[str, Any]]
         seconds = time.perf_counter() - start
         texts = [decode(tokenizer, end, ids) for ids in made]
         rows.append(
-            {"weights": weights, "kv": kv, "seconds": round(seconds, 1), "accuracy": score(items, texts)}
+            {
+                "weights": weights,
+                "kv": kv,
+                "seconds": round(seconds, 1),
+                "accuracy": score(items, texts),
+                "tag": "measured",
+            }
         )
         for item, text in zip(items, texts, strict=True):
             if args.wrong and not is_right(item, text):

@@ -197,6 +197,7 @@ def compare(measured: dict[str, dict[str, float]], batch: int) -> list[dict[str,
             **r,
             "x_hf_bf16": round(r["decode_tok_s"] / base, 3),
             "x_best_hf": round(r["decode_tok_s"] / best, 3),
+            "tag": "measured",
         }
         for name, r in measured.items()
     ]

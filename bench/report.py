@@ -1,9 +1,11 @@
-"""README's tables from the results in bench/results, so that no number in it is typed.
+"""Tables of README and docs/kernels.md from the results in bench/results, so that no number in it is typed.
 
     python -m bench.report            # prints the tables
-    python -m bench.report --write    # puts them between their markers in README.md
+    python -m bench.report --write    # puts them between their markers in those files
 
-A result is the last line of a bench's output, one JSON object, saved as bench/results/<bench>.json.
+A result is the last line of a bench's output, one JSON object, saved as bench/results/<bench>.json; GPU runs leave JSON
+lines in bench/results/gpu.  Every row says how it came about: measured, static (counted in machine code) or simulated
+(arithmetic); a row that does not is refused.
 """
 
 import argparse
@@ -18,12 +20,31 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 
 
+TAGS = ("measured", "static", "simulated")
+GPU = RESULTS / "gpu"
+DOCUMENTS = (README, ROOT / "docs" / "kernels.md")
+
+
+def checked(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The rows, each with a tag; ValueError names the first without."""
+    for i, row in enumerate(rows):
+        if row.get("tag") not in TAGS:
+            raise ValueError(
+                f"row {i} of {where} must have a tag of {', '.join(TAGS)}, got {row.get('tag')!r}"
+            )
+    return rows
+
+
+def tags(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(r["tag"] for r in rows))
+
+
 def offline_table(result: dict[str, Any]) -> str:
     """Decode speed of a 150M Llama, by batch."""
     batches = sorted({r["batch"] for r in result["rows"]})
     cells = {(r["arm"], r["batch"]): r for r in result["rows"]}
     lines = [
-        f"150M bf16 Llama, {result['threads']} threads of {result['device']}, {result['prompt']} + {result['new']} tokens, "
+        f"150M bf16 Llama, {tags(result['rows'])} with {result['threads']} threads of {result['device']}, {result['prompt']} + {result['new']} tokens, "
         f"transformers {result['transformers']}, torch {result['torch']}, {result['date']} (`python -m bench.offline`):",
         "",
         "| decode, tok/s | " + " | ".join(f"batch {b} | x best transformers" for b in batches) + " |",
@@ -43,7 +64,7 @@ def demo_table(result: dict[str, Any]) -> str:
     weights, formats = (list(dict.fromkeys(pair[i] for pair in shares)) for i in (0, 1))
     lines = [
         f"Right answers of the demo model to {result['items']} held-out questions (small talk apart, a list learned by "
-        "heart), mean over the kinds (`python -m bench.demo_accuracy`):",
+        f"heart), mean over the kinds, {tags(result['rows'])} (`python -m bench.demo_accuracy`):",
         "",
         "| weights | " + " | ".join(f"KV {kv}" for kv in formats) + " |",
         "|---|" + "---:|" * len(formats),
@@ -52,19 +73,80 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"offline": offline_table, "demo_accuracy": demo_table}
+def worst(rows: list[dict[str, Any]], figure: str, most: bool = True) -> str:
+    """The worst value of a figure over rows, of the row itself or of its hot loop; - where none has it."""
+    values = [{**r, **(r.get("loop") or {})}.get(figure) for r in rows]
+    there = [v for v in values if v is not None]
+    return f"{(max if most else min)(there):g}" if there else "-"
 
 
-def render(name: str) -> str:
-    return TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+def aot_table(result: dict[str, Any]) -> str:
+    """The worst case of every kernel on sm_90."""
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["target"] == 90:
+            kernels.setdefault(row["kernel"].split("#")[0], []).append(row)
+    lines = [
+        f"The worst over all served configs on sm_90, {tags(result['rows'])} with Triton {result['triton']} (`python -m bench.aot --full`):",
+        "",
+        "| kernel | cases | registers | spilled bytes | CTAs per SM | byte loads | tiles in flight | issue/mem | issue/mma |",
+        "|---|" + "---:|" * 8,
+    ]
+    figures = (("regs", True), ("spill", True), ("ctas", False), ("byte_loads", True), ("tiles", False))
+    for name, rows in sorted(kernels.items()):
+        cells = [worst(rows, *f) for f in (*figures, ("issue_mem", True), ("issue_mma", True))]
+        lines.append(f"| `{name}` | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """Steps of whole models against their limit and transformers."""
+    rows = [r for r in result["rows"] if r["bench"] == "whole-model" and "ms" in r]
+    first = rows[0]
+    lines = [
+        f"{first['device']}, torch {first['torch']}, Triton {first['triton']}, {first['date']}, {tags(rows)} (`python -m bench.gpu`):",
+        "",
+        "| model | step | batch | context | weights | KV | by | ms | of the limit |",
+        "|---|---|---:|---:|---|---|---|---:|---:|",
+    ]
+    for r in sorted(rows, key=lambda r: (r["model"], r["phase"], r["batch"], r["context"], r["ms"])):
+        limit = f"{r['of_limit']:.0%}" if r["of_limit"] else "-"
+        lines.append(
+            f"| {r['model']} | {r['phase']} | {r['batch']} | {r['context']} | {r['weights']} | {r['kv']} | {r['arm']} "
+            f"| {r['ms']:.2f} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "offline": offline_table,
+    "demo_accuracy": demo_table,
+    "aot": aot_table,
+    "gpu": gpu_table,
+}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A bench's result, None where there is none; refuses rows without a tag."""
+    if name == "gpu":
+        files = sorted(GPU.glob("*.jsonl"))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        result: dict[str, Any] | None = {"rows": rows} if rows else None
+    else:
+        file = RESULTS / f"{name}.json"
+        result = json.loads(file.read_text()) if file.exists() else None
+    if result is not None:
+        checked(result["rows"], name)
+    return result
 
 
 def filled(text: str) -> str:
     """`text` with every table between its markers drawn anew."""
-    for name in TABLES:
+    for name, draw in TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if block.search(text):
-            table = render(name)
+        result = load(name) if block.search(text) else None
+        if result is not None:
+            table = draw(result)
             text = block.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
     return text
 
@@ -73,13 +155,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="change README.md")
+    parser.add_argument("--write", action="store_true", help="change README.md and docs/kernels.md")
     if parser.parse_args().write:
-        README.write_text(filled(README.read_text()))
-    else:
-        for name in TABLES:
-            if (RESULTS / f"{name}.json").exists():
-                print(render(name), end="\n\n")
+        for document in DOCUMENTS:
+            if document.exists():
+                document.write_text(filled(document.read_text()))
+        return
+    for name, draw in TABLES.items():
+        result = load(name)
+        if result is not None:
+            print(draw(result), end="\n\n")
 
 
 if __name__ == "__main__":
