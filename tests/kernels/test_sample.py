@@ -60,16 +60,17 @@ def probabilities(x_V: Tensor, ask: Ask) -> Tensor:
     if ask.temperature == 0:
         return torch.nn.functional.one_hot(x_V.argmax(), len(x_V)).double()
     p_V = torch.softmax(x_V.double() / torch.tensor(ask.temperature).double(), -1)
-    order = sorted(range(len(x_V)), key=lambda i: (-x_V[i].item(), i))
-    if 0 < ask.top_k < len(x_V):
+    x, p, floor = x_V.tolist(), p_V.tolist(), min_p * p_V.max().item()
+    order = sorted(range(len(x)), key=lambda i: (-x[i], i))
+    if 0 < ask.top_k < len(x):
         order = order[: ask.top_k]
-    order = [i for i in order if p_V[i] >= min_p * p_V.max()]
-    total, before, kept_V = p_V[order].sum().item(), 0.0, torch.zeros_like(p_V)
+    order = [i for i in order if p[i] >= floor]
+    total, before, kept = sum(p[i] for i in order), 0.0, [0.0] * len(x)
     for i in order:
-        # a float32 sum of all that comes before, in the implementation
         if ask.top_p == 1 or before < top_p * total * (1 - 1e-12):
-            kept_V[i] = p_V[i]
-        before += p_V[i].item()
+            kept[i] = p[i]
+        before += p[i]
+    kept_V = torch.tensor(kept, dtype=torch.float64)
     return kept_V / kept_V.sum()
 
 
