@@ -44,6 +44,11 @@ LIMITS: tuple[Limit, ...] = (
     Limit("_attn_decode_kernel", "issue_mem", 0.31, ("fmtint8", "K128")),
     Limit("_attn_decode_kernel", "issue_mem", 0.57, ("fmtint4", "K128")),
     Limit("_attn_decode_kernel", "tiles", 2),
+    Limit("_gemm_w4a8_kernel", "issue_mem", 0.50, ("T16", "kindgroup")),
+    Limit("_gemm_w4a8_kernel", "issue_mem", 0.50, ("kindprogressive",), ("T2048",)),
+    Limit("_gemm_w4a8_kernel", "issue_mem", 0.38, ("kindchannel",), ("T2048",)),
+    Limit("_gemm_w4a8_kernel", "issue_mem", 0.55, ("T16", "kindfp8")),
+    Limit("_gemm_w4a8_kernel", "tiles", 2),
 )
 
 

@@ -168,6 +168,7 @@ def gemm_w4a8_ref(
 def _launch(y_TN: Tensor, x_TK: Tensor, scale_T: Tensor, w: W4Weight, c: W4Config) -> None:
     (T, K), N, held = x_TK.shape, w.out_features, w.held
     assert isinstance(held, Packed4), f"{w.form=}"
+    assert max(T * K, held.codes.numel()) < 1 << 32, f"offsets of 32 bits do not reach: {T=} {N=} {K=}"
     tiles = cdiv(T, c.block_t) * cdiv(N, c.block_n)
     # a config for fewer rows may come with more tiles than there are counters
     splits = c.split_k if tiles <= held.arrivals.numel() else 1
@@ -318,13 +319,15 @@ def _dims(c: Case) -> tuple[int, int, int, str, int]:
 
 
 def _small(c: Case) -> Case:
-    """One tile of one or two turns, with the divisors of the real one."""
+    """One tile of outputs, two turns, with the divisors of the real one."""
     group = c["K"] // c["Q"]
     K, Q = (512, 1) if c["kind"] == "channel" else (4 * group, 4)
     whole = c["K"] % 256 == 0 if c["kind"] == "channel" else c["Q"] % 2 == 0
     if not whole:
         K, Q = (c["K"], 1) if c["kind"] == "channel" else (3 * group, 3)
-    return Case(c.dtype, {**c.dims, "T": 2, "N": 128 if c["N"] % 16 == 0 else 127, "K": K, "Q": Q})
+    return Case(
+        c.dtype, {**c.dims, "T": max(16, c["T"]), "N": 128 if c["N"] % 16 == 0 else 127, "K": K, "Q": Q}
+    )
 
 
 def _stream(c: Any) -> int:

@@ -88,20 +88,24 @@ def _gemm_w4a8_kernel(
         share = tl.cdiv(pairs, splits)
         first = i_s * share
         last = tl.minimum(first + share, pairs)
-    # rows past the end read the last one again: cheaper than a mask, and never stored
+    # rows past the end read the last one again: cheaper than a mask, and never stored.  One pointer that moves and
+    # offsets of 32 bits that stay: a pointer for every lane would take two additions each, in every turn
     o_row = tl.minimum(o_n, N - 1)
-    p_x = x + tl.minimum(o_t, T - 1).to(tl.int64)[None, :] * K + first * (2 * GROUP) + o_c[:, None]
-    p_w = w + o_row.to(tl.int64)[:, None] * (pairs * CHUNK) + first * CHUNK + o_c[None, :]
-    p_meta = meta + first * N + o_row
-    p_scale = scale + 2 * first * N + o_row
+    p_x = x + first * (2 * GROUP)
+    p_w = w + first * CHUNK
+    p_meta = meta + first * N
+    p_scale = scale + 2 * first * N
+    o_x = (tl.minimum(o_t, T - 1)[None, :] * K + o_c[:, None]).to(tl.uint32)
+    o_w = (o_row[:, None] * (pairs * CHUNK) + o_c[None, :]).to(tl.uint32)
+    o_meta = o_row.to(tl.uint32)
     b_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32 if BY_GROUP else tl.int32)
     for i in tl.range(first, last, num_stages=NUM_STAGES):
         left = K - i * (2 * GROUP)
-        b_x0 = _load_rows(p_x, o_c, tl.minimum(left, GROUP), WHOLE)
-        b_x1 = _load_rows(p_x + GROUP, o_c, tl.minimum(left - GROUP, GROUP), WHOLE)
-        b_w0, b_w1 = decode(tl.load(p_w), p_meta, DECODE)
-        b_acc = _add_group(b_acc, b_w0, b_x0, p_scale, BY_GROUP)
-        b_acc = _add_group(b_acc, b_w1, b_x1, p_scale + N, BY_GROUP)
+        b_x0 = _load_rows(p_x + o_x, o_c, tl.minimum(left, GROUP), WHOLE)
+        b_x1 = _load_rows(p_x + GROUP + o_x, o_c, tl.minimum(left - GROUP, GROUP), WHOLE)
+        b_w0, b_w1 = decode(tl.load(p_w + o_w), p_meta + o_meta, DECODE)
+        b_acc = _add_group(b_acc, b_w0, b_x0, p_scale + o_meta, BY_GROUP)
+        b_acc = _add_group(b_acc, b_w1, b_x1, p_scale + N + o_meta, BY_GROUP)
         p_x += 2 * GROUP
         p_w += CHUNK
         p_meta += N

@@ -82,5 +82,6 @@ def split(gpu: GpuFacts, block_t: int, N: int, K: int, group: int) -> int:
     """Into how many programs K is split: two for every SM, if the partial sums stay a quarter of the weight."""
     tiles, turns = cdiv(N, 128), cdiv(K, 2 * group)
     wanted = min(cdiv(2 * gpu.num_sms, tiles), turns // MIN_TURNS, K // (32 * block_t))
-    # equal shares: the last one may be shorter, none is empty
-    return cdiv(turns, cdiv(turns, wanted)) if wanted > 1 else 1
+    # a power of two, or a few less where that leaves shares equal and none empty
+    wanted = 1 << max(wanted, 1).bit_length() - 1
+    return cdiv(turns, cdiv(turns, wanted))
