@@ -1,22 +1,30 @@
 """Causal attention of chunks of tokens over their whole paged context, the chunk itself included.
 
 A program takes TOKENS tokens of a chunk item and one KV head; (token, head) pairs are the rows of its products.  Keys
-that some row may not see come first, masked; then, without any mask, those before the tile.  Not split over the
-keys: chunks bring enough programs, and a row's result depends on where its chunk begins, not on other sequences.
+before the tile need no mask; then come those that some row may not see.  Keys are added up in turns of BN from key 0,
+whatever the tile, and a turn of masked keys changes no bit: a row's result depends neither on its neighbours nor on
+where its chunk is cut.  Not split over the keys: chunks bring enough programs.
 Bound by the tensor cores: 4 K operations a query, head and key.
 """
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_layout import SLOT_BITS
+from kernels.attn_ref import attention_ref
+from kernels.kv_case import Paged, places
+from kernels.kv_layout import SLOT_BITS, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
-from kernels.kv_work import CHUNK_TOKENS
+from kernels.kv_work import CHUNK_TOKENS, chunk_items
 from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
 from kernels.prefill_inline import prefill_inline
 from kernels.prefill_tile import (
@@ -28,6 +36,8 @@ from kernels.prefill_tile import (
     product_dtype,
     tile_rows,
 )
+from kernels.rope_kv_write import rope_kv_write_cpu
+from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
 from kernels.table import tuned
 
 
@@ -49,13 +59,19 @@ class AttnPrefillConfig:
 
     @classmethod
     def rule(cls, gpu: GpuFacts, block_d: int, bits: int) -> "AttnPrefillConfig":
-        if bits == 32:  # no tensor core takes them, and what is unrolled in registers grows with every dim
-            return cls(32, 16, False, 4, 2) if block_d <= 128 else cls(16, 16, False, 4, 2)
+        # all without spills, registers and programs an SM counted (docs/log.md)
+        if bits == 32:  # no tensor core takes them: a thread holds more of the operands than of the result
+            return cls(16, 16, False, 4, 1)
         if gpu.capability >= 90:
+            if (
+                block_d <= 64 and gpu.capability == 90
+            ):  # 128 registers: two programs on an SM overlap each other
+                return cls(128, 64, False, 8, 3)
             return cls(128, 64, True, 8, 3) if block_d <= 128 else cls(128, 32, True, 8, 2)
-        if block_d > 128:  # the queries are held in registers there
-            return cls(32, 32, False, 4, 2)
-        return cls(128, 64 if block_d <= 64 else 32, True, 8, 2)
+        # products that are not asynchronous leave nothing to overlap, and keep the queries in registers
+        if block_d <= 128:
+            return cls(128, 64 if block_d <= 64 else 32, False, 8, 2)
+        return cls(32, 32, False, 4, 2)
 
 
 def padded(head_dim: int) -> int:
@@ -110,10 +126,6 @@ def _attn_prefill_kernel(
     b_acc = tl.zeros([BM, BLOCK_D], tl.float32)
     b_max = tl.full([BM], -1.0e30, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    b_acc, b_max, b_sum = attend_range(
-        b_acc, b_max, b_sum, b_q, codes, slab_table, p_blocks, stride_slab, layer, i_g,
-        i_full, i_end, i_end, i_pos + o_t, scale_log2, True, 1, PER, K, P, BN, BLOCK_D, BLOCK_UNITS, HEAD_UNITS, SLOT_BITS,
-    )  # fmt: skip
     if i_full > 0:
         if AHEAD:
             b_acc, b_max, b_sum = attend_ahead(
@@ -125,6 +137,10 @@ def _attn_prefill_kernel(
                 b_acc, b_max, b_sum, b_q, codes, slab_table, p_blocks, stride_slab, layer, i_g,
                 0, i_full, i_full, i_pos + o_t, scale_log2, False, STAGES, PER, K, P, BN, BLOCK_D, BLOCK_UNITS, HEAD_UNITS, SLOT_BITS,
             )  # fmt: skip
+    b_acc, b_max, b_sum = attend_range(
+        b_acc, b_max, b_sum, b_q, codes, slab_table, p_blocks, stride_slab, layer, i_g,
+        i_full, i_end, i_end, i_pos + o_t, scale_log2, True, 1, PER, K, P, BN, BLOCK_D, BLOCK_UNITS, HEAD_UNITS, SLOT_BITS,
+    )  # fmt: skip
     b_y = b_acc / b_sum[:, None]
     tl.store(out + o_out[:, None] + o_d[None, :], b_y.to(out.dtype.element_ty), mask=m_out)
 
@@ -178,3 +194,120 @@ def attn_prefill(
         STAGES=c.num_stages,
         num_warps=c.num_warps,
     )
+
+
+def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
+    """`spans` of (sequence, start, count) as they are, or one chunk of `chunk` tokens after `context` others."""
+    return c.dims.get("spans") or ((0, c["context"], c["chunk"]),)
+
+
+def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
+    """Layer 1 of the pool holds every sequence up to its last row; nothing else but NaN is there."""
+    layout = KvLayout(c["fmt"], c["G"], c["K"])
+    ends = {seq: start + count for seq, start, count in _spans(c)}
+    paged = Paged.make(layout, tuple(ends[seq] for seq in sorted(ends)), generator)
+    context_T2 = places(*((seq, 0, end) for seq, end in ends.items()))
+    qkv_TX = torch.randn(len(context_T2), 3 * c["G"] * c["K"], generator=generator).to(c.dtype)
+    one_MK = torch.ones(max(ends.values()), c["K"])
+    step = paged.step(context_T2, triton=False)
+    rope_kv_write_cpu(qkv_TX, one_MK, torch.zeros_like(one_MK), paged.pool, step, 1)
+    place_T2 = places(*_spans(c))
+    q_THK = torch.randn(len(place_T2), c["H"], c["K"], generator=generator).to(c.dtype)
+    return q_THK, place_T2, paged, c["K"] ** -0.5
+
+
+def _prepare(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> tuple[Any, ...]:
+    """A step whose every span is a chunk, however short: serving gives those to the decode kernel."""
+    paged = paged.to(q_THK.device)
+    step = paged.step(place_T2, triton=True, heads_per_kv=q_THK.shape[1] // paged.layout.num_kv_heads)
+    chunks = chunk_items(step.spans, np.arange(len(step.spans.count_B)))
+    work = step.work._replace(chunk_X4=torch.from_numpy(chunks).int().to(q_THK.device))
+    return q_THK, paged.pool, replace(step, work=work), scale
+
+
+def _run(
+    q_THK: Tensor, pool: Tensor, step: KvStep, scale: float, config: AttnPrefillConfig | None = None
+) -> Tensor:
+    out_THK = torch.empty_like(q_THK)
+    attn_prefill(out_THK, q_THK, pool, step, 1, scale, config)
+    return out_THK
+
+
+def _ref(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> Tensor:
+    return attention_ref(q_THK, paged.pool, paged.step(place_T2, triton=False), 1, scale)
+
+
+def _cost(c: Case) -> Cost:
+    """Keys and values are read once; causal: half of the chunk's own square."""
+    layout = KvLayout(c["fmt"], c["G"], c["K"])
+    rows = sum(count for _, _, count in _spans(c))
+    pairs = sum(count * start + count * (count + 1) // 2 for _, start, count in _spans(c))
+    read = sum(start + count for _, start, count in _spans(c)) * layout.block_bytes // layout.block_tokens
+    return Cost(read + 2 * rows * c["H"] * c["K"] * c.dtype.itemsize, 4 * pairs * c["H"] * c["K"])
+
+
+def _config(c: Case, gpu: GpuFacts) -> AttnPrefillConfig:
+    bits = 8 * product_dtype(c.dtype, c["fmt"]).itemsize
+    return AttnPrefillConfig.pick(gpu, c["K"], c["H"] // c["G"], bits)
+
+
+def _candidates(c: Case, gpu: GpuFacts) -> Iterator[AttnPrefillConfig]:
+    for block_m, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+        for block_n, ahead, stages in itertools.product((32, 64, 128), (False, True), (2, 3, 4)):
+            yield AttnPrefillConfig(block_m, block_n, ahead, warps, stages)
+
+
+def _serving(shape: ModelShape) -> tuple[Case, ...]:
+    H, G, K = shape.H, shape.G, shape.K
+    sizes = ((1024, 0), (8192, 0), (2048, 6144))
+    return tuple(
+        case(torch.bfloat16, chunk=chunk, context=context, fmt="bf16", H=H, G=G, K=K)
+        for chunk, context in sizes
+    )
+
+
+def _bytes_a_turn(constants: Mapping[str, Any]) -> int:
+    return 2 * constants["BN"] * constants["K"] * UNIT_BYTES // constants["PER"]
+
+
+_CUTS = ((0, 0, 3), (1, 31, 1), (2, 100, 45), (3, 63, 66))
+_WIDE = {"H": 32, "G": 8, "K": 128}
+SPEC = KernelSpec(
+    name="attn_prefill",
+    runs={"triton": _run},
+    prepare={"triton": _prepare},
+    ref=_ref,
+    make=_make,
+    cost=_cost,
+    row_args=(0, 1),
+    tests=(
+        case(torch.bfloat16, spans=_CUTS, fmt="bf16", H=4, G=1, K=64),
+        case(torch.float16, chunk=70, context=0, fmt="fp16", H=3, G=1, K=80),
+        case(torch.bfloat16, chunk=70, context=65, fmt="bf16", H=2, G=1, K=96),
+        case(torch.float16, chunk=9, context=100, fmt="fp16", H=16, G=1, K=128),
+        case(torch.bfloat16, chunk=20, context=32, fmt="bf16", H=7, G=1, K=256),
+        case(torch.float32, chunk=11, context=17, fmt="fp32", H=5, G=1, K=16),
+        case(torch.float32, chunk=40, context=3, fmt="bf16", H=1, G=1, K=32),
+    ),
+    compiles=tuple(
+        case(dtype, chunk=9, context=0, fmt=fmt, H=heads * 2, G=2, K=K)
+        for dtype, fmt, heads, K in (
+            (torch.float16, "fp16", 1, 64),
+            (torch.bfloat16, "bf16", 7, 80),
+            (torch.bfloat16, "bf16", 3, 96),
+            (torch.bfloat16, "bf16", 16, 256),
+            (torch.float32, "fp32", 4, 64),
+            (torch.float32, "fp32", 4, 256),
+            (torch.float32, "bf16", 4, 128),
+        )
+    ),
+    benches=tuple(
+        case(torch.bfloat16, chunk=chunk, context=context, fmt="bf16", **_WIDE)
+        for chunk, context in ((1024, 0), (8192, 0), (2048, 14336))
+    ),
+    serving=_serving,
+    config=_config,
+    candidates=_candidates,
+    small=lambda c: case(c.dtype, **{**c.dims, "chunk": 9, "context": 0}),
+    streams={"_attn_prefill_kernel": _bytes_a_turn},
+)

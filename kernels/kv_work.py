@@ -151,10 +151,17 @@ def _route(layout: KvLayout, spans: Spans, routing: Routing) -> tuple[_Groups, n
     if routing.scratch_blocks is not None:
         blocks = np.where(here, 0, -(-spans.end_B[seqs] // layout.block_tokens))
         here |= np.cumsum(blocks) > routing.scratch_blocks
-    wide_X4, chunk_X4 = _cut(spans, seqs[here], tokens), _cut(spans, seqs[~here], CHUNK_TOKENS)
+    wide_X4 = _cut(spans, seqs[here], tokens)
+    return _Groups(wide_X4[:, 0], wide_X4[:, 1], wide_X4[:, 3], wide_X4[:, 2]), chunk_items(
+        spans, seqs[~here]
+    )
+
+
+def chunk_items(spans: Spans, seqs: np.ndarray) -> np.ndarray:
+    """The new tokens of these sequences as items of the prefill kernel, [X, 4]."""
+    items = _cut(spans, seqs, CHUNK_TOKENS)
     # most keys first: what begins last should end soon
-    chunk_X4 = chunk_X4[np.argsort(-(chunk_X4[:, 2] + chunk_X4[:, 3]), kind="stable")]
-    return _Groups(wide_X4[:, 0], wide_X4[:, 1], wide_X4[:, 3], wide_X4[:, 2]), chunk_X4
+    return items[np.argsort(-(items[:, 2] + items[:, 3]), kind="stable")]
 
 
 def _cut(spans: Spans, seqs: np.ndarray, most: int) -> np.ndarray:

@@ -52,10 +52,9 @@ def slab_at(slab_table, stride_slab, layer, i_id, SLOT_BITS: tl.constexpr):
 
 
 @triton.jit
-def unit_at(i_at, i_id, i_g, SLOT_BITS: tl.constexpr, BLOCK_UNITS: tl.constexpr, HEAD_UNITS: tl.constexpr):
-    """Unit address of a head's part of the block `i_id`, whose slab begins at byte `i_at`."""
-    i_slot = (i_id & ((1 << SLOT_BITS) - 1)).to(tl.int64)
-    return (i_at >> 4) + i_slot * BLOCK_UNITS + i_g * HEAD_UNITS
+def unit_at(i_at, i_slot, i_g, BLOCK_UNITS: tl.constexpr, HEAD_UNITS: tl.constexpr):
+    """Unit address of a head's part of the block in this slot of the slab that begins at byte `i_at`."""
+    return (i_at >> 4) + i_slot.to(tl.int64) * BLOCK_UNITS + i_g * HEAD_UNITS
 
 
 @triton.jit
@@ -135,24 +134,28 @@ def attend_range(
     """Adds keys i_low .. i_high (i_low a multiple of BN).  `MASKED`: row m sees keys up to o_pos[m], and none from i_end
     on was written; otherwise every row sees every key."""
     TWO: tl.constexpr = BN > P
+    MASK: tl.constexpr = (1 << SLOT_BITS) - 1
     i_last = (i_end - 1) // P
     i_b0 = tl.load(p_blocks + i_low // P)
     i_n0 = tl.load(p_blocks + tl.minimum((i_low + BN) // P, i_last))
     i_a0 = slab_at(slab_table, stride_slab, layer, i_b0, SLOT_BITS)
-    i_b1, i_n1, i_a1 = i_b0, i_n0, i_a0
+    i_s0 = i_b0 & MASK
+    i_a1, i_s1, i_n1 = i_a0, i_s0, i_n0
     if TWO:
         i_b1 = tl.load(p_blocks + tl.minimum(i_low // P + 1, i_last))
         i_n1 = tl.load(p_blocks + tl.minimum((i_low + BN) // P + 1, i_last))
         i_a1 = slab_at(slab_table, stride_slab, layer, i_b1, SLOT_BITS)
+        i_s1 = i_b1 & MASK
     for i_first in tl.range(i_low, i_high, BN, num_stages=STAGES):
-        unit0 = unit_at(i_a0, i_b0, i_g, SLOT_BITS, BLOCK_UNITS, HEAD_UNITS)
-        unit1 = unit_at(i_a1, i_b1, i_g, SLOT_BITS, BLOCK_UNITS, HEAD_UNITS)
+        unit0 = unit_at(i_a0, i_s0, i_g, BLOCK_UNITS, HEAD_UNITS)
+        unit1 = unit_at(i_a1, i_s1, i_g, BLOCK_UNITS, HEAD_UNITS)
+        # slots are carried, not ids: a value handed on twice as it is keeps Triton from pipelining the loop
         i_a0 = slab_at(slab_table, stride_slab, layer, i_n0, SLOT_BITS)
-        i_b0 = i_n0
+        i_s0 = i_n0 & MASK
         i_n0 = tl.load(p_blocks + tl.minimum((i_first + 2 * BN) // P, i_last))
         if TWO:
             i_a1 = slab_at(slab_table, stride_slab, layer, i_n1, SLOT_BITS)
-            i_b1 = i_n1
+            i_s1 = i_n1 & MASK
             i_n1 = tl.load(p_blocks + tl.minimum((i_first + 2 * BN) // P + 1, i_last))
         o_key = key_offsets(unit0, unit1, i_first, PER, K, P, BN)
         o_n = i_first + tl.arange(0, BN)
@@ -197,46 +200,37 @@ def attend_ahead(
     the accumulator before the wait for the next scores.
     """
     TWO: tl.constexpr = BN > P
+    MASK: tl.constexpr = (1 << SLOT_BITS) - 1
     i_last = (i_high - 1) // P
     i_b0 = tl.load(p_blocks)
-    unit0 = unit_at(
-        slab_at(slab_table, stride_slab, layer, i_b0, SLOT_BITS),
-        i_b0,
-        i_g,
-        SLOT_BITS,
-        BLOCK_UNITS,
-        HEAD_UNITS,
-    )
-    i_b0 = tl.load(p_blocks + tl.minimum(BN // P, i_last))
-    i_a0 = slab_at(slab_table, stride_slab, layer, i_b0, SLOT_BITS)
+    i_m0 = tl.load(p_blocks + tl.minimum(BN // P, i_last))
     i_n0 = tl.load(p_blocks + tl.minimum(2 * BN // P, i_last))
-    unit1, i_b1, i_a1, i_n1 = unit0, i_b0, i_a0, i_n0
+    i_a0 = slab_at(slab_table, stride_slab, layer, i_b0, SLOT_BITS)
+    unit0 = unit_at(i_a0, i_b0 & MASK, i_g, BLOCK_UNITS, HEAD_UNITS)
+    i_a0 = slab_at(slab_table, stride_slab, layer, i_m0, SLOT_BITS)
+    i_s0 = i_m0 & MASK
+    unit1, i_a1, i_s1, i_n1 = unit0, i_a0, i_s0, i_n0
     if TWO:
         i_b1 = tl.load(p_blocks + 1)
-        unit1 = unit_at(
-            slab_at(slab_table, stride_slab, layer, i_b1, SLOT_BITS),
-            i_b1,
-            i_g,
-            SLOT_BITS,
-            BLOCK_UNITS,
-            HEAD_UNITS,
-        )
-        i_b1 = tl.load(p_blocks + tl.minimum(BN // P + 1, i_last))
-        i_a1 = slab_at(slab_table, stride_slab, layer, i_b1, SLOT_BITS)
+        i_m1 = tl.load(p_blocks + tl.minimum(BN // P + 1, i_last))
         i_n1 = tl.load(p_blocks + tl.minimum(2 * BN // P + 1, i_last))
+        i_a1 = slab_at(slab_table, stride_slab, layer, i_b1, SLOT_BITS)
+        unit1 = unit_at(i_a1, i_b1 & MASK, i_g, BLOCK_UNITS, HEAD_UNITS)
+        i_a1 = slab_at(slab_table, stride_slab, layer, i_m1, SLOT_BITS)
+        i_s1 = i_m1 & MASK
     o_key = key_offsets(unit0, unit1, 0, PER, K, P, BN)
     b_s = tl.dot(b_q, load_keys(codes, o_key, K, BLOCK_D).to(b_q.dtype), input_precision="ieee")
     for i_first in tl.range(BN, i_high, BN, num_stages=STAGES):
         o_key = key_offsets(unit0, unit1, i_first - BN, PER, K, P, BN)
         b_v = load_values(codes + P * K, o_key, o_key, False, K, BLOCK_D)
-        unit0 = unit_at(i_a0, i_b0, i_g, SLOT_BITS, BLOCK_UNITS, HEAD_UNITS)
-        unit1 = unit_at(i_a1, i_b1, i_g, SLOT_BITS, BLOCK_UNITS, HEAD_UNITS)
+        unit0 = unit_at(i_a0, i_s0, i_g, BLOCK_UNITS, HEAD_UNITS)
+        unit1 = unit_at(i_a1, i_s1, i_g, BLOCK_UNITS, HEAD_UNITS)
         i_a0 = slab_at(slab_table, stride_slab, layer, i_n0, SLOT_BITS)
-        i_b0 = i_n0
+        i_s0 = i_n0 & MASK
         i_n0 = tl.load(p_blocks + tl.minimum((i_first + 2 * BN) // P, i_last))
         if TWO:
             i_a1 = slab_at(slab_table, stride_slab, layer, i_n1, SLOT_BITS)
-            i_b1 = i_n1
+            i_s1 = i_n1 & MASK
             i_n1 = tl.load(p_blocks + tl.minimum((i_first + 2 * BN) // P + 1, i_last))
         b_k = load_keys(codes, key_offsets(unit0, unit1, i_first, PER, K, P, BN), K, BLOCK_D)
         b_p, b_old, b_max, b_sum = soften(b_s, b_max, b_sum, scale_log2)
