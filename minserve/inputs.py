@@ -70,6 +70,13 @@ class StepInputs:
     sampling: SampleBatch
     prompt_rows: list[PromptRows]
 
+    @property
+    def single_tokens(self) -> bool:
+        """One token of every request, and its row is sampled: a step that a CUDA graph can be for."""
+        return (
+            len(self.sampled_rows_R) == len(self.counts) == len(self.history_index_T) and not self.prompt_rows
+        )
+
 
 class RowTable:
     """Rows of the running requests.  `width` tokens fit in a row of the history, `max_blocks` in a block table."""
@@ -77,7 +84,11 @@ class RowTable:
     def __init__(self, max_rows: int, width: int, max_blocks: int, device: torch.device) -> None:
         self.width = width
         self.device = device
-        self.history = torch.zeros((max_rows, width), dtype=torch.int32, device=device)
+        # one more than the rows hold: it stays 0, for rows of a step that only fill it up
+        self.tokens = torch.zeros(max_rows * width + 1, dtype=torch.int32, device=device)
+        self.zero_index = max_rows * width
+        self.history = self.tokens[:-1].view(max_rows, width)
+        self.max_blocks = max_blocks
         self._blocks = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self._rows: dict[int, Row] = {}
         self._free = list(range(max_rows - 1, -1, -1))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minserve.config import Config
 from minserve.engine import Engine
+from minserve.graphs import batch_sizes, cuda_capture
 from minserve.inputs import Join
 from minserve.models import Llama, build_llama
 from minserve.pool import LeasedSets, SlabPool
@@ -17,7 +18,7 @@ from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_
 from minserve.rope import rope_tables
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
-from minserve.warmup import Sizes, warm_up
+from minserve.warmup import Sizes, compile_monitor, warm_up
 from minserve.weights import LoadReport, WeightSource
 from sched.batching import Batcher
 from sched.blocks import BlockPool
@@ -91,6 +92,10 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
         deterministic=r.entry.deterministic,
         overlap=overlap,
     )
+    if device.type == "cuda":
+        if r.entry.cuda_graphs and not r.entry.deterministic:
+            runner.capture(batch_sizes(limits.max_running), cuda_capture())
+        compile_monitor().serving = True
     batcher = Batcher(blocks, limits)
     return Engine(
         runner,

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.kv_layout import KvLayout
 from kernels.kv_step import KvStep
 from kernels.launch import upload
+from minserve.graphs import Capture, DecodeGraphs
 from minserve.inputs import Join, PromptRows, RowTable, StepInputs
 from minserve.models import HEAD_ROWS, Llama
 from minserve.sampler import TokenLogprobs, gather_logprobs, sample
@@ -135,6 +136,7 @@ class Runner:
         self.rows = RowTable(
             max_rows, max_model_len + 1, -(-max_model_len // layout.block_tokens), self._device
         )
+        self._graphs: DecodeGraphs | None = None
         threaded = overlap and self._device.type == "cpu"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step") if threaded else None
 
@@ -150,6 +152,20 @@ class Runner:
     def poll(self) -> None:
         """Gives back the sets that no enqueued work can touch any more."""
         self._sets.poll()
+
+    @property
+    def num_replays(self) -> int:
+        return self._graphs.num_replays if self._graphs is not None else 0
+
+    @torch.inference_mode()
+    def capture(self, sizes: list[int], capture: Capture) -> DecodeGraphs:
+        """From now on, steps of single tokens replay graphs of these batch sizes.  Not for deterministic steps: the
+        tables of theirs have no useful bound."""
+        assert not self.deterministic, "graphs of deterministic steps"
+        self._graphs = DecodeGraphs(
+            self.model, self.layout, self._pool, self._slab_table_SL, self.rows, sizes, capture
+        )
+        return self._graphs
 
     def execute(self, plan: StepPlan, joins: tuple[Join, ...]) -> StepHandle:
         """Enqueues the step.  `joins` holds every request whose chunk starts at position 0."""
@@ -171,12 +187,14 @@ class Runner:
         changed = self._sets.take_changed()
         return _Prepared(self.rows.inputs(plan), uploads, changed, self._sets.slab_table_SL[changed])
 
-    def _forward(self, p: _Prepared) -> tuple[Tensor, Tensor]:
+    def _forward(self, p: _Prepared, *, eager: bool = False) -> tuple[Tensor, Tensor]:
         history = self.rows.history
         if p.changed_sets:
             self._slab_table_SL.index_copy_(0, self._up(p.changed_sets), upload(p.offsets_SL, self._device))
         for row, tokens in p.uploads:
             history[row, : len(tokens)] = self._up(tokens)
+        if self._graphs is not None and not eager and (done := self._graphs.run(p.inputs)) is not None:
+            return done
         step = KvStep.build(
             self.layout,
             self._slab_table_SL,
@@ -185,8 +203,9 @@ class Runner:
             p.inputs.counts,
             self._device,
             deterministic=self.deterministic,
+            heads_per_kv=self.model.config.num_heads // self.layout.num_kv_heads,
         )
-        ids_T = history.view(-1)[upload(torch.from_numpy(p.inputs.history_index_T), self._device)]
+        ids_T = self.rows.tokens[upload(torch.from_numpy(p.inputs.history_index_T), self._device)]
         return self.model.hidden(ids_T, step, self._pool)
 
     @torch.inference_mode()
@@ -199,7 +218,7 @@ class Runner:
         rows_R = self._up(inputs.sampled_rows_R)
         s = sample(self._head(x_TD[rows_R], residual_TD[rows_R]), inputs.sampling)
         write_R = self._up(inputs.write_index_R)
-        self.rows.history.view(-1)[write_R] = s.tokens_R.to(torch.int32)
+        self.rows.tokens[write_R] = s.tokens_R.to(torch.int32)
         tokens_2R = torch.stack((s.tokens_R, s.broken_R.to(s.tokens_R.dtype)))
         return self._to_host(inputs, tokens_2R, s.logprobs, prompts)
 
@@ -212,7 +231,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan, joins: tuple[Join, ...]) -> Tensor:
         """fp32 logits [T, V] on the host for all rows of a plan.  Nothing is sampled; the runner must be idle."""
-        x_TD, residual_TD = self._forward(self._prepare(plan, joins))
+        x_TD, residual_TD = self._forward(self._prepare(plan, joins), eager=True)
         parts = zip(x_TD.split(HEAD_ROWS), residual_TD.split(HEAD_ROWS), strict=True)
         return torch.cat([self._head(x, r).cpu() for x, r in parts])
 

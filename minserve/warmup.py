@@ -25,6 +25,7 @@ from sched.step import Chunk, Grant, StepPlan
 
 log = logging.getLogger(__name__)
 LONG = 8192  # the longest context a step is given: nothing is compiled anew for a longer one
+MORE_THAN_SHORT = 65  # tokens of a chunk that no model's decode kernel takes
 GREEDY = SamplingParams(temperature=0.0)
 # one row of each; together in one batch too
 SAMPLINGS = (
@@ -109,25 +110,40 @@ def token_counts(most: int) -> list[int]:
 
 
 def step_shapes(sizes: Sizes) -> Iterator[Shape]:
-    """Decodes alone, chunks alone, with and without context, and both; short contexts and the longest."""
+    """Steps of these sizes, such that any other launches nothing that none of them does."""
+    return (shape for shape in _shapes(sizes) if _fits(shape, sizes))
+
+
+def _fits(shape: Shape, sizes: Sizes) -> bool:
+    rows = len(shape.decodes) + sum(n for _, n in shape.chunks)
+    ends = (*shape.decodes, *(start + n for start, n in shape.chunks))
+    return (
+        0 < rows <= sizes.max_step_tokens
+        and min((start for start, _ in shape.chunks), default=0) >= 0
+        and len(ends) <= sizes.max_running
+        and max(ends) <= sizes.max_model_len
+    )
+
+
+def _shapes(sizes: Sizes) -> Iterator[Shape]:
     last = sizes.max_model_len
     for n in token_counts(min(sizes.max_running, sizes.max_step_tokens)):
         yield Shape((1,) * n, ())
         yield Shape((last, *(1,) * (n - 1)), ())
-    for n in token_counts(sizes.max_step_tokens):
-        if n <= last:
-            yield Shape((), ((0, n),))
-        if n < last:
-            yield Shape((), ((last - n, n),))
-        if 1 < n <= last and sizes.max_running > 1:
-            yield Shape((last,), ((0, n - 1),))
-    for params in SAMPLINGS:
-        yield Shape((min(8, last),) * min(3, sizes.max_running), (), (params,))
-    yield Shape((min(8, last),) * min(len(SAMPLINGS), sizes.max_running), (), SAMPLINGS)
-    if last > 1 and sizes.max_step_tokens > 1:
+    for n in token_counts(min(last, sizes.max_step_tokens)):
+        yield Shape((), ((0, n),))
+        yield Shape((), ((last - n, n),))
+        yield Shape((last,), ((0, n - 1),) if n > 1 else ())
+    # short chunks share a kernel with decodes; how it is launched depends on the other rows, and on longer chunks
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        for decodes in ((), (last,), (last, 1), (last, *(1,) * 3), (last, *(1,) * 7)):
+            yield Shape(decodes, ((last - n, n),))
+            yield Shape(decodes, ((last - n, n), (0, min(last, MORE_THAN_SHORT))))
+    for params in (*((p,) for p in SAMPLINGS), SAMPLINGS):
+        yield Shape((min(8, last),) * min(max(3, len(params)), sizes.max_running), (), params)
+    for asked in (0, 3):
         many = min(last, sizes.max_step_tokens, 40)
-        for n in (0, 3):
-            yield Shape((), ((0, many),), (SamplingParams(prompt_logprobs=n),))
+        yield Shape((), ((0, many),), (SamplingParams(prompt_logprobs=asked),))
 
 
 def distinct(blocks: Sequence[Block]) -> tuple[Block, ...]:
@@ -183,14 +199,13 @@ def scratch_runner(
 def warm_up(
     model: Llama, layout: KvLayout, sizes: Sizes, device: torch.device, *, deterministic: bool = False
 ) -> None:
-    """Compiles, or loads from Triton's cache, all that steps of these sizes launch; a compile after it is an error."""
+    """Compiles, or loads from Triton's cache, all that steps of these sizes launch."""
     monitor = compile_monitor()
-    monitor.serving = False  # another model of this process may be serving already
+    monitor.serving = False  # another model of this process may have begun
     compiled, start = monitor.compiles, time.monotonic()
     sizes = sizes._replace(max_model_len=min(sizes.max_model_len, LONG))
     runner = scratch_runner(model, layout, sizes, device, deterministic=deterministic)
     for shape in step_shapes(sizes):
         run_shape(runner, shape)
     runner.close()
-    monitor.serving = True
     log.info("warm-up: %d kernels in %.1f s", monitor.compiles - compiled, time.monotonic() - start)

@@ -19,8 +19,8 @@ from tests.tiny import write_llama
 # of the largest logit: rounding of float32; four units in the last place of float16, in which logits leave the model;
 # a code of keys, values or rows that lies between two may fall to either side
 TIES = {"fp32": 1e-5, "fp16": 4e-3, "codes": 2e-2}
-PROMPTS = [[5, 9, 200, 33, 7], list(range(40, 66)), [1]]
-NEW_TOKENS = 4
+PROMPTS = [[5, 9, 200, 33, 7], list(range(40, 66))]
+NEW_TOKENS = 3
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 # the longest prompt takes several steps, and shares them with decodes
 STEPS = {"max_num_batched_tokens": 12, "max_num_seqs": 4, "max_model_len": 64, "pool_bytes": 4 << 20}
@@ -38,6 +38,8 @@ MORE_CASES: dict[str, Any] = {
     "w8a8-kv4z": ({"dtype": "fp32", **W8, "kv_dtype": "int4z"}, "codes", {*ROWS, "w8a8"}),
     "w4a8-fp8": ({"dtype": "fp16", **W4, "kv_dtype": "fp8"}, "codes", {*ROWS, "w4a8"}),
     "deterministic": ({"dtype": "fp32", "deterministic": True}, "fp32", ROWS),
+    "head-int8": ({"dtype": "fp32", "lm_head": "int8"}, "codes", {*ROWS, "w8a8"}),
+    "head-fp8": ({"dtype": "fp16", "lm_head": "fp8"}, "codes", {*ROWS, "w8a8"}),
 }
 
 

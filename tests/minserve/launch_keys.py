@@ -19,11 +19,13 @@ from triton.runtime.driver import driver
 from kernels import backend
 from kernels.launch import KernelStarter
 from minserve.config import Config
+from minserve.graphs import batch_sizes
 from minserve.loading import load_model
 from minserve.resolve import resolve_model
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
 from minserve.warmup import SAMPLINGS, OneBlock, Shape, Sizes, run_shape, warm_up
+from tests.minserve.rerun import capture
 
 PLANS = 200
 SIZES = Sizes(max_running=40, max_step_tokens=300, max_model_len=500)
@@ -118,6 +120,9 @@ def main() -> None:
             deterministic=deterministic,
             overlap=False,
         )
+        if not deterministic:
+            serving.capture(batch_sizes(SIZES.max_running), capture)
+        late |= {" ".join(key): "captured" for key in keys.take() - warmed}
         for i, shape in enumerate(random_shapes(PLANS, seed=1)):
             run_shape(serving, shape)
             for key in sorted(keys.take() - warmed):

@@ -64,6 +64,7 @@ def test_steps_keep_within_their_sizes(running: int, tokens: int, length: int) -
         assert 0 < sum(counts) <= tokens
         assert max((*shape.decodes, *(start + n for start, n in shape.chunks))) <= length
         assert min((*shape.decodes, *counts)) > 0
+        assert min((start for start, _ in shape.chunks), default=0) >= 0
         seen.add(len(shape.decodes))
     assert {1, min(running, tokens)} <= seen
     assert token_counts(tokens)[-1] == tokens
