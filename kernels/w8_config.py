@@ -42,7 +42,8 @@ class W8Config:
         T counts as the next power of two, so a warm-up at those compiles whatever serving will launch.
         """
         if deterministic and codes != "int8":
-            return cls(True, 64, 64, 128, 1, num_warps=4, num_stages=4)
+            # few outputs a program, or a decode step would have too few programs; many tokens, for the prefill
+            return cls(True, 128, 64, 128, 1, num_warps=4, num_stages=4)
         T = max(16, 1 << (T - 1).bit_length())
         found = tuned(cls, "gemm_w8a8", gpu, T=T, N=N, K=K, codes=codes)
         return found or cls._by_shape(gpu, T, N, K, codes)
@@ -55,16 +56,16 @@ class W8Config:
         if T <= 64:
             # two or three programs fit an SM
             split_k = shares(K, 2 * sms / cdiv(N, 128))
-            return cls(True, T, 128, 128, split_k, 4, 4, promote)
+            return cls(True, T, 128, 128, split_k, 4, stages, promote)
         tiles = cdiv(T, 128) * cdiv(N, 128)
         if T <= 128 or (T <= 512 and tiles < sms):
             return cls(True, 128, 128, 128, shares(K, sms / tiles), 8, stages, promote)
-        # promoted sums take twice the registers: a narrower tile, and two programs an SM that wait by turns
-        if gpu.capability == 90 and promote and engine:
-            return cls(False, 128, 128, 128, 1, 4, 3, promote, tma=True)
-        # sums of a whole group of four warps have room for a wide tile, fragments of single warps do not
-        wide = gpu.capability == 90 and engine and cdiv(T, 128) * cdiv(N, 256) >= sms
-        return cls(False, 128, 256 if wide else 128, 128, 1, 8, stages, promote, tma=engine)
+        if gpu.capability == 90 and engine:
+            # promoted sums take twice the registers; two programs an SM hide each other's turns at them
+            wide = not promote and cdiv(T, 128) * cdiv(N, 256) >= sms
+            block_n, warps, stages = (256, 8, 4) if wide else (128, 4, 3)
+            return cls(False, 128, block_n, 128, 1, warps, stages, promote, tma=True)
+        return cls(False, 128, 128, 128, 1, 8, stages, promote, tma=engine)
 
     @classmethod
     def candidates(cls, gpu: GpuFacts, T: int, N: int, K: int, codes: str = "int8") -> Iterator["W8Config"]:
