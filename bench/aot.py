@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,13 @@ NO_FP8 = "fp8e4nv not supported in this architecture"
 
 @dataclass(frozen=True)
 class Job:
-    """One launch of one op for one target.  `case` is already small; `config` is what serving picks for the real one."""
+    """One launch of one op for one target.  `case` is already small; `config` is what serving picks for the real ones."""
 
     op: str
     target: int
     case: Case
     config: Any
+    served: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -81,8 +82,10 @@ def plan(*, full: bool, ops: list[str], targets: list[int], wanted: str = "") ->
         for target in targets:
             chosen = cases + own if full else (cases or own) if target == 90 else (cases + own)[-1:]
             for job in jobs_of(spec, target, chosen):
-                if wanted in job.case.id:
-                    jobs.setdefault(job.key, job)
+                if any(wanted in name for name in (job.case.id, *job.served)):
+                    known = jobs.get(job.key, job)
+                    names = tuple(dict.fromkeys((*known.served, *job.served)))
+                    jobs[job.key] = replace(known, served=names)
     return list(jobs.values())
 
 
@@ -148,7 +151,7 @@ def run(jobs: list[Job], workers: int | None = None) -> dict[str, list[dict[str,
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
                 raise RuntimeError(f"sm_{job.target} {job.op} {job.case.id} {job.config}") from error
-            rows += result["rows"]
+            rows += [{**row, "served": job.served} for row in result["rows"]]
             if result["unsupported"]:
                 reason = {"case": job.case.id, "target": job.target, "reason": result["unsupported"]}
                 missing.append({"op": job.op, **reason, "tag": "static"})

@@ -4,6 +4,7 @@ A limit names its rows by op, kernel, target and words of the case; one that fin
 that a renamed case cannot slip out of it.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Limit:
-    """At most (or, for tiles, at least) `bound` in the rows of `kernel` whose case has all `words` between dashes."""
+    """At most (or, for tiles, at least) `bound` in the rows of `kernel` that serve a case with all `words` between dashes."""
 
     kernel: str
     figure: str
@@ -27,9 +28,13 @@ class Limit:
     target: int = 90
 
     def covers(self, row: Row) -> bool:
-        words = row["case"].split("-")
-        named = row["kernel"].split("#")[0] == self.kernel and row["target"] == self.target
-        return named and all(w in words for w in self.words) and not any(w in words for w in self.without)
+        if row["kernel"].split("#")[0] != self.kernel or row["target"] != self.target:
+            return False
+        served = (name.split("-") for name in row["served"])
+        return any(
+            all(w in words for w in self.words) and not any(w in words for w in self.without)
+            for words in served
+        )
 
     def holds(self, row: Row) -> bool:
         value = (row["loop"] or {}).get(self.figure)
@@ -57,12 +62,14 @@ def name(row: Row) -> str:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    return row["op"], row["case"], row["target"], row["kernel"]
+    """Several configs of one op may share a small case: a config that changes is recorded anew."""
+    return row["op"], row["case"], row["target"], row["kernel"], json.dumps(row["config"])
 
 
 def spilling(row: Row) -> bool:
     kernel = row["kernel"].split("#")[0]
-    borne = any((kernel, row["target"]) == k[:2] and k[2] in row["case"].split("-") for k in SPILLS)
+    words = {w for case in row["served"] for w in case.split("-")}
+    borne = any((kernel, row["target"]) == k[:2] and k[2] in words for k in SPILLS)
     return bool(row["spill"]) and not borne
 
 

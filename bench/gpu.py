@@ -38,10 +38,11 @@ def append(file: Path, rows: list[dict[str, Any]]) -> None:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def left(stage: str, file: Path, *, retry: bool, dry: bool) -> list[Item]:
+def left(stage: str, args: argparse.Namespace) -> list[Item]:
     """Items without a row.  Rows of an item that did not end (`last` is missing) do not count."""
-    done = {r["item"] for r in read(file) if r.get("last") and not (retry and "error" in r)}
-    return [item for item in items_of(stage, dry=dry) if item.name not in done]
+    rows = read(args.out / f"{stage}.jsonl")
+    done = {r["item"] for r in rows if r.get("last") and not (args.retry and "error" in r)}
+    return [i for i in items_of(stage, dry=args.dry_run) if i.name not in done and args.item in i.name]
 
 
 def finished(rows: list[dict[str, Any]], item: Item, shop: Workshop) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ def run_stage(stage: str, args: argparse.Namespace, deadline: float) -> bool:
     """In the worker: items until the deadline.  True when none is left."""
     file = args.out / f"{stage}.jsonl"
     shop = Workshop(dry=args.dry_run)
-    for item in left(stage, file, retry=args.retry, dry=args.dry_run):
+    for item in left(stage, args):
         if time.time() > deadline:
             return False
         print(f"{BEGINS}{item.name}", flush=True)
@@ -80,7 +81,11 @@ def run_stage(stage: str, args: argparse.Namespace, deadline: float) -> bool:
 def worker(stage: str, args: argparse.Namespace, deadline: float) -> bool:
     """The stage in its own process, started again behind an item that took it down."""
     command = [sys.executable, "-m", "bench.gpu", "--worker", "--stage", stage, "--out", str(args.out)]
-    command += ["--deadline", str(deadline)] + ["--retry"] * args.retry + ["--dry-run"] * args.dry_run
+    command += (
+        ["--item", args.item, "--deadline", str(deadline)]
+        + ["--retry"] * args.retry
+        + ["--dry-run"] * args.dry_run
+    )
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     while True:
         last = None
@@ -117,6 +122,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/gpu")
+    parser.add_argument("--item", default="", help="only items whose name holds this")
     parser.add_argument("--minutes", type=float, default=MAX_MINUTES)
     parser.add_argument("--retry", action="store_true", help="try failed items again")
     parser.add_argument("--resume", action="store_true", help="nothing but a reminder: every run resumes")

@@ -137,7 +137,7 @@ def test_loads_that_wait_are_those_of_the_innermost_product_loop() -> None:
 
 
 GOOD = {
-    "op": "attention", "case": "K128-fmtint8", "kernel": "_attn_decode_kernel", "target": 90, "regs": 100, "spill": 0,
+    "op": "attention", "case": "fmtint8", "served": ["K128-fmtint8"], "config": None, "kernel": "_attn_decode_kernel", "target": 90, "regs": 100, "spill": 0,
     "shared": 1000, "ctas": 4, "loop": {"byte_loads": 0, "tiles": 2.0, "issue_mem": 0.3, "instructions": 400},
 }  # fmt: skip
 
