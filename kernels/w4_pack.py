@@ -122,6 +122,22 @@ def encode_e4m3(codes_NK: Tensor) -> Tensor:
     return (torch.where(negative, -1 - codes_NK, codes_NK) << 1 | negative).to(torch.uint8)
 
 
+def fireq_products(codes_NK: Tensor, scale_NQ: Tensor) -> Tensor:
+    """e4m3 [N, K]: codes times e4m3 scales, rounded to e4m3 as FireQ (arXiv 2505.20839) has it, from 16 products a group.
+
+    For prepare_w8a8: its arithmetic bit for bit, at 8 bits a weight.  Kind `fp8` does not round them, and keeps 4 bits.
+    """
+    (N, K), Q = codes_NK.shape, scale_NQ.shape[1]
+    wide_NQ1 = scale_NQ.float()[:, :, None]
+    if float(wide_NQ1.abs().max()) > 56.0:
+        raise ValueError(
+            f"scales must be at most 56, so that 8 of them are an e4m3, got {float(wide_NQ1.max())}"
+        )
+    table_NQ16 = (torch.arange(-8, 8, device=codes_NK.device) * wide_NQ1).to(FP8).view(torch.uint8)
+    index_NQG = (codes_NK.view(N, Q, K // Q) + 8).long()
+    return table_NQ16.gather(2, index_NQG).view(N, K).view(FP8)
+
+
 def progressive_offset(w: Int4) -> Tensor:
     """What is taken off u * step, in int32; raises where a value would not be an int8."""
     assert w.step_NQ is not None, "no steps"

@@ -14,6 +14,7 @@ from kernels.w4_pack import (
     chunk_of,
     cut_group,
     encode_e4m3,
+    fireq_products,
     pack,
     pack_steps,
     pack_zeros,
@@ -25,7 +26,8 @@ from kernels.w4_pack import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-ROWS = 256
+# of a program: all the interpreter can take at once, few enough for a GPU's registers
+ROWS = 16 if DEVICE == "cuda" else 256
 
 
 @triton.jit
@@ -164,6 +166,21 @@ def test_a_quantized_weight_is_legal_and_near():
     assert (error <= 0.5 + 1.5 * step).all()
     assert (error <= 0.5 + 0.5 * step + 1e-3).float().mean() > 0.99
     assert int(w.step_NQ.max()) <= 16
+
+
+def test_fireq_products_are_rounded_once():
+    """To the nearest e4m3 of code times scale, scales of few bits and subnormal ones among them."""
+    scale = torch.tensor([[2.0**-9, 1.375], [0.9375, 56.0]]).to(FP8)
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 2)
+    products = fireq_products(codes, scale).view(2, 2, 16).float()
+    exact = codes.view(2, 2, 16).float() * scale.float()[:, :, None]
+    assert torch.equal(products[0, 0], exact[0, 0])
+    assert not torch.equal(products[0, 1], exact[0, 1]), "7 * 1.375 has more bits than e4m3"
+    grid = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    nearest = (exact.abs()[..., None] - grid).abs().amin(-1)
+    assert torch.equal((products - exact).abs(), nearest)
+    with pytest.raises(ValueError, match="at most 56"):
+        fireq_products(codes, (scale.float() * 2).to(FP8))
 
 
 @pytest.mark.parametrize(
