@@ -62,8 +62,9 @@ class Llama:
             residual_TD = x_TD if h.residual_TD is None else h.residual_TD
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
             q_THK = rope_kv_write(qkv_TX, self.rope.cos_MK, self.rope.sin_MK, pool, step, layer, c.num_heads)
-            o_THK = attention(q_THK, pool, step, layer, scale)
-            x_TD = b.o(o_THK.flatten(1), None, deterministic=deterministic)
+            o = attention(q_THK, pool, step, layer, scale, quant=b.o.wants)
+            o_TX, o_scale_T = (o.flatten(1), None) if isinstance(o, Tensor) else o
+            x_TD = b.o(o_TX, o_scale_T, deterministic=deterministic)
             h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants)
             residual_TD = h.residual_TD
             gu_T2F = b.gate_up(h.y_TD, h.scale_T, deterministic=deterministic)

@@ -92,7 +92,7 @@ def test_int8_values_are_transposed_and_biased_and_scales_are_pairs():
 
 
 def test_int4_nibbles():
-    layout, pool = KvLayout("int4", 1, 8), torch.full((16384,), 0x88, dtype=torch.uint8)  # all codes 0
+    layout, pool = KvLayout("int4", 1, 8, 32), torch.full((16384,), 0x88, dtype=torch.uint8)  # all codes 0
     pool[3 * 4 + 1] = 0x1F  # key of token 3: dim 1 has code 15 - 8, dim 5 has 1 - 8
     pool[layout.key_bytes + 6 * 16 + 2] = 0x9A  # value, dim 6: token 2 has code 10 - 8, token 18 has 9 - 8
     stored = read_stored(pool, layout, TABLE, [0], 0)
@@ -115,7 +115,7 @@ def test_fp8_values_are_transposed():
 
 
 def test_zeros_come_after_scales():
-    layout, pool = KvLayout("int4z", 1, 8), torch.zeros(16384, dtype=torch.uint8)
+    layout, pool = KvLayout("int4z", 1, 8, 32), torch.zeros(16384, dtype=torch.uint8)
     pool[3 * 4 + 1] = 0x1F  # key of token 3: dim 1 has code 15, dim 5 has 1
     pool[layout.key_bytes + 6 * 16 + 2] = 0x9A  # value, dim 6: token 2 has code 10, token 18 has 9
     scales = pool[layout.key_bytes + layout.value_bytes :].view(torch.float16)

@@ -81,7 +81,7 @@ def test_cuts_do_not_matter(run: Write, fmt: str):
 @pytest.mark.parametrize("lane", [3, 19])
 def test_the_other_nibble_keeps_its_token(run: Write, lane: int):
     generator = torch.Generator().manual_seed(2)
-    layout = KvLayout("int4", G, 16)
+    layout = KvLayout("int4", G, 16, block_tokens=32)
     paged = Paged.make(layout, (32,), generator)
     qkv_TX = torch.randn(33, (H + 2 * G) * 16, generator=generator)
     tables, blocks = rope_tables(32, 16), paged.block_table_BN[0].tolist()
