@@ -34,9 +34,10 @@ class KvDequantConfig:
 
     @classmethod
     def pick(cls, gpu: GpuFacts, layout: KvLayout) -> "KvDequantConfig":
-        found = tuned(cls, "kv_dequant", gpu, K=layout.head_dim, P=layout.block_tokens, fmt=layout.fmt)
-        # a thread loads 16 bytes of 8 bit keys at once, and as many of values
-        return found or cls(min(32, layout.block_tokens), 4 if layout.head_dim > 64 else 2)
+        K, P = layout.head_dim, layout.block_tokens
+        found = tuned(cls, "kv_dequant", gpu, K=K, P=f"P{P}", fmt=layout.fmt)
+        # 16 or 8 bytes a load for each thread
+        return found or cls(min(32, P), 4 if K > 64 or layout.bits == 8 else 2)
 
     @classmethod
     def candidates(cls, layout: KvLayout) -> Iterator["KvDequantConfig"]:
@@ -151,6 +152,7 @@ def kv_dequant_triton(
 ) -> None:
     c = config or KvDequantConfig.pick(gpu_facts(pool.device), layout)
     G, K, P = layout.num_kv_heads, layout.head_dim, layout.block_tokens
+    assert P % c.tokens == 0, f"{c} cannot cut blocks of {P} tokens"
     launch(
         _kv_dequant_kernel,
         (len(blocks_X2) * G * (P // c.tokens),),
