@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from kernels.attn_ref import attention_ref
 from kernels.kv_case import Paged, places
+from kernels.kv_dequant import kv_dequant_triton
 from kernels.kv_layout import SLOT_BITS, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
-from kernels.kv_work import CHUNK_TOKENS, chunk_items
+from kernels.kv_work import CHUNK_TOKENS, chunk_items, scratch_tables
 from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
-from kernels.prefill_inline import prefill_inline
 from kernels.prefill_tile import (
     TL_DTYPES,
     UNIT_BYTES,
@@ -155,35 +155,33 @@ def attn_prefill(
     config: AttnPrefillConfig | None = None,
 ) -> None:
     """Writes the rows of `out_THK` that belong to chunks."""
-    lay, work = step.layout, step.work
-    if lay.quantized:
-        prefill_inline(out_THK, q_THK, pool, step, layer, scale)
-        return
     _, H, K = q_THK.shape
-    heads, dtype = H // lay.num_kv_heads, product_dtype(q_THK.dtype, lay.fmt)
-    c = config or AttnPrefillConfig.pick(gpu_facts(q_THK.device), K, heads, 8 * dtype.itemsize)
-    codes = pool.view(FLOAT_DTYPES[lay.fmt])
-    tokens = c.block_m // heads
+    keys = _keys(pool, step, layer, q_THK.dtype)
+    lay, G = keys.layout, keys.layout.num_kv_heads
+    dtype = product_dtype(q_THK.dtype, lay.fmt)
+    c = config or AttnPrefillConfig.pick(gpu_facts(q_THK.device), K, H // G, 8 * dtype.itemsize)
+    codes = keys.pool.view(FLOAT_DTYPES[lay.fmt])
+    tokens = c.block_m * G // H
     parts = cdiv(CHUNK_TOKENS, tokens)
     launch(
         _attn_prefill_kernel,
-        (len(work.chunk_X4) * parts * lay.num_kv_heads,),
+        (len(step.work.chunk_X4) * parts * G,),
         out_THK,
         q_THK,
         codes,
-        step.slab_table_SL,
-        work.block_BN,
-        work.chunk_X4,
-        step.slab_table_SL.stride(0),
-        work.block_BN.stride(0),
-        layer,
+        keys.slab_table_SL,
+        keys.block_BN,
+        step.work.chunk_X4,
+        keys.slab_table_SL.stride(0),
+        keys.block_BN.stride(0),
+        keys.layer,
         scale * math.log2(math.e),
         H=H,
-        G=lay.num_kv_heads,
+        G=G,
         K=K,
         **pool_sizes(lay),
         PER=UNIT_BYTES // codes.element_size(),
-        SLOT_BITS=SLOT_BITS,
+        SLOT_BITS=keys.slot_bits,
         DTYPE=TL_DTYPES[dtype],
         BLOCK_D=padded(K),
         BM=c.block_m,
@@ -193,6 +191,32 @@ def attn_prefill(
         AHEAD=c.ahead,
         STAGES=c.num_stages,
         num_warps=c.num_warps,
+    )
+
+
+class _Keys(NamedTuple):
+    """Where a layer's keys and values are read from."""
+
+    pool: Tensor
+    layout: KvLayout
+    slab_table_SL: Tensor
+    block_BN: Tensor
+    layer: int
+    slot_bits: int
+
+
+def _keys(pool: Tensor, step: KvStep, layer: int, q_dtype: torch.dtype) -> _Keys:
+    """The pool itself, or the chunks' blocks of this layer dequantized: once a layer, not once a tile of queries."""
+    lay, work = step.layout, step.work
+    if not lay.quantized:
+        return _Keys(pool, lay, step.slab_table_SL, work.block_BN, layer, SLOT_BITS)
+    fmt = next(fmt for fmt, held in FLOAT_DTYPES.items() if held == q_dtype)
+    wide = KvLayout(fmt, lay.num_kv_heads, lay.head_dim, lay.block_tokens)
+    scratch = torch.empty(len(work.scratch_X2) * wide.block_bytes, dtype=torch.uint8, device=pool.device)
+    kv_dequant_triton(scratch, pool, lay, step.slab_table_SL, work.scratch_X2, layer, fmt)
+    # one slab that begins at 0 holds it all
+    return _Keys(
+        scratch, wide, torch.zeros(1, 1, dtype=torch.int64, device=pool.device), work.scratch_BN, 0, 30
     )
 
 
@@ -220,8 +244,10 @@ def _prepare(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> tup
     """A step whose every span is a chunk, however short: serving gives those to the decode kernel."""
     paged = paged.to(q_THK.device)
     step = paged.step(place_T2, triton=True, heads_per_kv=q_THK.shape[1] // paged.layout.num_kv_heads)
-    chunks = chunk_items(step.spans, np.arange(len(step.spans.count_B)))
-    work = step.work._replace(chunk_X4=torch.from_numpy(chunks).int().to(q_THK.device))
+    every = np.arange(len(step.spans.count_B))
+    tables = (chunk_items(step.spans, every), *scratch_tables(paged.layout, step.spans, every))
+    chunk_X4, *scratch = (torch.from_numpy(t).int().to(q_THK.device) for t in tables)
+    work = step.work._replace(chunk_X4=chunk_X4, scratch_X2=scratch[0], scratch_BN=scratch[1])
     return q_THK, paged.pool, replace(step, work=work), scale
 
 
@@ -247,7 +273,7 @@ def _cost(c: Case) -> Cost:
 
 
 def _config(c: Case, gpu: GpuFacts) -> AttnPrefillConfig:
-    bits = 8 * product_dtype(c.dtype, c["fmt"]).itemsize
+    bits = 8 * torch.promote_types(c.dtype, FLOAT_DTYPES.get(c["fmt"], c.dtype)).itemsize
     return AttnPrefillConfig.pick(gpu, c["K"], c["H"] // c["G"], bits)
 
 
@@ -288,6 +314,9 @@ SPEC = KernelSpec(
         case(torch.bfloat16, chunk=20, context=32, fmt="bf16", H=7, G=1, K=256),
         case(torch.float32, chunk=11, context=17, fmt="fp32", H=5, G=1, K=16),
         case(torch.float32, chunk=40, context=3, fmt="bf16", H=1, G=1, K=32),
+        case(torch.bfloat16, spans=((0, 31, 1), (1, 100, 45)), fmt="int8", H=2, G=1, K=64),
+        case(torch.float16, chunk=35, context=33, fmt="int4z", H=3, G=1, K=32),
+        case(torch.bfloat16, chunk=33, context=5, fmt="fp8", H=2, G=2, K=64),
     ),
     compiles=tuple(
         case(dtype, chunk=9, context=0, fmt=fmt, H=heads * 2, G=2, K=K)

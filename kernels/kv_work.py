@@ -20,6 +20,9 @@ LEAST_SPLIT = 256  # a piece costs about ten blocks of keys besides its own
 # int32 in 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to that, which would be a stall
 ALIGN = 4
 CHUNK_TOKENS = 256  # tokens of a chunk item; the prefill kernel cuts it further to fit its tile
+SCRATCH_BYTES = (
+    256 << 20
+)  # of keys and values of one layer that prefill may have dequantized: 64k tokens of Llama-3-8B
 WIDE_COLUMNS = 64  # (token, query head) pairs of a KV head in one work item of the decode kernel
 # decode programs on an SM that the length of pieces is chosen for; counted from registers and shared memory at K = 128
 PROGRAMS = {"fp32": 2, "bf16": 5, "fp16": 5, "fp8": 8, "int8": 8, "int4": 8, "int4z": 8}
@@ -41,6 +44,8 @@ class GpuWork(NamedTuple):
     wide_X8: Tensor  # of short chunks
     merge_X3: Tensor  # (row, first slot, pieces): rows of several pieces come first
     chunk_X4: Tensor  # (sequence, first row, rows, first position)
+    scratch_X2: Tensor  # quantized formats: (block id, valid lanes) of the chunks' blocks, in the order of the scratch
+    scratch_BN: Tensor  # their numbers in the scratch
     count_X: Tensor  # lines of piece_X8, lines of wide_X8, rows of several pieces, all rows of pieces
     num_slots: int
     num_split: int  # rows of several pieces, or room for them
@@ -51,6 +56,7 @@ class Routing(NamedTuple):
     """How a step's rows are cut.  `heads_per_kv`: query heads of a KV head; `slots`: items that fill the GPU once.
 
     `scratch_blocks`: dequantized blocks of one layer that there is room for; chunks beyond it take the decode kernel.
+    None: what SCRATCH_BYTES hold.
     """
 
     deterministic: bool
@@ -105,7 +111,7 @@ def plan_tables(
     pos_T = row_T + (spans.start_B - spans.row_B)[seq_T]
     num_rows = len(row_T) if routing.deterministic else spans.num_decodes
     single = _Groups(seq_T[:num_rows], row_T[:num_rows], pos_T[:num_rows], np.ones(num_rows, np.int64))
-    wide, chunk_X4 = _route(layout, spans, routing)
+    wide, chunked = _route(layout, spans, routing)
     split = SPLIT_TOKENS
     if not routing.deterministic:
         split = piece_tokens(np.concatenate((single.end_X, wide.end_X)), layout, routing.slots)
@@ -116,7 +122,8 @@ def plan_tables(
     num_split = int((merge_X3[:, 2] > 1).sum())
     count_X = np.array([len(piece_X8), len(wide_X8), num_split, len(merge_X3)])
     touch_X4 = _touches(layout, spans)
-    tables = (spans.block_BN, pos_T, touch_X4, piece_X8, wide_X8, merge_X3, chunk_X4, count_X)
+    chunks = (chunk_items(spans, chunked), *scratch_tables(layout, spans, chunked))
+    tables = (spans.block_BN, pos_T, touch_X4, piece_X8, wide_X8, merge_X3, *chunks, count_X)
     return tables, (num_slots, num_split, int(wide.count_X.max(initial=0)))
 
 
@@ -141,20 +148,38 @@ def split_tables(packed: Tensor, shapes: list[tuple[int, ...]], numbers: tuple[i
 
 
 def _route(layout: KvLayout, spans: Spans, routing: Routing) -> tuple[_Groups, np.ndarray]:
-    """Short chunks and those without room for their context, in groups of columns; lines of all the others."""
+    """Short chunks and those without room for their context, in groups of columns; the sequences of all the others."""
     none = np.zeros(0, np.int64)
     if routing.deterministic:
-        return _Groups(none, none, none, none), np.zeros((0, 4), np.int64)
+        return _Groups(none, none, none, none), none
     seqs = np.arange(spans.num_decodes, len(spans.count_B))
     tokens = max(1, WIDE_COLUMNS // routing.heads_per_kv)
     here = spans.count_B[seqs] <= tokens
-    if routing.scratch_blocks is not None:
+    room = scratch_room(layout) if routing.scratch_blocks is None else routing.scratch_blocks
+    if layout.quantized or routing.scratch_blocks is not None:
         blocks = np.where(here, 0, -(-spans.end_B[seqs] // layout.block_tokens))
-        here |= np.cumsum(blocks) > routing.scratch_blocks
+        here |= np.cumsum(blocks) > room
     wide_X4 = _cut(spans, seqs[here], tokens)
-    return _Groups(wide_X4[:, 0], wide_X4[:, 1], wide_X4[:, 3], wide_X4[:, 2]), chunk_items(
-        spans, seqs[~here]
-    )
+    return _Groups(wide_X4[:, 0], wide_X4[:, 1], wide_X4[:, 3], wide_X4[:, 2]), seqs[~here]
+
+
+def scratch_room(layout: KvLayout) -> int:
+    """Blocks of one layer that the scratch holds at 16 bit."""
+    return SCRATCH_BYTES // (4 * layout.block_tokens * layout.num_kv_heads * layout.head_dim)
+
+
+def scratch_tables(layout: KvLayout, spans: Spans, seqs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """scratch_X2 and scratch_BN of the chunks of these sequences."""
+    if not layout.quantized or not len(seqs):
+        return np.zeros((0, 2), np.int64), np.zeros((0, 0), np.int64)
+    P, end_X = layout.block_tokens, spans.end_B[seqs]
+    blocks_X = -(-end_X // P)
+    of = np.repeat(np.arange(len(seqs)), blocks_X)
+    index = np.arange(len(of)) - (np.cumsum(blocks_X) - blocks_X)[of]
+    number_BN = np.zeros_like(spans.block_BN)
+    number_BN[seqs[of], index] = np.arange(len(of))
+    lanes = np.minimum(P, end_X[of] - index * P)
+    return np.stack((spans.block_BN[seqs[of], index], lanes), axis=1), number_BN
 
 
 def chunk_items(spans: Spans, seqs: np.ndarray) -> np.ndarray:

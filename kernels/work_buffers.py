@@ -39,7 +39,18 @@ class WorkBuffers:
         if deterministic:
             pieces = rows * cdiv(blocks * layout.block_tokens, SPLIT_TOKENS)
         # in the order of a GpuWork's tables
-        shapes = [(rows, blocks), (rows,), (rows, 4), (pieces, 8), (0, 8), (rows, 3), (0, 4), (4,)]
+        shapes = [
+            (rows, blocks),
+            (rows,),
+            (rows, 4),
+            (pieces, 8),
+            (0, 8),
+            (rows, 3),
+            (0, 4),
+            (0, 2),
+            (0, 0),
+            (4,),
+        ]
         self._shapes: list[tuple[int, ...]] = shapes
         self._packed = torch.zeros(sum(aligned_sizes(shapes)), dtype=torch.int32, device=device)
         work = split_tables(self._packed, shapes, (pieces, rows, 0))
