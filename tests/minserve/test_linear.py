@@ -117,3 +117,22 @@ def test_deterministic_rows_do_not_depend_on_their_neighbours(scheme: str, dtype
     for cut in (1, 3, 17, 64):
         pieces = [linear(piece, deterministic=True) for piece in x_TK.split(cut)]
         assert torch.equal(torch.cat(pieces), whole), f"rows in pieces of {cut}"
+
+
+def test_fp8_weights_want_fp8_rows() -> None:
+    x_TK, w_NK = torch.randn(T, K), torch.randn(N, K)
+    fp8, int8 = (prepare_w8a8(*quant_rows(w_NK, dtype)) for dtype in (torch.float8_e4m3fn, torch.int8))
+    linear = Linear([fp8], torch.float32)
+    assert linear.wants == torch.float8_e4m3fn
+    rows = quant_rows(x_TK, torch.float8_e4m3fn)
+    y = linear(x_TK)
+    assert torch.equal(linear(*rows), y), "codes given and codes made here differ"
+    stored = (rows.codes_TD.double() * rows.scale_T.double()[:, None]) @ (
+        fp8.codes.double() * fp8.scale_N.double()[:, None]
+    ).t()
+    assert errors(y, stored).worst < 1e-5
+    both = Linear([fp8, int8], torch.float32)
+    assert both.wants is None
+    assert torch.equal(both(x_TK), torch.cat([y, Linear([int8], torch.float32)(x_TK)], dim=1))
+    with pytest.raises(AssertionError, match="wants"):
+        linear(rows.codes_TD.to(torch.int8), rows.scale_T)
