@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.catalog import SPECS
 from kernels.spec import Case, KernelSpec
 from tests.close import assert_no_worse
+from tests.kernels.covering import FLOATS, all_cases, covering_cases, has_axes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = [
@@ -17,6 +18,16 @@ GRID = [
     for run in spec.runs
     for case in spec.tests
 ]
+COVERING = [
+    pytest.param(spec, run, case, id=f"{spec.name}-{run}-{case.id}")
+    for spec in SPECS
+    for run in spec.runs
+    for case in covering_cases(spec)
+]
+
+
+def name_of(x: Any) -> str:
+    return x if isinstance(x, str) else x.name
 
 
 def moved(args: tuple[Any, ...], run: str) -> tuple[Any, ...]:
@@ -67,8 +78,7 @@ def assert_same_codes(got: Tensor, expected: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize(("spec", "run", "case"), GRID)
-def test_right(spec: KernelSpec, run: str, case: Case):
+def assert_right(spec: KernelSpec, run: str, case: Case) -> None:
     args = spec.make(case, torch.Generator().manual_seed(0))
     given = [a.clone() if isinstance(a, Tensor) else a for a in args]
     out = parts(spec.bind(run, moved(args, run))())
@@ -82,6 +92,30 @@ def test_right(spec: KernelSpec, run: str, case: Case):
             assert_same_codes(got, own)
     for before, after in zip(given, args, strict=True):
         assert not isinstance(before, Tensor) or torch.equal(before, after), "an argument was written to"
+
+
+@pytest.mark.parametrize(("spec", "run", "case"), GRID)
+def test_right(spec: KernelSpec, run: str, case: Case):
+    assert_right(spec, run, case)
+
+
+@pytest.mark.parametrize(("spec", "run", "case"), COVERING)
+def test_right_for_every_pair(spec: KernelSpec, run: str, case: Case):
+    assert_right(spec, run, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("spec", "run"), [(s, r) for s in SPECS if has_axes(s) for r in s.runs], ids=name_of)
+def test_right_for_the_full_product(spec: KernelSpec, run: str, dtype: torch.dtype):
+    wrong = {}
+    for case in all_cases(spec):
+        if case.dtype == dtype:
+            try:
+                assert_right(spec, run, case)
+            except AssertionError as fault:
+                wrong[case.id] = str(fault)
+    assert not wrong
 
 
 @pytest.mark.parametrize(("spec", "run", "case"), [p for p in GRID if p.values[2].dims.get("T", 2) > 1])
