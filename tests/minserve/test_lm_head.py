@@ -79,7 +79,7 @@ def plain() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("lm_head", "measured_kl", "measured_share"), [("int8", 1.0e-4, 1.0), ("fp8", 1.1e-3, 0.988)]
+    ("lm_head", "measured_kl", "measured_share"), [("int8", 5.0e-5, 1.0), ("fp8", 1.4e-3, 0.988)]
 )
 def test_the_demo_says_the_same(lm_head: str, measured_kl: float, measured_share: float, plain: Tensor):
     """KL in nats a token, bounded by three times what was measured; the share of positions with the same best token."""
