@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels.attention as attention_module
 from kernels import kv_rows, kv_work
 from kernels.attention import SPEC, attention, attention_ref
 from kernels.kv_case import Paged, places
 from kernels.kv_layout import KV_FORMATS
 from kernels.kv_read import read_kv
+from kernels.quant_rows import quant_rows
 from kernels.spec import case
 from tests.close import assert_no_worse
 
@@ -24,11 +26,16 @@ PATHS = [pytest.param(False, id="cpu"), pytest.param(True, id="triton")]
 
 
 def filled(
-    fmt: str, lengths: tuple[int, ...], heads: int = 4, kv_heads: int = 2, K: int = 16, **dims
+    fmt: str,
+    lengths: tuple[int, ...],
+    heads: int = 4,
+    kv_heads: int = 2,
+    K: int = 16,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple:
     """(q of every position of every sequence, the paged pool that holds them, scale)."""
     c = case(
-        torch.float32,
+        dtype,
         fmt=fmt,
         H=heads,
         G=kv_heads,
@@ -71,16 +78,94 @@ def test_many_ragged_decodes(fmt: str, monkeypatch: pytest.MonkeyPatch):
     assert_no_worse(attend(False, q_BHK, paged, place_B2, scale), own, truth)
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8", "int4", "int4z"])
 def test_split_decodes_are_merged(fmt: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kv_work, "LEAST_SPLIT", 64)
-    lengths = (64, 65, 150)
-    q_THK, paged, scale = filled(fmt, lengths)
+    lengths = (64, 65, 300)
+    q_THK, paged, scale = filled(fmt, lengths, dtype=torch.float16)
     spans = [(b, n - 1, 1) for b, n in enumerate(lengths)]
     q_BHK, place_B2 = q_THK[rows_of(lengths, spans)], places(*spans)
-    assert len(paged.step(place_B2, triton=True).work.piece_X8) == 6
+    assert len(paged.step(place_B2, triton=True).work.piece_X8) == 8
     truth, own = truth_and_own(q_BHK, paged, place_B2, scale)
     assert_no_worse(attend(True, q_BHK, paged, place_B2, scale), own, truth)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int4z"])
+def test_int8_queries_err_as_their_rounding_does(fmt: str):
+    """The truth is that of the rounded queries: what is left is the error of the products, as in any other case."""
+    lengths, spans = (35, 150), [(0, 30, 5), (1, 149, 1)]
+    q_THK, paged, scale = filled(fmt, lengths, K=32, dtype=torch.float16)
+    q_THK, place_T2 = q_THK[rows_of(lengths, spans)], places(*spans)
+    unit = q_THK.float().abs().amax(-1, keepdim=True) / 127
+    rounded = (q_THK.float() / unit).round() * unit
+    assert ((rounded - q_THK).abs() <= 0.5001 * unit).all()
+    _, own = truth_and_own(q_THK, paged, place_T2, scale)
+    moved = paged.to(DEVICE)
+    step = moved.step(place_T2, triton=True)
+    out = attention(q_THK.to(DEVICE), moved.pool, step, 1, scale, int8_qk=True).cpu()
+    truth = attention_ref(rounded.double(), paged.pool, paged.step(place_T2), 1, scale)
+    near = attention_ref(q_THK.double(), paged.pool, paged.step(place_T2), 1, scale)
+    assert_no_worse(out, own + (truth - near).half(), truth)
+    assert (truth - near).abs().max() > 4 * (out - truth).abs().max(), "rounding is what an int8 query costs"
+
+
+@pytest.mark.parametrize("quant", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("split", [256, 64])
+def test_codes_are_those_of_the_output(quant: torch.dtype, split: int, monkeypatch: pytest.MonkeyPatch):
+    """Fused into the merge, or of a step with too few rows for that, or with chunks."""
+    monkeypatch.setattr(kv_work, "LEAST_SPLIT", split)
+    lengths, spans = (40, 150), [(0, 39, 1), (1, 149, 1)]
+    q_THK, paged, scale = filled("int8", lengths, dtype=torch.bfloat16)
+    q_THK, place_T2 = q_THK[rows_of(lengths, spans)].to(DEVICE), places(*spans)
+    moved = paged.to(DEVICE)
+    step = moved.step(place_T2, triton=True)
+    expected = quant_rows(attention(q_THK, moved.pool, step, 1, scale).flatten(1), quant)
+    for rows in (1, 9):
+        monkeypatch.setattr(attention_module, "FUSED_ROWS", rows)
+        codes, scales = attention(q_THK, moved.pool, step, 1, scale, quant)
+        assert codes.dtype == quant
+        if split == 256 or rows == 9:
+            assert torch.equal(codes.float(), expected.codes_TD.float())
+            assert torch.equal(scales, expected.scale_T)
+        else:  # pieces are added up in another order, which may round a value the other way
+            torch.testing.assert_close(scales, expected.scale_T, rtol=2**-8, atol=0)
+            far = (
+                codes.float() * scales[:, None] - expected.codes_TD.float() * expected.scale_T[:, None]
+            ).abs()
+            quantum = 1 if quant == torch.int8 else 32
+            assert (far <= 1.01 * quantum * scales[:, None]).all()
+            assert (far > 0).float().mean() < 0.1
+
+
+def test_codes_on_the_cpu():
+    q_THK, paged, scale = filled("bf16", (20,))
+    place_T2, step = places((0, 0, 20)), paged.step(places((0, 0, 20)), triton=False)
+    assert len(place_T2) == len(q_THK)
+    expected = quant_rows(attention(q_THK, paged.pool, step, 1, scale).flatten(1))
+    assert torch.equal(attention(q_THK, paged.pool, step, 1, scale, True).codes_TD, expected.codes_TD)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int4z"])
+def test_chunks_without_room_for_their_context(fmt: str):
+    """In groups of columns, each token with its own end."""
+    lengths, spans = (90,), [(0, 21, 50)]
+    q_THK, paged, scale = filled(fmt, lengths, dtype=torch.float16)
+    q_THK, place_T2 = q_THK[rows_of(lengths, spans)], places(*spans)
+    step = paged.step(place_T2, triton=True, scratch_blocks=0, heads_per_kv=2)
+    assert (len(step.work.chunk_X4), step.work.wide_tokens) == (0, 32)
+    truth, own = truth_and_own(q_THK, paged, place_T2, scale)
+    out = attend(True, q_THK, paged, place_T2, scale, scratch_blocks=0, heads_per_kv=2)
+    assert_no_worse(out, own, truth)
+
+
+def test_queries_of_zeros_see_all_keys_alike():
+    lengths = (33,)
+    for fmt in ("int8", "int4", "int4z"):
+        q_THK, paged, scale = filled(fmt, lengths, dtype=torch.float16)
+        place_T2 = places((0, 32, 1))
+        out = attend(True, torch.zeros_like(q_THK[:1]), paged, place_T2, scale)
+        truth, own = truth_and_own(torch.zeros_like(q_THK[:1]), paged, place_T2, scale)
+        assert_no_worse(out, own, truth)
 
 
 @pytest.mark.parametrize("triton", PATHS)
@@ -123,7 +208,7 @@ def test_cuts_and_batches_leave_no_trace_in_a_deterministic_step(triton: bool, f
 
 
 def test_triton_rows_do_not_see_their_neighbours():
-    """Without `deterministic` too: neither decodes, nor chunks cut where a tile ends."""
+    """Without `deterministic` too: neither decodes of one piece, nor chunks cut where a tile ends."""
     lengths = (37, 70, 64)
     q_THK, paged, scale = filled("bf16", lengths)
     together = [(0, 36, 1), (1, 69, 1), (2, 0, 64)]
