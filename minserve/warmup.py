@@ -18,7 +18,7 @@ from triton import knobs
 from kernels.kv_layout import KvLayout
 from minserve.inputs import Join
 from minserve.linear import Linear
-from minserve.models import Block, Llama
+from minserve.models import HEAD_ROWS, Block, Llama
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
 from sched.step import Chunk, Grant, StepPlan
@@ -106,7 +106,8 @@ def token_counts(most: int) -> list[int]:
     """All up to 33, then around every power of two and every multiple of 64: tiles are chosen by such limits."""
     powers = [1 << i for i in range(most.bit_length() + 1)]
     near = [p + d for p in powers for d in (-1, 0, 1)] + [3 * p // 2 for p in powers]
-    return sorted(n for n in {*range(1, 34), *near, *range(64, most + 1, 64), most} if 1 <= n <= most)
+    steps = range(64, min(most, 4096) + 1, 64)
+    return sorted(n for n in {*range(1, 34), *near, *steps, most} if 1 <= n <= most)
 
 
 def step_shapes(sizes: Sizes) -> Iterator[Shape]:
@@ -131,7 +132,8 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
         yield Shape((1,) * n, ())
         yield Shape((last, *(1,) * (n - 1)), ())
     for n in token_counts(min(last, sizes.max_step_tokens)):
-        yield Shape((), ((0, n),))
+        # the head multiplies all rows of a prompt, HEAD_ROWS at once
+        yield Shape((), ((0, n),), (SamplingParams(prompt_logprobs=0),) if n <= HEAD_ROWS + 1 else (GREEDY,))
         yield Shape((), ((last - n, n),))
         yield Shape((last,), ((0, n - 1),) if n > 1 else ())
     # short chunks share a kernel with decodes; how it is launched depends on the other rows, and on longer chunks
@@ -141,9 +143,6 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
             yield Shape(decodes, ((last - n, n), (0, min(last, MORE_THAN_SHORT))))
     for params in (*((p,) for p in SAMPLINGS), SAMPLINGS):
         yield Shape((min(8, last),) * min(max(3, len(params)), sizes.max_running), (), params)
-    for asked in (0, 3):
-        many = min(last, sizes.max_step_tokens, 40)
-        yield Shape((), ((0, many),), (SamplingParams(prompt_logprobs=asked),))
 
 
 def distinct(blocks: Sequence[Block]) -> tuple[Block, ...]:

@@ -28,7 +28,6 @@ from minserve.warmup import SAMPLINGS, OneBlock, Shape, Sizes, run_shape, warm_u
 from tests.minserve.rerun import capture
 
 PLANS = 200
-SIZES = Sizes(max_running=40, max_step_tokens=300, max_model_len=500)
 
 
 class NamedTarget:
@@ -44,22 +43,22 @@ class NamedTarget:
         return 0
 
 
-def random_shapes(count: int, seed: int) -> Iterator[Shape]:
+def random_shapes(sizes: Sizes, count: int, seed: int) -> Iterator[Shape]:
     """Steps as a Batcher could make them: any number of decodes, some chunks in what room they leave."""
     r = random.Random(seed)
     for _ in range(count):
-        decodes = r.choice((0, 1, r.randint(1, SIZES.max_running)))
-        room = SIZES.max_step_tokens - decodes
+        decodes = r.choice((0, 1, r.randint(1, sizes.max_running)))
+        room = sizes.max_step_tokens - decodes
         chunks = []
         while (
             room
-            and decodes + len(chunks) < SIZES.max_running
+            and decodes + len(chunks) < sizes.max_running
             and (r.random() < 0.6 or not decodes + len(chunks))
         ):
             n = min(room, r.choice((1, 2, 5, 16, r.randint(1, 100), r.randint(1, room))))
             room -= n
-            chunks.append((r.choice((0, r.randint(0, SIZES.max_model_len - n))), n))
-        contexts = tuple(r.randint(1, SIZES.max_model_len) for _ in range(decodes))
+            chunks.append((r.choice((0, r.randint(0, sizes.max_model_len - n))), n))
+        contexts = tuple(r.randint(1, sizes.max_model_len) for _ in range(decodes))
         params = r.choice((SAMPLINGS, SAMPLINGS[:1], (r.choice(SAMPLINGS),)))
         if r.random() < 0.1:
             params = (SamplingParams(prompt_logprobs=2),)
@@ -103,27 +102,28 @@ def main() -> None:
     keys = Keys()
     for argument in sys.argv[1:]:
         options = json.loads(argument)
-        config = Config.single(options.pop("folder"), **options)
+        sizes = Sizes(*options.pop("sizes"))
+        config = Config.single(options.pop("folder"), max_model_len=sizes.max_model_len, **options)
         resolved = resolve_model(config.models[0], "cpu")
         model = load_model(resolved, "cpu")
         layout, device = resolved.layout, torch.device("cpu")
         deterministic = resolved.entry.deterministic
-        warm_up(model.llama, layout, SIZES, device, deterministic=deterministic)
+        warm_up(model.llama, layout, sizes, device, deterministic=deterministic)
         warmed = keys.take()
         late: dict[str, str] = {}
         serving = Runner(
             model.llama,
             layout,
             OneBlock(layout, resolved.config.num_layers, device),
-            max_rows=2 * SIZES.max_running,
+            max_rows=2 * sizes.max_running,
             max_model_len=resolved.max_model_len,
             deterministic=deterministic,
             overlap=False,
         )
         if not deterministic:
-            serving.capture(batch_sizes(SIZES.max_running), capture)
+            serving.capture(batch_sizes(sizes.max_running), capture)
         late |= {" ".join(key): "captured" for key in keys.take() - warmed}
-        for i, shape in enumerate(random_shapes(PLANS, seed=1)):
+        for i, shape in enumerate(random_shapes(sizes, PLANS, seed=1)):
             run_shape(serving, shape)
             for key in sorted(keys.take() - warmed):
                 late.setdefault(" ".join(key), f"plan {i}: {shape.decodes} {shape.chunks}")

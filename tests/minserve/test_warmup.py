@@ -1,8 +1,10 @@
 """Nothing is compiled while serving: whatever kernel variants 200 random steps launch, warm-up has launched before."""
 
+import dataclasses
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 from triton import knobs
 
-from minserve.warmup import CompileMonitor, Sizes, compile_monitor, step_shapes, token_counts
+from minserve import LLM
+from minserve.warmup import SAMPLINGS, CompileMonitor, Sizes, compile_monitor, step_shapes, token_counts
 from tests.source import ROOT
 from tests.tiny import write_llama
 
@@ -19,6 +22,7 @@ FEW: tuple[dict[str, Any], ...] = (
     {"dtype": "fp16", "quantization": "w8a8-int8", "kv_dtype": "int8"},
     {"dtype": "bf16", "quantization": "w4a8-int8", "kv_dtype": "int4"},
 )
+SMALL, LARGE = (40, 300, 500), (64, 2048, 2500)
 MANY: tuple[dict[str, Any], ...] = (
     {"dtype": "fp32"},
     {"dtype": "bf16"},
@@ -26,26 +30,35 @@ MANY: tuple[dict[str, Any], ...] = (
     {"dtype": "bf16", "kv_dtype": "fp8", "deterministic": True},
     {"dtype": "bf16", "quantization": "w8a8-int8", "deterministic": True},
     {"dtype": "fp16", "quantization": "w4a8-int8", "kv_dtype": "fp8"},
+    {"dtype": "bf16", "kv_dtype": "int8", "lm_head": "int8"},
+    {"dtype": "fp16", "lm_head": "fp8"},
 )
 
 
-@pytest.mark.parametrize("models", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("models", "sizes"),
+    [
+        pytest.param(FEW, SMALL, id="few"),
+        pytest.param(MANY, SMALL, id="many", marks=pytest.mark.slow),
+        pytest.param(FEW, LARGE, id="large", marks=pytest.mark.slow),
+    ],
+)
 def test_random_steps_need_no_kernel_that_warm_up_has_not_launched(
-    tmp_path: Path, models: tuple[dict[str, Any], ...]
+    tmp_path: Path, models: tuple[dict[str, Any], ...], sizes: tuple[int, int, int]
 ) -> None:
-    sizes = {
+    shape = {
         "hidden_size": 256,
         "intermediate_size": 512,
         "head_dim": 64,
         "num_hidden_layers": 3,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
     }
-    folder = write_llama(tmp_path / "model", seed=2, **sizes)
-    arguments = [json.dumps({"folder": str(folder), "max_model_len": 500} | m) for m in models]
+    folder = write_llama(tmp_path / "model", seed=2, **shape)
+    arguments = [json.dumps({"folder": str(folder), "sizes": sizes} | m) for m in models]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.minserve.launch_keys", *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -84,3 +97,23 @@ def test_a_late_compile_is_an_error_in_the_log(
     assert (monitor.compiles, monitor.late) == (2, 1)
     assert "_gemm_kernel" in caplog.text
     assert isinstance(monitor, CompileMonitor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [*FEW, *MANY])
+def test_serving_compiles_nothing(tmp_path: Path, model: dict[str, Any]) -> None:
+    folder = write_llama(tmp_path / "model", seed=2, hidden_size=256, intermediate_size=512, head_dim=64)
+    r = random.Random(0)
+    late = compile_monitor().late
+    with LLM(
+        folder, device="cuda:0", pool_bytes=64 << 20, max_num_seqs=40, max_num_batched_tokens=300, **model
+    ) as llm:
+        assert compile_monitor().serving
+        for _ in range(8):
+            prompts = [[r.randrange(290) for _ in range(r.randint(1, 150))] for _ in range(r.randint(1, 60))]
+            params = [
+                dataclasses.replace(r.choice(SAMPLINGS), max_tokens=r.randint(1, 30), ignore_eos=True)
+                for _ in prompts
+            ]
+            llm.generate(prompts, params)
+    assert compile_monitor().late == late
