@@ -132,15 +132,13 @@ def quantize_progressive(w_NK: Tensor, group_size: int) -> Int4:
     return Int4(codes_NK, scale_N1, zero_NQ.to(torch.int8), step_NQ.to(torch.int8))
 
 
-def _hopper_sum(x_TQG: Tensor, w_NQG: Tensor) -> Tensor:
-    """[T, N, Q] as sm_90 adds fp8 products: 32 at a time, 13 bits kept."""
-    part_TNQ = torch.zeros(x_TQG.shape[0], *w_NQG.shape[:2])
-    for i in range(0, x_TQG.shape[2], 32):
-        part_TNQ += torch.einsum(
-            "tqg,nqg->tnq", x_TQG[:, :, i : i + 32].float(), w_NQG[:, :, i : i + 32].float()
-        )
-        part_TNQ.view(torch.int32).bitwise_and_(-1024)
-    return part_TNQ
+def _hopper_sum(x_TG: Tensor, w_NG: Tensor) -> Tensor:
+    """What torch itself loses on sm_90, whose tensor cores add fp8 products 32 at a time and keep 13 bits."""
+    part_TN = torch.zeros(x_TG.shape[0], w_NG.shape[0], device=x_TG.device)
+    for i in range(0, x_TG.shape[1], 32):
+        part_TN += x_TG[:, i : i + 32].float() @ w_NG[:, i : i + 32].float().t()
+        part_TN.view(torch.int32).bitwise_and_(-1024)
+    return part_TN
 
 
 def gemm_w4a8_ref(
@@ -154,14 +152,15 @@ def gemm_w4a8_ref(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """float64 adds integer products exactly; fp64 scales make the result the truth."""
-    T, (N, Q) = x_TK.shape[0], scale_NQ.shape
-    w_NQG = widened(Int4(codes_NK, scale_NQ, zero_NQ, step_NQ)).double().view(N, Q, -1)
-    x_TQG = x_TK.double().view(T, Q, w_NQG.shape[2])
-    if x_TK.dtype == FP8:
-        partial_TNQ = _hopper_sum(x_TQG, w_NQG)
-    else:
-        partial_TNQ = torch.einsum("tqg,nqg->tnq", x_TQG, w_NQG)
-    y = (partial_TNQ.to(scale_NQ.dtype) * scale_NQ).sum(-1) * scale_T[:, None]
+    (N, Q), K = scale_NQ.shape, x_TK.shape[1]
+    values_NQG = widened(Int4(codes_NK, scale_NQ, zero_NQ, step_NQ)).view(N, Q, K // Q)
+    y = scale_NQ.new_zeros(x_TK.shape[0], N)
+    for x_TG, w_NG, scale_N in zip(
+        x_TK.split(K // Q, 1), values_NQG.unbind(1), scale_NQ.unbind(1), strict=True
+    ):
+        partial_TN = _hopper_sum(x_TG, w_NG) if x_TK.dtype == FP8 else x_TG.double() @ w_NG.double().t()
+        y += partial_TN.to(scale_NQ.dtype) * scale_N
+    y *= scale_T[:, None]
     return (y if bias_N is None else y + bias_N).to(out_dtype)
 
 
