@@ -89,8 +89,11 @@ def _multiply(x_TK: Tensor, p: PreparedLinear) -> Tensor:
     T = x_TK.shape[0]
     if T > FEW_ROWS or x_TK.dtype != torch.bfloat16:
         return _upcast(x_TK, p, T)
-    y_TN = torch.cat([row @ p.weight for row in x_TK.split(1)])
-    return y_TN if p.bias_N is None else y_TN + p.bias_N
+    rows = x_TK.split(1)
+    if p.bias_N is None:
+        return torch.cat([row @ p.weight for row in rows])
+    # a sum that is rounded before the bias is off by twice as much
+    return torch.cat([torch.addmm(p.bias_N, row, p.weight) for row in rows])
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
