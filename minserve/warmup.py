@@ -26,6 +26,7 @@ from sched.step import Chunk, Grant, StepPlan
 log = logging.getLogger(__name__)
 LONG = 8192  # the longest context a step is given: nothing is compiled anew for a longer one
 MORE_THAN_SHORT = 65  # tokens of a chunk that no model's decode kernel takes
+FEW_ROWS = 33
 GREEDY = SamplingParams(temperature=0.0)
 # one row of each; together in one batch too
 SAMPLINGS = (
@@ -110,9 +111,12 @@ def token_counts(most: int) -> list[int]:
     return sorted(n for n in {*range(1, 34), *near, *steps, most} if 1 <= n <= most)
 
 
-def step_shapes(sizes: Sizes) -> Iterator[Shape]:
-    """Steps of these sizes, such that any other launches nothing that none of them does."""
-    return (shape for shape in _shapes(sizes) if _fits(shape, sizes))
+def step_shapes(sizes: Sizes, head_rows: int) -> Iterator[Shape]:
+    """Steps of these sizes, such that any other launches nothing that none of them does.
+
+    `head_rows`: how many rows at most are multiplied with the head, to log probabilities of a prompt.
+    """
+    return (shape for shape in _shapes(sizes, head_rows) if _fits(shape, sizes))
 
 
 def _fits(shape: Shape, sizes: Sizes) -> bool:
@@ -126,14 +130,14 @@ def _fits(shape: Shape, sizes: Sizes) -> bool:
     )
 
 
-def _shapes(sizes: Sizes) -> Iterator[Shape]:
+def _shapes(sizes: Sizes, head_rows: int) -> Iterator[Shape]:
     last = sizes.max_model_len
     for n in token_counts(min(sizes.max_running, sizes.max_step_tokens)):
         yield Shape((1,) * n, ())
         yield Shape((last, *(1,) * (n - 1)), ())
     for n in token_counts(min(last, sizes.max_step_tokens)):
-        # the head multiplies all rows of a prompt, HEAD_ROWS at once
-        yield Shape((), ((0, n),), (SamplingParams(prompt_logprobs=0),) if n <= HEAD_ROWS + 1 else (GREEDY,))
+        # one row fewer than its tokens: nothing predicts the first
+        yield Shape((), ((0, n),), (SamplingParams(prompt_logprobs=0),) if n <= head_rows + 1 else (GREEDY,))
         yield Shape((), ((last - n, n),))
         yield Shape((last,), ((0, n - 1),) if n > 1 else ())
     # short chunks share a kernel with decodes; how it is launched depends on the other rows, and on longer chunks
@@ -204,7 +208,9 @@ def warm_up(
     compiled, start = monitor.compiles, time.monotonic()
     sizes = sizes._replace(max_model_len=min(sizes.max_model_len, LONG))
     runner = scratch_runner(model, layout, sizes, device, deterministic=deterministic)
-    for shape in step_shapes(sizes):
+    # the library's product needs no compiler, and logits of many rows need much memory
+    head_rows = FEW_ROWS if model.head.wants is None else HEAD_ROWS
+    for shape in step_shapes(sizes, head_rows):
         run_shape(runner, shape)
     runner.close()
     log.info("warm-up: %d kernels in %.1f s", monitor.compiles - compiled, time.monotonic() - start)

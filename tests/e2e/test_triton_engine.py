@@ -1,6 +1,6 @@
 """The engine's GPU path without a GPU: everything Triton, interpreted, gives the tokens of the CPU path.
 
-`backend.runs_triton` is all that chooses between the two, so that is what is replaced.  A token may differ only where
+`backend.runs_triton` is all that chooses between the two, so that is what is replaced; where there is a GPU it is used.  A token may differ only where
 the CPU's own logits of the two candidates are as close as a tie of TIES says: sums have another order.
 """
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from kernels import backend, launch
 from minserve import LLM, SamplingParams
 from tests.tiny import write_llama
 
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 # of the largest logit: rounding of float32; four units in the last place of float16, in which logits leave the model;
 # a code of keys, values or rows that lies between two may fall to either side
 TIES = {"fp32": 1e-5, "fp16": 4e-3, "codes": 2e-2}
@@ -53,17 +55,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Within it the engine is on Triton; yields the names of the kernels that ran."""
     names: set[str] = set()
-    run = InterpretedFunction.run
+    run, start = InterpretedFunction.run, launch.KernelStarter.__call__
 
-    def watched(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+    def interpreted(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
         names.add(self.fn.__name__)
         return run(self, *args, **kwargs)
+
+    def compiled(self: launch.KernelStarter, *args: Any) -> None:
+        names.add(self.kernel.__name__)
+        start(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "runs_triton", lambda device: True)
         # persistent grids of a small GPU: most of a large one's programs would find nothing to do
         patch.setitem(launch.ASSUMED, 90, launch.ASSUMED[90]._replace(num_sms=2))
-        patch.setattr(InterpretedFunction, "run", watched)
+        patch.setattr(InterpretedFunction, "run", interpreted)
+        patch.setattr(launch.KernelStarter, "__call__", compiled)
         yield names
 
 
@@ -85,7 +92,7 @@ def test_triton_answers_as_the_cpu_does(case: str, folder: Path, monkeypatch: py
     options, tie, kernels = (CASES | MORE_CASES)[case]
     with LLM(folder, device="cpu", **STEPS, **options) as llm:
         want = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)]
-        with on_triton(monkeypatch) as ran, LLM(folder, device="cpu", **STEPS, **options) as other:
+        with on_triton(monkeypatch) as ran, LLM(folder, device=DEVICE, **STEPS, **options) as other:
             got = [o.outputs[0].token_ids for o in other.generate(PROMPTS, GREEDY)]
         for prompt, cpu, triton in zip(PROMPTS, want, got, strict=True):
             at = first_difference(cpu, triton)

@@ -71,7 +71,7 @@ def test_random_steps_need_no_kernel_that_warm_up_has_not_launched(
 @pytest.mark.parametrize(("running", "tokens", "length"), [(1, 1, 1), (4, 7, 3), (300, 2048, 4096)])
 def test_steps_keep_within_their_sizes(running: int, tokens: int, length: int) -> None:
     seen = set()
-    for shape in step_shapes(Sizes(running, tokens, length)):
+    for shape in step_shapes(Sizes(running, tokens, length), 16):
         counts = [1] * len(shape.decodes) + [n for _, n in shape.chunks]
         assert len(counts) <= running
         assert 0 < sum(counts) <= tokens
