@@ -82,5 +82,10 @@ def scaled_int8(form: str, x_TK: Tensor, codes: Tensor, scale_N: Tensor) -> Tens
     """The exact sum times the weights' scales, float32."""
     if form == "onednn":
         return onednn_int8(to_unsigned(x_TK), codes, scale_N)
-    total = torch._int_mm(x_TK, codes.t()) if form == "int_mm" else float_sum(x_TK, codes)
+    if form != "int_mm":
+        total = float_sum(x_TK, codes)
+    elif codes.shape[1] == 1:
+        total = x_TK.int() * codes.t().int()  # torch 2.13 leaves what _int_mm returns unwritten here
+    else:
+        total = torch._int_mm(x_TK, codes.t())
     return total.float().mul_(scale_N)

@@ -1,5 +1,6 @@
 """Every kernel in the catalogue, every run of it, every case: right, and each row independent of the others."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,15 +20,8 @@ GRID = [
     for case in spec.tests
 ]
 COVERING = [
-    pytest.param(spec, run, case, id=f"{spec.name}-{run}-{case.id}")
-    for spec in SPECS
-    for run in spec.runs
-    for case in covering_cases(spec)
+    pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in SPECS for case in covering_cases(spec)
 ]
-
-
-def name_of(x: Any) -> str:
-    return x if isinstance(x, str) else x.name
 
 
 def moved(args: tuple[Any, ...], run: str) -> tuple[Any, ...]:
@@ -78,41 +72,42 @@ def assert_same_codes(got: Tensor, expected: Tensor) -> None:
     )
 
 
-def assert_right(spec: KernelSpec, run: str, case: Case) -> None:
+def assert_right(spec: KernelSpec, runs: Iterable[str], case: Case) -> None:
     args = spec.make(case, torch.Generator().manual_seed(0))
     given = [a.clone() if isinstance(a, Tensor) else a for a in args]
-    out = parts(spec.bind(run, moved(args, run))())
     ref, truth = parts(spec.ref(*args)), parts(spec.ref(*in_float64(args)))
-    assert len(out) == len(ref)
-    for got, own, true in zip(out, ref, truth, strict=True):
-        if is_float(got.dtype):
-            assert_no_worse(got, own, true)
-        else:
-            # the codes of the rounded values, not of the fp64 ones: half an ulp of bf16 is many quanta
-            assert_same_codes(got, own)
-    for before, after in zip(given, args, strict=True):
-        assert not isinstance(before, Tensor) or torch.equal(before, after), "an argument was written to"
+    for run in runs:
+        out = parts(spec.bind(run, moved(args, run))())
+        assert len(out) == len(ref), run
+        for got, own, true in zip(out, ref, truth, strict=True):
+            if is_float(got.dtype):
+                assert_no_worse(got, own, true)
+            else:
+                # the codes of the rounded values, not of the fp64 ones: half an ulp of bf16 is many quanta
+                assert_same_codes(got, own)
+        for before, after in zip(given, args, strict=True):
+            assert not isinstance(before, Tensor) or torch.equal(before, after), f"{run} wrote to an argument"
 
 
 @pytest.mark.parametrize(("spec", "run", "case"), GRID)
 def test_right(spec: KernelSpec, run: str, case: Case):
-    assert_right(spec, run, case)
+    assert_right(spec, [run], case)
 
 
-@pytest.mark.parametrize(("spec", "run", "case"), COVERING)
-def test_right_for_every_pair(spec: KernelSpec, run: str, case: Case):
-    assert_right(spec, run, case)
+@pytest.mark.parametrize(("spec", "case"), COVERING)
+def test_right_for_every_pair(spec: KernelSpec, case: Case):
+    assert_right(spec, spec.runs, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("spec", "run"), [(s, r) for s in SPECS if has_axes(s) for r in s.runs], ids=name_of)
-def test_right_for_the_full_product(spec: KernelSpec, run: str, dtype: torch.dtype):
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if has_axes(spec)], ids=lambda spec: spec.name)
+def test_right_for_the_full_product(spec: KernelSpec, dtype: torch.dtype):
     wrong = {}
     for case in all_cases(spec):
         if case.dtype == dtype:
             try:
-                assert_right(spec, run, case)
+                assert_right(spec, spec.runs, case)
             except AssertionError as fault:
                 wrong[case.id] = str(fault)
     assert not wrong
