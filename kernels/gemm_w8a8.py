@@ -319,6 +319,7 @@ SPEC = KernelSpec(
     invariant={run: {"deterministic": True} for run in ("cpu", "int_mm", "float", "triton")},
     tests=(
         case(torch.float32, T=1, N=1, K=1),
+        case(torch.float32, T=3, N=37, K=1),
         case(torch.float32, T=17, N=65, K=129, bias=True),
         case(torch.bfloat16, T=5, N=96, K=256, bias=True),
         case(torch.float16, T=65, N=37, K=200),
