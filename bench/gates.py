@@ -45,15 +45,20 @@ class Limit:
 
 # two-level addressing and masks included; head dim 128, for that is where the bytes of a tile outweigh its softmax
 LIMITS: tuple[Limit, ...] = (
-    Limit("_attn_decode_kernel", "issue_mem", 0.17, ("fmtbf16", "K128")),
-    Limit("_attn_decode_kernel", "issue_mem", 0.31, ("fmtint8", "K128")),
-    Limit("_attn_decode_kernel", "issue_mem", 0.57, ("fmtint4", "K128")),
+    # several tokens a sequence repeat the softmax for each of them
+    Limit("_attn_decode_kernel", "issue_mem", 0.17, ("fmtbf16", "K128"), ("tokens4",)),
+    Limit("_attn_decode_kernel", "issue_mem", 0.31, ("fmtint8", "K128"), ("tokens4",)),
+    Limit("_attn_decode_kernel", "issue_mem", 0.25, ("fmtint8", "K128", "int8_qk")),
+    Limit("_attn_decode_kernel", "issue_mem", 0.57, ("fmtint4", "K128"), ("tokens4",)),
+    Limit("_attn_decode_kernel", "issue_mem", 0.48, ("fmtint4", "K128", "int8_qk")),
     Limit("_attn_decode_kernel", "tiles", 2),
     Limit("_gemm_w4a8_kernel", "issue_mem", 0.50, ("T16", "kindgroup")),
     Limit("_gemm_w4a8_kernel", "issue_mem", 0.50, ("kindprogressive",), ("T2048",)),
     Limit("_gemm_w4a8_kernel", "issue_mem", 0.38, ("kindchannel",), ("T2048",)),
     Limit("_gemm_w4a8_kernel", "issue_mem", 0.55, ("T16", "kindfp8")),
     Limit("_gemm_w4a8_kernel", "tiles", 2),
+    # decoded weights stay in registers
+    Limit("_gemm_w4a8_kernel", "shared_stores", 0),
 )
 
 

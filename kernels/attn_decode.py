@@ -62,12 +62,13 @@ class AttnDecodeConfig:
             return found
         block_d = padded_dim(layout)
         if max(q_bytes, layout.bits // 8) == 4:
-            # fp32 products take no tensor core; three tiles of 256 dims do not fit in shared memory
-            return cls(4, 2 if block_d > 128 else 3, 2)
-        # a warp on its own needs no barrier and repeats no softmax, as long as its accumulator fits
-        num_warps = 1 if block_d * columns <= 2048 else 2 if block_d * columns <= 4096 else 4
+            # fp32 products take no tensor core, and dequantized blocks fill registers; three tiles of 256 dims do not fit
+            return cls(8 if layout.quantized else 4, 2 if block_d > 128 else 3, 2)
+        # a warp on its own needs no barrier and repeats no softmax, as long as its accumulator fits beside the codes
+        room = block_d * columns * (2 if layout.bits == 4 else 1)
+        num_warps = 1 if room <= 2048 else 2 if room <= 4096 else 4
         tile_bytes = 2 * layout.row_bytes * layout.block_tokens
-        programs = min(8, gpu.shared_bytes // (2 * tile_bytes + 4096), 48 // (4 * num_warps))
+        programs = min(8, gpu.shared_bytes // (2 * tile_bytes + 4096), 8 // num_warps)
         return cls(num_warps, 3, max(1, programs))
 
     @classmethod

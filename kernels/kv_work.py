@@ -25,7 +25,7 @@ SCRATCH_BYTES = (
 )  # of keys and values of one layer that prefill may have dequantized: 64k tokens of Llama-3-8B
 WIDE_COLUMNS = 64  # (token, query head) pairs of a KV head in one work item of the decode kernel
 # decode programs on an SM that the length of pieces is chosen for; counted from registers and shared memory at K = 128
-PROGRAMS = {"fp32": 2, "bf16": 5, "fp16": 5, "fp8": 8, "int8": 8, "int4": 8, "int4z": 8}
+PROGRAMS = {"fp32": 2, "bf16": 6, "fp16": 6, "fp8": 8, "int8": 8, "int4": 8, "int4z": 8}
 
 
 class GpuWork(NamedTuple):
