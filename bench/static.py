@@ -131,6 +131,7 @@ def loop_figures(
         "classes": dict(sorted(loop.classes.items())),
         "byte_loads": loop.byte_loads,
         "copies": loop.classes["copy"],
+        "shared_stores": loop.classes["sts"],
         "waiting_loads": waiting_loads(kernel.asm["ttgir"]),
         "tiles": in_flight(loop, kernel.asm["ttgir"]),
     }

@@ -43,7 +43,9 @@ class W4Weight:
 
     @property
     def bits_stored(self) -> int:
-        return 4 if self.form == "cuda" else 8
+        if self.form == "cuda":
+            return 4
+        return 32 if self.form == "float" and isinstance(self.held, W8Weight) else 8
 
     @property
     def nbytes(self) -> int:
