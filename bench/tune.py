@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -135,11 +135,12 @@ def pruned(probes: list[Probe]) -> list[Probe]:
     return probes
 
 
-def probed(q: Question, gpu: GpuFacts, pool: ProcessPoolExecutor, source: str) -> list[Probe]:
+def probed(q: Question, gpu: GpuFacts, pool: Executor, source: str) -> list[Probe]:
     case, configs = q.spec.small(q.cases[0]), candidates(q, gpu)
     # machine code of sm_100 has no loops that are read, and other chips take the nearest
     target = max((t for t in ASSUMED if t <= gpu.capability), default=80)
-    futures = [pool.submit(probe, Job(q.spec.name, target, case, c), source) for c in configs]
+    served = tuple(c.id for c in q.cases)
+    futures = [pool.submit(probe, Job(q.spec.name, target, case, c, served), source) for c in configs]
     return pruned([judged(c, f.result()) for c, f in zip(configs, futures, strict=True)])
 
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,13 @@ import pytest
 import torch
 
 from bench import tune
+from bench.aot import Job
 from bench.shapes import MODELS
 from bench.tune import Probe, Question, Table, best_of, candidates, judged, pruned, questions
 from kernels import table
 from kernels.catalog import SPECS
 from kernels.launch import ASSUMED
+from tests.source import ROOT
 
 H200 = ASSUMED[90]
 MEASURED = {"us": 1.0, "by": "made up", "date": "2000-01-01", "torch": "0", "triton": "0", "driver": "0"}
@@ -70,6 +76,47 @@ def test_the_static_probe_drops_what_cannot_win() -> None:
     assert [p.why for p in probes[2:5]] == [
         "issue/mem 0.61, 0.5 is possible", "spills 8 bytes", "does not fit an SM",
     ]  # fmt: skip
+
+
+def test_every_candidate_is_compiled_at_a_small_size() -> None:
+    class Submitted(Executor):
+        jobs: list[Job] = []  # noqa: RUF012
+
+        def submit(self, call: Any, job: Job, source: str) -> Any:
+            self.jobs.append(job)
+            future: Future[Any] = Future()
+            future.set_result({"rows": [row(issue_mem=0.5)], "unsupported": None})
+            return future
+
+    (q,) = questions(["silu_mul"], ["llama-3-8b"], H200)
+    pool = Submitted()
+    probes = tune.probed(q, H200, pool, "")
+    assert [j.config for j in pool.jobs] == [p.config for p in probes] == candidates(q, H200)
+    assert all(j.case == q.spec.small(q.cases[0]) for j in pool.jobs)
+    assert len({j.key for j in pool.jobs}) == len(probes) > 1
+    assert not any(p.why for p in probes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["silu_mul", "gemm_w4a8"])
+def test_a_dry_run_does_all_but_the_timing(op: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "bench.tune",
+        "--dry-run",
+        "--op",
+        op,
+        "--shape",
+        "llama-3.2-1b",
+        "--budget-s",
+        "1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["tag"], last["done"]) == ("static", 1)
 
 
 def test_another_candidate_must_be_clearly_faster() -> None:
