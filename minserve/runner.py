@@ -269,3 +269,4 @@ class Runner:
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        self._graphs = None

@@ -30,14 +30,14 @@ STEPS: dict[str, Any] = {
 # the second asks for tokens that penalties change and the host samples; the others end one after the other
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True),
-    SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, repetition_penalty=1.3, logprobs=2),
+    SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, repetition_penalty=1.3, logprobs=2),
     SamplingParams(temperature=0.8, seed=3, top_k=20, max_tokens=2, ignore_eos=True),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("graphs"), seed=4, num_hidden_layers=2)
+    return write_llama(tmp_path_factory.mktemp("graphs"), seed=4, num_hidden_layers=1)
 
 
 def captured() -> Capture:
@@ -65,7 +65,7 @@ def test_replayed_steps_give_the_same_tokens(folder: Path, kv_dtype: str, overla
             found.append(answers)
             if graphs is not None:
                 # with overlap a step runs ahead of every stop
-                assert 5 <= graphs.num_replays < llm.engine.counters.steps
+                assert 4 <= graphs.num_replays < llm.engine.counters.steps
                 assert runner.rows.tokens[runner.rows.zero_index] == 0
     for eager, replayed in zip(*found, strict=True):
         assert eager.token_ids == replayed.token_ids
