@@ -7,14 +7,36 @@ halves, a byte of a 4 bit key holds a dim of each.  Codes stay in the low bits o
 import triton
 import triton.language as tl
 
-from kernels.kv_layout import MAX_SCALE, MIN_SCALE
+from kernels.kv_layout import MAX_SCALE, MIN_SCALE, SLOT_BITS, SLOT_MASK
 
 _LEAST, _MOST = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
+_SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr(SLOT_MASK)
 
 
 @triton.constexpr_function
 def padded_half(head_dim):
     return triton.next_power_of_2(head_dim // 2)
+
+
+@triton.jit
+def touched(touches, slab_table, i_touch, stride_slab, layer, BLOCK_UNITS: tl.constexpr):
+    """A line of the table: where the block is, the row of its first new token, that token's lane, how many there are."""
+    p_touch = touches + i_touch.to(tl.int64) * 4
+    i_block = tl.load(p_touch)
+    num = tl.load(p_touch + 2)
+    p_at = slab_table + (i_block >> _SLOT_BITS).to(tl.int64) * stride_slab + layer
+    i_at = tl.load(p_at, mask=num > 0, other=0)
+    i_slot = (i_block & _SLOT_MASK).to(tl.int64)
+    i_row = tl.load(p_touch + 3).to(tl.int64)
+    return (i_at >> 4) + i_slot * BLOCK_UNITS, i_row, tl.load(p_touch + 1), num
+
+
+@triton.jit
+def lanes(i_sub, TILE: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr):
+    """The block's lanes in part i_sub; 4 bit: as many of its first half, then those that share their bytes of V."""
+    ROWS: tl.constexpr = TILE // 2 if BITS == 4 else TILE
+    o_r = tl.arange(0, TILE)
+    return i_sub * ROWS + o_r % ROWS + o_r // ROWS * (P // 2)
 
 
 @triton.jit
@@ -101,11 +123,12 @@ def store_token(p_v, b_v, o_d, m_v, i_lane, P: tl.constexpr, BITS: tl.constexpr)
 
 
 @triton.jit
-def store_block(p_v, b_v, o_d, m_d, i_lane, num, P: tl.constexpr, BITS: tl.constexpr):
-    """Codes of the values of a block's lanes, [P, dims], stored along the lanes: 16 bytes a thread if all lanes are
-    there, single bytes if not (a mask built outside the branch would make the same of both)."""
+def store_block(p_v, b_v, o_d, m_d, i_lane, num, i_sub, P: tl.constexpr, BITS: tl.constexpr):
+    """Codes of the values of some lanes, [tokens, dims], stored along the lanes: 8 or 16 bytes a thread if the block
+    is full, single bytes if not (a mask built outside the branch would make the same of both)."""
     if BITS == 8:
-        o_n = tl.arange(0, P)[:, None]
+        TILE: tl.constexpr = b_v.shape[0]
+        o_n = i_sub * TILE + tl.arange(0, TILE)[:, None]
         p_v += o_n + o_d * P
         if num == P:
             tl.store(p_v, b_v, mask=m_d)
@@ -114,8 +137,9 @@ def store_block(p_v, b_v, o_d, m_d, i_lane, num, P: tl.constexpr, BITS: tl.const
             tl.store(p_v, b_v, mask=(o_n >= 0) & (o_n < num) & m_d)
     else:
         HALF_P: tl.constexpr = P // 2
-        b_lo, b_hi = tl.split(tl.permute(tl.reshape(b_v, [2, HALF_P, b_v.shape[1]]), [1, 2, 0]))
-        o_n = tl.arange(0, HALF_P)[:, None]
+        ROWS: tl.constexpr = b_v.shape[0] // 2
+        b_lo, b_hi = tl.split(tl.permute(tl.reshape(b_v, [2, ROWS, b_v.shape[1]]), [1, 2, 0]))
+        o_n = i_sub * ROWS + tl.arange(0, ROWS)[:, None]
         p_v += o_n + o_d * HALF_P
         if num == P:
             tl.store(p_v, (b_lo & 15) | (b_hi << 4), mask=m_d)

@@ -6,6 +6,7 @@ where the block gets a single one.  A block belongs to one line of `touch_X4`, s
 belong to one program; a line of 0 lanes is padding.  Addresses are in units of 16 bytes.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,17 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_layout import BIAS, MAX_SCALE, MIN_SCALE, QMAX, SLOT_BITS, KvLayout
+from kernels.kv_layout import BIAS, MAX_SCALE, MIN_SCALE, QMAX, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
 from kernels.kv_write_tile import (
     halves,
+    lanes,
     padded_half,
     pair,
     quantized,
     store_block,
     store_token,
     tables,
+    touched,
     turned,
 )
 from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
@@ -47,10 +50,11 @@ NO_SCALES = KvScales()
 
 @dataclass(frozen=True)
 class RopeKvWriteConfig:
-    """Query heads and KV heads of a program."""
+    """Query heads or KV heads of a program, and, unless each block gets a single one, its tokens."""
 
     q_heads: int
     kv_heads: int
+    tokens: int
     num_warps: int
 
     @classmethod
@@ -59,17 +63,19 @@ class RopeKvWriteConfig:
         G, K = layout.num_kv_heads, layout.head_dim
         found = tuned(cls, "rope_kv_write", gpu, H=num_heads, G=G, K=K, fmt=layout.fmt, single=single)
         if found or single:
-            return found or cls(_up_to(4, num_heads), _up_to(4, G), num_warps=1)
+            return found or cls(_up_to(4, num_heads), _up_to(4, G), 1, num_warps=1)
+        tokens = min(32, layout.block_tokens)
         # a tile of half heads gives each thread 16 bytes of bf16 to load at a time
-        num_warps = layout.block_tokens * triton.next_power_of_2(K // 2) // 256
-        return cls(_up_to(8, num_heads), _up_to(2, G), max(1, min(8, num_warps)))
+        num_warps = tokens * triton.next_power_of_2(K // 2) // 256
+        return cls(_up_to(8, num_heads), _up_to(2, G), tokens, max(1, min(8, num_warps)))
 
     @classmethod
     def candidates(cls, num_heads: int, num_kv_heads: int, single: bool) -> Iterator["RopeKvWriteConfig"]:
-        for q_heads in {_up_to(n, num_heads) for n in (2, 4, 8, 16)}:
-            for kv_heads in {_up_to(n, num_kv_heads) for n in (1, 2, 4)}:
-                for num_warps in (1, 2, 4) if single else (4, 8):
-                    yield cls(q_heads, kv_heads, num_warps)
+        q_heads = {_up_to(n, num_heads) for n in (2, 4, 8, 16)}
+        kv_heads = {_up_to(n, num_kv_heads) for n in (1, 2, 4)}
+        rest = [(1, w) for w in (1, 2, 4)] if single else [(16, 4), (32, 4), (32, 8)]
+        for q, kv, (tokens, num_warps) in itertools.product(sorted(q_heads), sorted(kv_heads), rest):
+            yield cls(q, kv, tokens, num_warps)
 
 
 def _up_to(most: int, heads: int) -> int:
@@ -77,16 +83,27 @@ def _up_to(most: int, heads: int) -> int:
 
 
 @triton.jit
-def _rows_of(i_row, i_head, i_lane, num, NUM_HEADS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr):
-    """A tile's rows as (token, head, lane, mask).  `SINGLE`: heads from i_head on of the token i_row at lane i_lane;
-    else all lanes of the block, of which `num` from i_lane on are there, where i_row would be lane 0."""
-    o_r = tl.arange(0, TILE)
+def _rows_of(
+    row,
+    head,
+    lane,
+    num,
+    i_sub,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    P: tl.constexpr,
+    BITS: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """A tile's rows as (token, head, lane, mask).  `SINGLE`: heads from `head` on of token `row` at lane `lane`; else
+    part `i_sub` of the block's lanes, of which `num` from `lane` on are there; `row` is where lane 0 would be."""
     if SINGLE:
-        o_row, o_head, o_lane = i_row, i_head + o_r, i_lane
-        m_r = o_head < NUM_HEADS
+        o_row, o_head, o_lane = row, head + tl.arange(0, TILE), lane
+        m_r = o_head < HEADS
     else:
-        o_row, o_head, o_lane = i_row + o_r, i_head, o_r
-        m_r = (o_r >= i_lane) & (o_r < i_lane + num)
+        o_lane = lanes(i_sub, TILE, P, BITS)
+        o_row, o_head = row + o_lane, head
+        m_r = (o_lane >= lane) & (o_lane < lane + num)
     return o_row, o_head, o_lane, m_r
 
 
@@ -95,22 +112,25 @@ def _write_q(
     out,
     qkv,
     channel,
-    i_row,
-    i_head,
-    i_lane,
+    row,
+    head,
+    lane,
     num,
+    i_sub,
     b_cos,
     b_sin,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
+    P: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     CHANNEL: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
     HALF: tl.constexpr = K // 2
-    o_row, o_head, _, m_r = _rows_of(i_row, i_head, i_lane, num, H, TILE, SINGLE)
+    o_row, o_head, _, m_r = _rows_of(row, head, lane, num, i_sub, H, TILE, P, BITS, SINGLE)
     o_h = tl.arange(0, padded_half(K))[None, :]
     m_x = m_r[:, None] & (o_h < HALF)
     b_x1, b_x2 = halves(qkv + (o_row * STRIDE + o_head * K)[:, None] + o_h, m_x, HALF)
@@ -132,10 +152,11 @@ def _write_kv(
     qkv,
     channel,
     at_unit,
-    i_row,
-    i_head,
-    i_lane,
+    row,
+    head,
+    lane,
     num,
+    i_sub,
     b_cos,
     b_sin,
     key_scale,
@@ -157,7 +178,7 @@ def _write_kv(
 ):
     HALF: tl.constexpr = K // 2
     ROW: tl.constexpr = K * BITS // 8
-    o_row, o_head, o_lane, m_r = _rows_of(i_row, i_head, i_lane, num, G, TILE, SINGLE)
+    o_row, o_head, o_lane, m_r = _rows_of(row, head, lane, num, i_sub, G, TILE, P, BITS, SINGLE)
     o_h = tl.arange(0, padded_half(K))[None, :]
     m_h = o_h < HALF
     m_x = m_r[:, None] & m_h
@@ -197,11 +218,11 @@ def _write_kv(
             tl.store(p_w + P, pair(b_kz, b_vz), mask=m_r)
         p_v = codes + (o_unit * 16 + P * ROW)
         if SINGLE:
-            store_token(p_v[:, None], b_v1.to(tl.int8), o_h, m_x, i_lane, P, BITS)
-            store_token(p_v[:, None], b_v2.to(tl.int8), o_h + HALF, m_x, i_lane, P, BITS)
+            store_token(p_v[:, None], b_v1.to(tl.int8), o_h, m_x, lane, P, BITS)
+            store_token(p_v[:, None], b_v2.to(tl.int8), o_h + HALF, m_x, lane, P, BITS)
         else:
-            store_block(p_v, b_v1.to(tl.int8), o_h, m_h, i_lane, num, P, BITS)
-            store_block(p_v, b_v2.to(tl.int8), o_h + HALF, m_h, i_lane, num, P, BITS)
+            store_block(p_v, b_v1.to(tl.int8), o_h, m_h, lane, num, i_sub, P, BITS)
+            store_block(p_v, b_v2.to(tl.int8), o_h + HALF, m_h, lane, num, i_sub, P, BITS)
 
 
 @triton.jit(do_not_specialize=["stride_slab", "layer"])
@@ -232,24 +253,19 @@ def _rope_kv_write_kernel(
     HEAD_UNITS: tl.constexpr,
     STATIC: tl.constexpr,
     CHANNEL: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
     KV_PARTS: tl.constexpr = (G + KV_HEADS - 1) // KV_HEADS
     PARTS: tl.constexpr = KV_PARTS + (H + Q_HEADS - 1) // Q_HEADS
-    p_touch = touches + (tl.program_id(0) // PARTS).to(tl.int64) * 4
     i_part = tl.program_id(0) % PARTS
-    i_block = tl.load(p_touch)
-    i_lane = tl.load(p_touch + 1)
-    num = tl.load(p_touch + 2)
+    i_sub = tl.program_id(0) // PARTS % (P // TOKENS)
+    i_touch = tl.program_id(0) // (PARTS * (P // TOKENS))
+    at_unit, i_row, i_lane, num = touched(touches, slab_table, i_touch, stride_slab, layer, G * HEAD_UNITS)
     if num == 0:
         return
-    i_row = tl.load(p_touch + 3).to(tl.int64)
-    i_at = tl.load(slab_table + (i_block >> SLOT_BITS).to(tl.int64) * stride_slab + layer)
-    i_slot = (i_block & ((1 << SLOT_BITS) - 1)).to(tl.int64)
-    at_unit = (i_at >> 4) + i_slot * (G * HEAD_UNITS)
     is_kv = i_part < KV_PARTS
     i_head = tl.where(is_kv, i_part * KV_HEADS, (i_part - KV_PARTS) * Q_HEADS)
     # turns: the block's tokens, all heads at once; or the heads, all tokens at once
@@ -258,9 +274,8 @@ def _rope_kv_write_kernel(
     else:
         turns = tl.minimum(tl.where(is_kv, KV_HEADS, Q_HEADS), tl.where(is_kv, G, H) - i_head)
         i_row -= i_lane
-        o_n = tl.arange(0, P)
-        m_n = (o_n >= i_lane) & (o_n < i_lane + num)
-        o_pos = tl.load(pos + i_row + o_n, mask=m_n, other=0)
+        o_row, _, _, m_n = _rows_of(i_row, 0, i_lane, num, i_sub, G, TOKENS, P, BITS, SINGLE)
+        o_pos = tl.load(pos + o_row, mask=m_n, other=0)
         b_cos, b_sin = tables(cos, sin, o_pos[:, None], m_n[:, None], K)
     for turn in tl.range(0, turns):
         if SINGLE:
@@ -279,6 +294,7 @@ def _rope_kv_write_kernel(
                 head,
                 lane,
                 num,
+                i_sub,
                 b_cos,
                 b_sin,
                 key_scale,
@@ -294,14 +310,32 @@ def _rope_kv_write_kernel(
                 BIAS,
                 HEAD_UNITS,
                 STATIC,
-                KV_HEADS if SINGLE else P,
+                KV_HEADS if SINGLE else TOKENS,
                 CHANNEL,
                 SINGLE,
             )
         else:
-            TILE: tl.constexpr = Q_HEADS if SINGLE else P
+            TILE: tl.constexpr = Q_HEADS if SINGLE else TOKENS
             _write_q(
-                out, qkv, channel, row, head, lane, num, b_cos, b_sin, STRIDE, H, G, K, TILE, CHANNEL, SINGLE
+                out,
+                qkv,
+                channel,
+                row,
+                head,
+                lane,
+                num,
+                i_sub,
+                b_cos,
+                b_sin,
+                STRIDE,
+                H,
+                G,
+                K,
+                P,
+                BITS,
+                TILE,
+                CHANNEL,
+                SINGLE,
             )
 
 
@@ -322,6 +356,7 @@ def rope_kv_write_triton(
     # as many blocks as tokens: one each, but for padding (if that made up for shared blocks, these would only take longer)
     single = len(work.touch_X4) >= T
     c = config or RopeKvWriteConfig.pick(gpu_facts(pool.device), H, lay, single)
+    tokens = lay.block_tokens if single else min(c.tokens, lay.block_tokens)
     q_THK = torch.empty(T, H, K, dtype=qkv_TX.dtype, device=qkv_TX.device)
     channel, static = scales.channel_GK, scales.static
     assert static is None or lay.fmt in STATIC_FORMATS, (
@@ -330,7 +365,7 @@ def rope_kv_write_triton(
     key_scale, value_scale = (min(max(float(s), MIN_SCALE), MAX_SCALE) for s in static or (1.0, 1.0))
     launch(
         _rope_kv_write_kernel,
-        (len(work.touch_X4) * (cdiv(G, c.kv_heads) + cdiv(H, c.q_heads)),),
+        (len(work.touch_X4) * (lay.block_tokens // tokens) * (cdiv(G, c.kv_heads) + cdiv(H, c.q_heads)),),
         q_THK,
         pool.view(FLOAT_DTYPES.get(lay.fmt, torch.int8)),
         pool.view(torch.int32),
@@ -357,9 +392,9 @@ def rope_kv_write_triton(
         HEAD_UNITS=lay.head_bytes // 16,
         STATIC=static is not None,
         CHANNEL=channel is not None,
-        SLOT_BITS=SLOT_BITS,
         Q_HEADS=c.q_heads,
         KV_HEADS=c.kv_heads,
+        TOKENS=tokens,
         SINGLE=single,
         num_warps=c.num_warps,
     )
