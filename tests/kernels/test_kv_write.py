@@ -13,6 +13,7 @@ from kernels.kv_case import Paged, places, rope_tables
 from kernels.kv_layout import KV_FORMATS, KvLayout
 from kernels.kv_read import read_kv
 from kernels.rope_kv_write import (
+    KvScales,
     quantize_heads,
     rope_kv_write_cpu,
     rope_kv_write_ref,
@@ -146,3 +147,92 @@ def test_a_step_for_the_other_path_is_refused():
         rope_kv_write_triton(qkv_TX, *tables, paged.pool, step, 0)
     with pytest.raises(AssertionError, match="Triton"):
         rope_kv_write_cpu(qkv_TX, *tables, paged.pool, replace(step, rows=None), 0)
+
+
+CHANNEL_GK = torch.linspace(0.5, 1.5, G * 16).view(G, 16)
+CHECKPOINTS = [
+    pytest.param("fp8", KvScales(static=(0.01, 0.25)), id="fp8-static"),
+    pytest.param("int8", KvScales(CHANNEL_GK, static=(0.03, 1e9)), id="int8-channel-static"),
+    pytest.param("int4z", KvScales(CHANNEL_GK), id="int4z-channel"),
+]
+
+
+@pytest.mark.parametrize("run", PATHS)
+@pytest.mark.parametrize(("fmt", "scales"), CHECKPOINTS)
+def test_scales_of_a_checkpoint_byte_for_byte(run: Write, fmt: str, scales: KvScales):
+    """Constant scales clip what they do not reach; a scale beyond fp16 becomes the largest."""
+    paged = Paged.make(KvLayout(fmt, G, 16), (40,), torch.Generator().manual_seed(8))
+    place_T2, tables = places((0, 3, 1), (0, 20, 14)), no_rotation(16)
+    qkv_TX = 5 * torch.randn(len(place_T2), (H + 1 + 2 * G) * 16, generator=torch.Generator().manual_seed(9))
+    device = DEVICE if run is rope_kv_write_triton else "cpu"
+    on_device = KvScales(None if scales.channel_GK is None else scales.channel_GK.to(device), scales.static)
+    q_THK, got = written(run, paged, qkv_TX, place_T2, tables, on_device)
+    expected_THK, expected = written(rope_kv_write_ref, paged, qkv_TX, place_T2, tables, scales)
+    assert torch.equal(got.pool, expected.pool), f"{int((got.pool != expected.pool).sum())} bytes differ"
+    assert torch.equal(q_THK, expected_THK)
+    if scales.static:
+        held = got.stored(place_T2, 1)
+        given = torch.tensor(scales.static).clamp(max=65504.0).half()
+        assert (held.key_scale_XG == given[0]).all()
+        assert (held.value_scale_XG == given[1]).all()
+
+
+def written(
+    run: Write,
+    paged: Paged,
+    qkv_TX: Tensor,
+    place_T2: Tensor,
+    tables: tuple[Tensor, Tensor],
+    scales: KvScales,
+) -> tuple[Tensor, Paged]:
+    device = DEVICE if run is rope_kv_write_triton else "cpu"
+    paged = paged.to(device)
+    step = paged.step(place_T2, triton=run is rope_kv_write_triton)
+    q_THK = run(qkv_TX.to(device), *(t.to(device) for t in tables), paged.pool, step, 1, scales)
+    return q_THK.cpu(), paged.to("cpu")
+
+
+@pytest.mark.parametrize("run", PATHS)
+def test_channel_scales_keep_scores_and_tame_an_outlier(run: Write):
+    """A channel 30 times as large as the others takes all codes of int4; divided by its size, scores are right again."""
+    generator = torch.Generator().manual_seed(10)
+    place_T2, tables = places((0, 0, 24)), rope_tables(24, 16)
+    qkv_TX = torch.randn(24, 3 * G * 16, generator=generator)
+    qkv_TX.view(24, 3 * G, 16)[:, G : 2 * G, [5, 13]] *= (
+        30.0  # a pair: rotation keeps it apart from the others
+    )
+    scale_GK = torch.ones(G, 16)
+    scale_GK[:, [5, 13]] = 30.0
+
+    def scores(fmt: str, scales: KvScales) -> Tensor:
+        paged = Paged.make(KvLayout(fmt, G, 16), (24,), torch.Generator().manual_seed(11))
+        q_THK, after = written(run, paged, qkv_TX, place_T2, tables, scales)
+        blocks = after.block_table_BN[0].tolist()
+        key, _ = read_kv(after.pool, after.layout, after.slab_table_SL, blocks, 1)
+        return torch.einsum("tgk,sgk->gts", q_THK, key[:24])
+
+    scaled = KvScales(scale_GK.to(DEVICE if run is rope_kv_write_triton else "cpu"))
+    exact = scores("fp32", KvScales())
+    torch.testing.assert_close(scores("fp32", scaled), exact, rtol=1e-5, atol=1e-4)
+    # what the outlier itself loses stays, relative to it, so the rest is looked at: q without the outlying channels
+    qkv_TX.view(24, 3 * G, 16)[:, :G, [5, 13]] = 0.0
+    exact = scores("fp32", KvScales())
+    plain, tamed = (float((scores("int4", s) - exact).square().mean()) for s in (KvScales(), scaled))
+    assert tamed < plain / 20, f"{plain=} {tamed=}"
+
+
+@pytest.mark.parametrize("count", [1, 4, 20], ids=["single", "as-many-lines-as-rows", "tile"])
+def test_a_padding_line_writes_nothing(count: int):
+    """As a captured launch has them: no lanes, and a block id that leads nowhere."""
+    paged = Paged.make(KvLayout("int4", G, 16), (40, 40), torch.Generator().manual_seed(12)).to(DEVICE)
+    place_T2 = places((0, 3, 1), (1, 5, count))
+    qkv_TX = torch.randn(len(place_T2), (H + 2 * G) * 16).to(DEVICE)
+    tables = tuple(t.to(DEVICE) for t in rope_tables(40, 16))
+    pools, steps = [], [paged.step(place_T2, triton=True)]
+    nothing = torch.tensor([[2**30, 0, 0, 0]] * 3, dtype=torch.int32, device=DEVICE)
+    work = steps[0].work
+    steps.append(replace(steps[0], work=work._replace(touch_X4=torch.cat((work.touch_X4, nothing)))))
+    for step in steps:
+        pools.append(paged.pool.clone())
+        rope_kv_write_triton(qkv_TX, *tables, pools[-1], step, 1)
+    assert torch.equal(*pools)
