@@ -36,7 +36,11 @@ FUSED_ROWS = 8  # fewer rows of many pieces keep too few programs busy when each
 
 
 def attention_triton(
-    query: Query, step: KvStep, quant: torch.dtype | None, config: AttnDecodeConfig | None = None
+    query: Query,
+    step: KvStep,
+    quant: torch.dtype | None,
+    config: AttnDecodeConfig | None = None,
+    fp8_prefill: bool = False,
 ) -> Tensor | QuantRows:
     q_THK, work = query.q_THK, step.work
     assert work is not None, "this KvStep was built for a CPU"
@@ -54,7 +58,7 @@ def attention_triton(
         if work.num_split:
             attn_merge(out_THK, parts, step)
     if len(work.chunk_X4):
-        attn_prefill(out_THK, q_THK, query.pool, step, query.layer, query.scale)
+        attn_prefill(out_THK, q_THK, query.pool, step, query.layer, query.scale, fp8=fp8_prefill)
     return out_THK if quant is None else quant_rows(out_THK.flatten(1), quant)
 
 
@@ -71,6 +75,7 @@ def attention(
     scale: float,
     quant: Quant,
     int8_qk: bool = False,
+    fp8_prefill: bool = False,
 ) -> Tensor | QuantRows: ...
 
 
@@ -82,9 +87,11 @@ def attention(
     scale: float,
     quant: Quant = None,
     int8_qk: bool = False,
+    fp8_prefill: bool = False,
 ) -> Tensor | QuantRows:
     """o_THK, or its rows' codes with `quant` (int8 or fp8).  The step says whether it is deterministic, and which path
-    it was built for.  `int8_qk`: on a GPU, decodes over int8 and 4 bit keys take queries of 8 bits instead of 16."""
+    it was built for.  `int8_qk`: on a GPU, decodes over int8 and 4 bit keys take queries of 8 bits instead of 16.
+    `fp8_prefill`: there, chunks over fp8 keys and values are multiplied in fp8 (prefill_fp8)."""
     lay = step.layout
     assert q_THK.is_contiguous(), f"{q_THK.stride()=}"
     assert len(q_THK) == step.num_tokens, f"{q_THK.shape=} {step.num_tokens=}"
@@ -92,7 +99,8 @@ def attention(
     assert q_THK.shape[2] == lay.head_dim, f"{q_THK.shape=} {lay=}"
     dtype = code_dtype(quant)
     if step.work is not None:
-        return attention_triton(Query(q_THK, pool, layer, scale, 1 if int8_qk else 2), step, dtype)
+        query = Query(q_THK, pool, layer, scale, 1 if int8_qk else 2)
+        return attention_triton(query, step, dtype, fp8_prefill=fp8_prefill)
     out_THK = attn_cpu(q_THK, pool, step, layer, scale)
     return out_THK if dtype is None else quant_rows(out_THK.flatten(1), dtype)
 

@@ -27,6 +27,7 @@ from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
 from kernels.kv_work import CHUNK_TOKENS, chunk_items, scratch_tables
 from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
+from kernels.prefill_fp8 import prefill_fp8, takes_fp8
 from kernels.prefill_tile import (
     TL_DTYPES,
     UNIT_BYTES,
@@ -153,8 +154,13 @@ def attn_prefill(
     layer: int,
     scale: float,
     config: AttnPrefillConfig | None = None,
+    fp8: bool = False,
 ) -> None:
-    """Writes the rows of `out_THK` that belong to chunks."""
+    """Writes the rows of `out_THK` that belong to chunks.  `fp8`: over an fp8 pool, multiply in fp8 where there is a
+    kernel for it: queries and probabilities are rounded to e4m3 then."""
+    if fp8 and takes_fp8(gpu_facts(q_THK.device), step.layout):
+        prefill_fp8(out_THK, q_THK, pool, step, layer, scale)
+        return
     _, H, K = q_THK.shape
     keys = _keys(pool, step, layer, q_THK.dtype)
     lay, G = keys.layout, keys.layout.num_kv_heads
@@ -237,10 +243,10 @@ def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
     rope_kv_write_cpu(qkv_TX, one_MK, torch.zeros_like(one_MK), paged.pool, step, 1)
     place_T2 = places(*_spans(c))
     q_THK = torch.randn(len(place_T2), c["H"], c["K"], generator=generator).to(c.dtype)
-    return q_THK, place_T2, paged, c["K"] ** -0.5
+    return q_THK, place_T2, paged, c["K"] ** -0.5, c.dims.get("fp8", False)
 
 
-def _prepare(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> tuple[Any, ...]:
+def _prepare(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float, fp8: bool) -> tuple[Any, ...]:
     """A step whose every span is a chunk, however short: serving gives those to the decode kernel."""
     paged = paged.to(q_THK.device)
     step = paged.step(place_T2, triton=True, heads_per_kv=q_THK.shape[1] // paged.layout.num_kv_heads)
@@ -248,18 +254,23 @@ def _prepare(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> tup
     tables = (chunk_items(step.spans, every), *scratch_tables(paged.layout, step.spans, every))
     chunk_X4, *scratch = (torch.from_numpy(t).int().to(q_THK.device) for t in tables)
     work = step.work._replace(chunk_X4=chunk_X4, scratch_X2=scratch[0], scratch_BN=scratch[1])
-    return q_THK, paged.pool, replace(step, work=work), scale
+    return q_THK, paged.pool, replace(step, work=work), scale, fp8
 
 
 def _run(
-    q_THK: Tensor, pool: Tensor, step: KvStep, scale: float, config: AttnPrefillConfig | None = None
+    q_THK: Tensor,
+    pool: Tensor,
+    step: KvStep,
+    scale: float,
+    fp8: bool,
+    config: AttnPrefillConfig | None = None,
 ) -> Tensor:
     out_THK = torch.empty_like(q_THK)
-    attn_prefill(out_THK, q_THK, pool, step, 1, scale, config)
+    attn_prefill(out_THK, q_THK, pool, step, 1, scale, config, fp8)
     return out_THK
 
 
-def _ref(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float) -> Tensor:
+def _ref(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float, fp8: bool) -> Tensor:
     return attention_ref(q_THK, paged.pool, paged.step(place_T2, triton=False), 1, scale)
 
 
@@ -285,15 +296,19 @@ def _candidates(c: Case, gpu: GpuFacts) -> Iterator[AttnPrefillConfig]:
 
 def _serving(shape: ModelShape) -> tuple[Case, ...]:
     H, G, K = shape.H, shape.G, shape.K
-    sizes = ((1024, 0), (8192, 0), (2048, 6144))
     return tuple(
-        case(torch.bfloat16, chunk=chunk, context=context, fmt="bf16", H=H, G=G, K=K)
-        for chunk, context in sizes
+        case(torch.bfloat16, chunk=chunk, context=context, fmt=fmt, H=H, G=G, K=K, fp8=fmt == "fp8")
+        for chunk, context in ((1024, 0), (8192, 0), (2048, 6144))
+        for fmt in ("bf16", "fp8")
     )
 
 
 def _bytes_a_turn(constants: Mapping[str, Any]) -> int:
     return 2 * constants["BN"] * constants["K"] * UNIT_BYTES // constants["PER"]
+
+
+def _bytes_a_turn8(constants: Mapping[str, Any]) -> int:
+    return constants["BN"] * (2 * constants["K"] + 4)
 
 
 _CUTS = ((0, 0, 3), (1, 31, 1), (2, 100, 45), (3, 63, 66))
@@ -331,12 +346,13 @@ SPEC = KernelSpec(
         )
     ),
     benches=tuple(
-        case(torch.bfloat16, chunk=chunk, context=context, fmt="bf16", **_WIDE)
+        case(torch.bfloat16, chunk=chunk, context=context, fmt=fmt, **_WIDE, fp8=fp8)
         for chunk, context in ((1024, 0), (8192, 0), (2048, 14336))
+        for fmt, fp8 in (("bf16", False), ("fp8", True), ("fp8", False), ("int4", False))
     ),
     serving=_serving,
     config=_config,
     candidates=_candidates,
     small=lambda c: case(c.dtype, **{**c.dims, "chunk": 9, "context": 0}),
-    streams={"_attn_prefill_kernel": _bytes_a_turn},
+    streams={"_attn_prefill_kernel": _bytes_a_turn, "_prefill_fp8_kernel": _bytes_a_turn8},
 )
