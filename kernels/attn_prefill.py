@@ -62,17 +62,17 @@ class AttnPrefillConfig:
     def rule(cls, gpu: GpuFacts, block_d: int, bits: int) -> "AttnPrefillConfig":
         # all without spills, registers and programs an SM counted (docs/log.md)
         if bits == 32:  # no tensor core takes them: a thread holds more of the operands than of the result
-            return cls(16, 16, False, 4, 1)
+            return cls(32, 16, False, 4 if block_d <= 64 else 8, 1)
         if gpu.capability >= 90:
             if (
                 block_d <= 64 and gpu.capability == 90
             ):  # 128 registers: two programs on an SM overlap each other
                 return cls(128, 64, False, 8, 3)
-            return cls(128, 64, True, 8, 3) if block_d <= 128 else cls(128, 32, True, 8, 2)
+            return cls(128, 64, True, 8, 3) if block_d <= 128 else cls(128, 32, gpu.capability > 90, 8, 3)
         # products that are not asynchronous leave nothing to overlap, and keep the queries in registers
         if block_d <= 128:
-            return cls(128, 64 if block_d <= 64 else 32, False, 8, 2)
-        return cls(32, 32, False, 4, 2)
+            return cls(128, 64 if block_d <= 64 else 32, False, 8, 3)
+        return cls(32, 32, False, 4, 3)
 
 
 def padded(head_dim: int) -> int:
@@ -168,6 +168,7 @@ def attn_prefill(
     c = config or AttnPrefillConfig.pick(gpu_facts(q_THK.device), K, H // G, 8 * dtype.itemsize)
     codes = keys.pool.view(FLOAT_DTYPES[lay.fmt])
     tokens = c.block_m * G // H
+    assert tokens, f"{H // G} query heads a KV head do not fit {c}"
     parts = cdiv(CHUNK_TOKENS, tokens)
     launch(
         _attn_prefill_kernel,

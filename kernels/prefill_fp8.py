@@ -309,9 +309,9 @@ def prefill_fp8(out_THK: Tensor, q_THK: Tensor, pool: Tensor, step: KvStep, laye
         SLOT_BITS=SLOT_BITS,
         BLOCK_D=max(32, triton.next_power_of_2(K)),
         BM=128,
-        BN=32 if K > 64 or gpu.capability == 89 else 64,
+        BN=32,
         TOKENS=tokens,
         PARTS=parts,
-        STAGES=3,
+        STAGES=2 if gpu.capability == 89 else 3,
         num_warps=8,
     )
