@@ -112,32 +112,27 @@ def _write_q(
     out,
     qkv,
     channel,
-    row,
-    head,
-    lane,
-    num,
-    i_sub,
+    o_row,
+    o_head,
+    m_r,
     b_cos,
     b_sin,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
-    P: tl.constexpr,
-    BITS: tl.constexpr,
-    TILE: tl.constexpr,
     CHANNEL: tl.constexpr,
-    SINGLE: tl.constexpr,
 ):
     HALF: tl.constexpr = K // 2
-    o_row, o_head, _, m_r = _rows_of(row, head, lane, num, i_sub, H, TILE, P, BITS, SINGLE)
     o_h = tl.arange(0, padded_half(K))[None, :]
     m_x = m_r[:, None] & (o_h < HALF)
     b_x1, b_x2 = halves(qkv + (o_row * STRIDE + o_head * K)[:, None] + o_h, m_x, HALF)
     b_y1, b_y2 = turned(b_x1, b_x2, b_cos, b_sin)
     if CHANNEL:
-        o_r = tl.zeros([TILE], tl.int32)
-        b_s1, b_s2 = halves(channel + (o_r + o_head // (H // G) * K)[:, None] + o_h, m_x, HALF)
+        o_s = (
+            o_row * 0 + o_head // (H // G) * K
+        )  # a line for each row of the tile, whichever of the two varies
+        b_s1, b_s2 = halves(channel + o_s[:, None] + o_h, m_x, HALF)
         b_y1 *= b_s1
         b_y2 *= b_s2
     p_y = out + ((o_row * H + o_head) * K)[:, None] + o_h
@@ -186,8 +181,7 @@ def _write_kv(
     b_k1, b_k2 = halves(p_k, m_x, HALF)
     b_k1, b_k2 = turned(b_k1, b_k2, b_cos, b_sin)
     if CHANNEL:
-        o_r = tl.zeros([TILE], tl.int32)
-        p_s = channel + (o_r + o_head * K)[:, None] + o_h
+        p_s = channel + (o_row * 0 + o_head * K)[:, None] + o_h
         b_one = tl.full(b_k1.shape, 1.0, tl.float32)
         b_k1 *= tl.div_rn(b_one, tl.load(p_s, mask=m_x, other=1.0))
         b_k2 *= tl.div_rn(b_one, tl.load(p_s + HALF, mask=m_x, other=1.0))
@@ -316,27 +310,8 @@ def _rope_kv_write_kernel(
             )
         else:
             TILE: tl.constexpr = Q_HEADS if SINGLE else TOKENS
-            _write_q(
-                out,
-                qkv,
-                channel,
-                row,
-                head,
-                lane,
-                num,
-                i_sub,
-                b_cos,
-                b_sin,
-                STRIDE,
-                H,
-                G,
-                K,
-                P,
-                BITS,
-                TILE,
-                CHANNEL,
-                SINGLE,
-            )
+            o_row, o_head, _, m_r = _rows_of(row, head, lane, num, i_sub, H, TILE, P, BITS, SINGLE)
+            _write_q(out, qkv, channel, o_row, o_head, m_r, b_cos, b_sin, STRIDE, H, G, K, CHANNEL)
 
 
 def rope_kv_write_triton(
