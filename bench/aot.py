@@ -63,7 +63,8 @@ def spec_of(op: str) -> KernelSpec:
 def jobs_of(spec: KernelSpec, target: int, cases: Iterator[Case] | tuple[Case, ...]) -> list[Job]:
     gpu = ASSUMED[target]
     return [
-        Job(spec.name, target, spec.small(c), spec.config(c, gpu) if spec.config else None) for c in cases
+        Job(spec.name, target, spec.small(c), spec.config(c, gpu) if spec.config else None, (c.id,))
+        for c in cases
     ]
 
 

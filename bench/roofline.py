@@ -114,6 +114,14 @@ def standing(rows: list[dict[str, Any]], name: str, row: dict[str, Any]) -> floa
     return same[-1] if same else None
 
 
+def measured_rates(rows: list[dict[str, Any]], gpu: str) -> Rates | None:
+    """The ceilings that the last run on this kind of chip reached."""
+    found = [r for r in rows if r.get("bench") == "ceilings" and gpu in r["device"].lower()]
+    return (
+        Rates(found[-1]["copy"], found[-1]["bf16"], found[-1]["fp8"] or found[-1]["int8"]) if found else None
+    )
+
+
 def rows_of(args: argparse.Namespace, model: Model, name: str) -> list[dict[str, Any]]:
     chip, found = CHIPS[args.gpu], measured(args.results)
     p = Precision(args.weights, args.kv, args.head)
@@ -131,8 +139,9 @@ def rows_of(args: argparse.Namespace, model: Model, name: str) -> list[dict[str,
             "context": context,
             "tag": "simulated",
         }
-        for kind in ("datasheet", "practical"):
-            rates = getattr(chip, kind)
+        # a run's own ceilings, where there was one, are what "practical" stands for until then
+        practical = measured_rates(found, args.gpu) or chip.practical
+        for kind, rates in (("datasheet", chip.datasheet), ("practical", practical)):
             if phase == "prefill":
                 limit, tokens = prefill_limit(model, p, context, rates), context
             else:

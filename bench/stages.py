@@ -34,7 +34,8 @@ TINY = Model(ModelShape(D=256, H=4, G=2, K=64, F=512, V=512), layers=2)
 TARGET = 90
 ELEMENT_WISE = ("rmsnorm", "silu_mul", "quant_rows", "rope_kv_write", "kv_dequant", "sample", "linear")
 MATMUL = ("gemm_w4a8", "gemm_w8a8", "w4_to_w8")
-FP8_FROM = 89
+# sequences and their context, or their prompt
+LOADS = [(1, 1024), (16, 1024), (64, 1024)]
 
 
 @dataclass
@@ -214,7 +215,7 @@ def cell_rows(shop: Workshop, deadline: float, name: str, cell: Cell) -> Rows:
         }
         return
     model = TINY if shop.dry else MODELS[name]
-    loads = [(1, 32), (3, 32)] if shop.dry else [(1, 1024), (16, 1024), (64, 1024)]
+    loads = [(1, 32), (3, 32)] if shop.dry else LOADS
     lengths = [48] if shop.dry else [2048, 8192]
     with compiling(shop):
         yield from whole_model.decode_rows(name, model, cell, loads, shop.watch, shop.top)
@@ -222,10 +223,13 @@ def cell_rows(shop: Workshop, deadline: float, name: str, cell: Cell) -> Rows:
 
 
 def hf_rows(shop: Workshop, deadline: float, name: str) -> Rows:
-    if shop.dry:
-        yield from whole_model.hf_rows(name, TINY, [1], prompt=4, new=3, watch=shop.watch)
-    else:
-        yield from whole_model.hf_rows(name, MODELS[name], [1, 16, 64], prompt=1024, new=33, watch=shop.watch)
+    model, loads, new = (TINY, [(1, 4)], 3) if shop.dry else (MODELS[name], LOADS, 33)
+    yield from whole_model.hf_rows(name, model, loads, new, shop.device)
+
+
+def engine_rows(shop: Workshop, deadline: float, name: str) -> Rows:
+    model, loads, new = (TINY, [(2, 4)], 3) if shop.dry else (MODELS[name], LOADS, 33)
+    yield from whole_model.engine_rows(name, model, loads, new, shop.device)
 
 
 def whole() -> list[Item]:
@@ -247,6 +251,7 @@ def whole() -> list[Item]:
         *first,
         *cells(small, CELLS),
         transformers(small),
+        Item("whole-model", f"{small} engine", partial(engine_rows, name=small), "engine"),
         *cells(large, MORE_CELLS),
         *cells(small, MORE_CELLS),
     ]

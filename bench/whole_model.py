@@ -6,6 +6,7 @@ CUDA graph (embedding to argmax); what the scheduler around it costs is bench.of
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.roofline import Precision, decode_limit, prefill_limit
+from bench.roofline import Precision, decode_limit, kv_token_bytes, prefill_limit
 from bench.shapes import Model, Rates
 from bench.timing import Ceilings, Stopwatch
 from kernels.gemm_w4a8 import prepare_w4a8, prepare_w4a8_progressive, quantize_progressive
@@ -23,6 +24,7 @@ from kernels.kv_case import Paged, places
 from kernels.kv_layout import SLOT_BITS, KvLayout
 from kernels.linear import prepare_linear
 from kernels.quant_rows import quant_rows
+from minserve import LLM, SamplingParams
 from minserve.linear import Linear, Prepared
 from minserve.model_config import LlamaConfig
 from minserve.models import Llama, build_llama
@@ -33,6 +35,7 @@ from quant.scheme import Scheme
 GROUP = 128
 SLOTS = 64  # blocks of a slab set
 FILL_TOKENS = 8192  # of context written at once
+POOL_FLOOR = 64 << 20  # for sets that are only begun
 
 
 class Cell(NamedTuple):
@@ -246,21 +249,61 @@ def prefill_rows(
         yield {"model": name, **row, "low_ms": timing.low_us / 1e3, "high_ms": timing.high_us / 1e3}
 
 
+def random_hf(model: Model, positions: int, device: torch.device) -> Any:
+    """transformers' model of this shape in bf16, made on the device."""
+    import transformers  # seconds to import: only where it is compared with
+
+    transformers.logging.set_verbosity_error()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            config = transformers.LlamaConfig(**hf_config(model, positions))
+            return transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def decode_ms(run: Callable[[int], object], new: int) -> tuple[float, float]:
+    """Milliseconds to the first token, and of every one after it."""
+    clock = Stopwatch(torch.device("cpu"), budget_s=0.0)  # the wall: a run blocks until its tokens are there
+    first, whole = (clock.time(partial(run, n)).us / 1e3 for n in (1, new))
+    return first, (whole - first) / (new - 1)
+
+
+def engine_rows(
+    name: str, model: Model, loads: list[tuple[int, int]], new: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The whole engine on a random checkpoint: scheduler, sampling and graphs as they serve."""
+    batch, prompt = max(b for b, _ in loads), max(p for _, p in loads)
+    with tempfile.TemporaryDirectory() as folder:
+        random_hf(model, prompt + new + 1, device).save_pretrained(folder)
+        for weights, kv in (("none", "auto"), ("w8a8-int8", "int8"), ("w4a8-int8", "int4")):
+            cell = Cell("bf16" if weights == "none" else weights, "bf16" if kv == "auto" else kv)
+            room = batch * (prompt + new) * kv_token_bytes(model, cell.kv)
+            keys = {"quantization": weights, "kv_dtype": kv, "max_model_len": prompt + new + 1}
+            with LLM(
+                folder, device=str(device), dtype="bf16", pool_bytes=int(1.5 * room) + POOL_FLOOR, **keys
+            ) as llm:
+                for load in loads:
+                    ids_BT = torch.randint(2, model.shape.V, load).tolist()
+                    first, ms = decode_ms(partial(_generate, llm, ids_BT), new)
+                    row = step_row(cell, "decode", load, ms, 0.0)
+                    yield {"model": name, **row, "arm": "minserve engine", "prefill_ms": round(first, 3)}
+
+
+def _generate(llm: LLM, prompts: list[list[int]], count: int) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    made = llm.generate(prompts, params, use_tqdm=False)
+    assert all(len(o.outputs[0].token_ids) == count for o in made), "minserve stopped early"
+
+
 def hf_rows(
-    name: str, model: Model, batches: list[int], prompt: int, new: int, watch: Stopwatch
+    name: str, model: Model, loads: list[tuple[int, int]], new: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """transformers in bf16: `generate`, and its continuous batching, as milliseconds of one decode step."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    device = watch.device
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            config = transformers.LlamaConfig(**hf_config(model, prompt + new + 1))
-            llama = transformers.LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    llama = random_hf(model, max(p for _, p in loads) + new + 1, device)
 
     def generate(ids_BT: Tensor, count: int) -> None:
         llama.generate(
@@ -284,12 +327,10 @@ def hf_rows(
     arms = {"transformers generate": generate}
     if device.type == "cuda":
         arms["transformers continuous"] = continuous
-    clock = Stopwatch(torch.device("cpu"), budget_s=0.0)  # the wall: these block until their tokens are there
-    for batch in batches:
-        ids_BT = torch.randint(2, model.shape.V, (batch, prompt), device=device)
+    for load in loads:
+        ids_BT = torch.randint(2, model.shape.V, load, device=device)
         for arm, run in arms.items():
             with torch.inference_mode():
-                first, whole = (clock.time(partial(run, ids_BT, n)).us / 1e3 for n in (1, new))
-            ms = (whole - first) / (new - 1)
-            row = step_row(Cell("bf16", "bf16"), "decode", (batch, prompt), ms, 0.0)
+                first, ms = decode_ms(partial(run, ids_BT), new)
+            row = step_row(Cell("bf16", "bf16"), "decode", load, ms, 0.0)
             yield {"model": name, **row, "arm": arm, "prefill_ms": round(first, 3)}
