@@ -56,7 +56,9 @@ KV_DTYPE = choice(
     float16="fp16",
     half="fp16",
 )
-QUANTIZATION = choice("auto", "none", "w8a8-int8", "w4a8-int8", w8a8="w8a8-int8", w4a8="w4a8-int8")
+QUANTIZATION = choice(
+    "auto", "none", "w8a8-int8", "w8a8-fp8", "w4a8-int8", "w4a8-fp8", w8a8="w8a8-int8", w4a8="w4a8-int8"
+)
 LM_HEAD = choice("auto", "int8", "fp8")
 DEVICE = text(r"auto|cpu|cuda:[0-9]{1,2}", "one of auto, cpu, cuda:0, cuda:1, ...")
 

@@ -23,8 +23,7 @@ from kernels.linear import prepare_linear
 from kernels.quant_rows import quant_rows
 from minserve.checkpoint import Checkpoint, listed
 from minserve.linear import Linear, Prepared
-from quant.formats import compressed_tensors
-from quant.formats.ct_config import read_config
+from quant.formats.catalog import PLAIN, recognise
 from quant.rtn import quantize
 from quant.scheme import ONLINE, QuantWeight, fuse
 
@@ -101,8 +100,8 @@ class WeightSource:
             )
         self.quantization, self.lm_head = quantization, lm_head
         self.report = LoadReport()
-        self._config = read_config(quantization_config)
         self._checkpoint = Checkpoint(folder)
+        self._reader = recognise(self._checkpoint.infos, quantization_config)
         self._left = dict.fromkeys(self._checkpoint)
         show = sys.stderr.isatty() if progress is None else progress
         self._bar = tqdm(
@@ -200,7 +199,7 @@ class WeightSource:
         value = self._take(name)
         if value.shape != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, got {list(value.shape)}")
-        if value.dtype not in compressed_tensors.PLAIN:
+        if value.dtype not in PLAIN:
             raise ValueError(f"{name} must be a float tensor, got {value.dtype}")
         out = value.to(self.device, self.dtype, copy=True)
         # fp16 ends at 65504: a bf16 checkpoint may not fit, and would answer NaN
@@ -214,19 +213,16 @@ class WeightSource:
         self, module: str, in_features: int, out_features: int, online: bool = True
     ) -> Tensor | QuantWeight:
         """One module's weight, as stored or quantized here."""
-        infos = self._checkpoint.infos
-        suffixes = [s for s in compressed_tensors.SUFFIXES if f"{module}.{s}" in infos]
-        if not compressed_tensors.is_quantized({s: infos[f"{module}.{s}"].dtype for s in suffixes}):
+        suffixes = self._reader.fields(module, self._checkpoint.infos)
+        if not suffixes:
             plain = self._plain(f"{module}.weight", (out_features, in_features))
             if not online or self.quantization in AS_STORED:
                 return plain
             return quantize(plain, ONLINE[self.quantization].fit(in_features))
         fields = {s: self._take(f"{module}.{s}") for s in suffixes}
-        weight = compressed_tensors.load(module, fields, out_features, in_features, self._config)
+        weight = self._reader.load(module, fields, out_features, in_features)
         self._check_stored(module, weight)
-        zero = None if weight.zero_NQ is None else weight.zero_NQ.to(self.device, copy=True)
-        codes, scale = weight.codes_NK.to(self.device, copy=True), weight.scale_NQ.to(self.device, copy=True)
-        return QuantWeight(weight.scheme, codes, scale, zero)
+        return weight.to(self.device)
 
     def _check_stored(self, module: str, weight: QuantWeight) -> None:
         wanted = ONLINE[self.quantization].name if self.quantization in ONLINE else self.quantization
@@ -248,7 +244,9 @@ class WeightSource:
             prepared = prepare_w8a8(weight.codes_NK, weight.scale_NQ[:, 0].contiguous(), bias)
             scheme, kernel = str(weight.scheme), "gemm_w8a8"
         else:
-            prepared = prepare_w4a8(weight.codes_NK, weight.scale_NQ, weight.zero_NQ, bias)
+            rows = weight.scheme.activations
+            kind = "fp8" if rows is not None and rows.dtype == "fp8" else None
+            prepared = prepare_w4a8(weight.codes_NK, weight.scale_NQ, weight.zero_NQ, bias, kind=kind)
             scheme, kernel = str(weight.scheme), "gemm_w4a8"
         if isinstance(prepared, W4Weight) and prepared.bits_stored != 4:
             note = f"int4 weights are unpacked to int{prepared.bits_stored} on the {self.device.type.upper()}"

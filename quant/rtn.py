@@ -1,15 +1,16 @@
 """Round to nearest: a matrix and a scheme in, a QuantWeight out; no data, no search.
 
 Symmetric int8 divides by 127, so that the row maximum meets the last code.  Symmetric int4 divides by 7.5 and clamps
-to [-8, 7]: half a step of clipping at one end buys 7 % finer steps everywhere, 0.5 dB at group 128.
+to [-8, 7]: half a step of clipping at one end buys 7 % finer steps everywhere, 0.5 dB at group 128.  e4m3 divides by 448.
 """
 
 import torch
 from torch import Tensor
 
-from quant.scheme import QuantWeight, Scheme
+from quant.scheme import FP8, QuantWeight, Scheme
 
 SYMMETRIC_DIVISOR = {4: 7.5, 8: 127.0}
+FP8_MAX = 448.0
 
 
 def quantize(w_NK: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> QuantWeight:
@@ -22,6 +23,11 @@ def quantize(w_NK: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.floa
     if not bool(torch.isfinite(low_NQ).all() & torch.isfinite(high_NQ).all()):
         raise ValueError("weights must be finite to be quantized")
     zero_NQ = None
+    if scheme.values == "fp8":
+        assert not scheme.block, f"block scales are read from files, not made: {scheme}"
+        scale_NQ = _storable(torch.maximum(high_NQ, -low_NQ) / FP8_MAX, scale_dtype)
+        codes_NQg = (w_NQg / scale_NQ[..., None]).clamp_(-FP8_MAX, FP8_MAX)
+        return QuantWeight(scheme, codes_NQg.to(FP8).view(N, K), scale_NQ)
     if scheme.symmetric:
         scale_NQ = _storable(torch.maximum(high_NQ, -low_NQ) / SYMMETRIC_DIVISOR[scheme.bits], scale_dtype)
     else:

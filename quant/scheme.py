@@ -1,36 +1,94 @@
 """Scheme and QuantWeight: one canonical form between every checkpoint format and every kernel packing.
 
-Codes are signed int8, one a weight, in the order of the columns; 4-bit codes are -8..7.  W = (codes - zero) * scale.
-Q groups a row, each of in_features / Q neighbouring columns; a scale per channel is Q = 1, per tensor too (repeated).
-Activations are always int8, one scale a token, computed at run time.
+Codes are one byte a weight, [N, K] in the order of the columns: int8 (4-bit codes are -8..7) or e4m3.
+W = (codes - zero) * scale, or for progressive weights W = (codes * step - offset) * scale with integers inside.
+Q groups a row, each of K / Q neighbouring columns; a scale per channel is Q = 1, per tensor too (repeated);
+block scales are one for 128 x 128 weights.  `activations` says what the rows are rounded to; None leaves them alone.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
 GROUP_SIZES = (128, 64, 32, 16)  # the best first: what a column count may be cut in
+BLOCK = 128  # rows and columns of a block scale, and the columns of its activations' scale
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """`dynamic`: a scale a token, made at run time; else one stored scale for all tokens.
+
+    Symmetric, or (int8 alone) with a zero point that goes the way of the scale.  `block`: a scale a token and 128
+    columns, which only block-scaled fp8 weights have.
+    """
+
+    dtype: str = "int8"
+    dynamic: bool = True
+    symmetric: bool = True
+    block: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("int8", "fp8"):
+            raise ValueError(f"activations must be int8 or fp8, got {self.dtype!r}")
+        if self.dtype == "fp8" and not self.symmetric:
+            raise ValueError("fp8 activations must be symmetric")
+        if self.block and (self.dtype != "fp8" or not self.dynamic):
+            raise ValueError(f"a scale for 128 columns is for dynamic fp8 activations, got {self}")
+
+    def __str__(self) -> str:
+        kind = f"{'dynamic' if self.dynamic else 'static'} {self.dtype}"
+        return (
+            kind
+            + ("" if self.symmetric else " with zero points")
+            + (f" by {BLOCK} columns" if self.block else "")
+        )
+
+
+INT8_ROWS, FP8_ROWS = Activations("int8"), Activations("fp8")
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """`group_size` None means one scale a channel (output row)."""
+    """`group_size` None means one scale a channel (output row), or one a block where `block`."""
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+    activations: Activations | None = INT8_ROWS
+    values: str = "int"  # or fp8
+    block: bool = False
+    progressive: bool = False  # QoQ: integer steps in groups under one scale a channel
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+        if self.values not in ("int", "fp8"):
+            raise ValueError(f"values must be int or fp8, got {self.values!r}")
         if self.bits == 8 and (self.group_size is not None or not self.symmetric):
             raise ValueError(f"8-bit weights must be symmetric with one scale a channel, got {self}")
+        if self.values == "fp8" and self.bits != 8:
+            raise ValueError(f"fp8 weights have 8 bits, got {self.bits}")
+        if self.block and self.values != "fp8":
+            raise ValueError(f"block scales are for fp8 weights, got {self}")
+        if self.progressive and (self.bits != 4 or self.group_size is None):
+            raise ValueError(f"progressive weights have 4 bits and groups, got {self}")
+        rows = self.activations
+        if rows and self.bits == 8 and (rows.dtype == "fp8") != (self.values == "fp8"):
+            raise ValueError(f"8-bit weights and activations must be of one kind, got {self}")
+        if self.block and (rows is not None) and not rows.block:
+            raise ValueError(
+                f"block-scaled weights need activations with a scale for 128 columns, got {self}"
+            )
 
     @property
     def name(self) -> str:
-        return f"w{self.bits}a8-int8"
+        """What `quantization` calls it."""
+        if self.activations is None:
+            return f"w{self.bits}a16"
+        return f"w{self.bits}a8-{self.activations.dtype}"
 
     @property
     def low(self) -> int:
@@ -45,60 +103,134 @@ class Scheme:
         if self.group_size is None or in_features % self.group_size == 0:
             return self
         smaller = [g for g in GROUP_SIZES if g < self.group_size and in_features % g == 0]
-        return Scheme(self.bits, smaller[0] if smaller else None, self.symmetric)
+        if not smaller and self.progressive:
+            raise ValueError(
+                f"progressive weights need groups, but none of {GROUP_SIZES} divides {in_features}"
+            )
+        return replace(self, group_size=smaller[0] if smaller else None)
 
     def __str__(self) -> str:
         grain = "channel" if self.group_size is None else f"group {self.group_size}"
-        return f"{self.name} ({grain}, {'symmetric' if self.symmetric else 'zero points'})"
+        if self.block:
+            grain = f"block {BLOCK}x{BLOCK}"
+        words = [grain, "symmetric" if self.symmetric else "zero points"]
+        words += ["progressive"] * self.progressive
+        if self.activations not in (None, INT8_ROWS, FP8_ROWS):
+            words.append(f"rows {self.activations}")
+        return f"{self.name} ({', '.join(words)})"
 
 
 ONLINE = {
     "w8a8-int8": Scheme(8),
     "w8a8": Scheme(8),
+    "w8a8-fp8": Scheme(8, activations=FP8_ROWS, values="fp8"),
     "w4a8-int8": Scheme(4, 128),
     "w4a8": Scheme(4, 128),
+    "w4a8-fp8": Scheme(4, 128, activations=FP8_ROWS),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class QuantWeight:
-    """One quantized matrix.  `zero_NQ` is None exactly when the scheme is symmetric."""
+    """One quantized matrix.  `zero_NQ` is given exactly when the scheme is neither symmetric nor progressive.
+
+    Progressive: `step_NQ` and `offset_NQ`, and scale [N, 1].  Block scales: [ceil(N / 128), ceil(K / 128)].
+    `order_K`: the columns are those of x[:, order_K] (activation order).  Static activations bring `input_scale`,
+    and `input_zero` where they are not symmetric: x = (code - zero) * scale.
+    """
 
     scheme: Scheme
-    codes_NK: Tensor  # int8
+    codes_NK: Tensor  # int8, or e4m3
     scale_NQ: Tensor  # float32
     zero_NQ: Tensor | None = None  # int8, in the range of the codes
+    step_NQ: Tensor | None = None  # int8, 0..17
+    offset_NQ: Tensor | None = None  # int16: codes * step - offset is an int8
+    order_K: Tensor | None = None  # int64, a permutation
+    input_scale: float | None = None
+    input_zero: int | None = None
 
     @property
     def num_groups(self) -> int:
-        return self.scale_NQ.shape[1]
+        """Groups of columns that share a scale (or a step)."""
+        return (self.scale_NQ if self.step_NQ is None else self.step_NQ).shape[1]
 
     def check(self) -> "QuantWeight":
         """Raises ValueError unless shapes, types and ranges are canonical; returns self."""
-        (N, K), Q = self.codes_NK.shape, self.scale_NQ.shape[-1]
-        groups = 1 if self.scheme.group_size is None else K // self.scheme.group_size
-        if self.codes_NK.dtype != torch.int8 or self.scale_NQ.dtype != torch.float32:
+        K = self.codes_NK.shape[1]
+        stored = FP8 if self.scheme.values == "fp8" else torch.int8
+        if self.codes_NK.dtype != stored or self.scale_NQ.dtype != torch.float32:
             raise ValueError(
-                f"codes must be int8 and scales float32, got {self.codes_NK.dtype}, {self.scale_NQ.dtype}"
+                f"codes must be {stored} and scales float32, got {self.codes_NK.dtype}, {self.scale_NQ.dtype}"
             )
-        if self.scale_NQ.shape != (N, groups) or K % Q:
-            raise ValueError(
-                f"scales must be [{N}, {groups}] for {self.scheme}, got {list(self.scale_NQ.shape)}"
-            )
+        if list(self.scale_NQ.shape) != (want := self._scale_shape()):
+            raise ValueError(f"scales must be {want} for {self.scheme}, got {list(self.scale_NQ.shape)}")
         if not bool(torch.isfinite(self.scale_NQ).all()) or bool((self.scale_NQ < 0).any()):
             raise ValueError("scales must be finite and not negative")
+        if stored == FP8 and bool(self.codes_NK.float().isnan().any()):
+            raise ValueError("fp8 weights must be finite")
         self._check_range("codes", self.codes_NK)
-        if (self.zero_NQ is None) != self.scheme.symmetric:
-            raise ValueError(
-                f"zero points must be {'absent' if self.scheme.symmetric else 'given'} for {self.scheme}"
-            )
+        self._check_zeros()
+        self._check_steps()
+        if self.order_K is not None and not torch.equal(
+            self.order_K.sort().values, torch.arange(K, device=self.order_K.device)
+        ):
+            raise ValueError(f"the order of the columns must be a permutation of {K}")
+        self._check_inputs()
+        return self
+
+    def _scale_shape(self) -> list[int]:
+        N, K = self.codes_NK.shape
+        if self.scheme.block:
+            return [-(-N // BLOCK), -(-K // BLOCK)]
+        group = self.scheme.group_size
+        if group is not None and K % group:
+            raise ValueError(f"{K} columns do not divide into groups of {group}")
+        return [N, 1 if group is None or self.scheme.progressive else K // group]
+
+    def _check_zeros(self) -> None:
+        wanted = not (self.scheme.symmetric or self.scheme.progressive)
+        if (self.zero_NQ is not None) != wanted:
+            raise ValueError(f"zero points must be {'given' if wanted else 'absent'} for {self.scheme}")
         if self.zero_NQ is not None:
             if self.zero_NQ.dtype != torch.int8 or self.zero_NQ.shape != self.scale_NQ.shape:
                 raise ValueError(
                     f"zero points must be int8 {list(self.scale_NQ.shape)}, got {self.zero_NQ.dtype} {list(self.zero_NQ.shape)}"
                 )
             self._check_range("zero points", self.zero_NQ)
-        return self
+
+    def _check_steps(self) -> None:
+        if (self.step_NQ is not None) != self.scheme.progressive or (self.offset_NQ is not None) != (
+            self.step_NQ is not None
+        ):
+            raise ValueError(f"steps and offsets belong to progressive weights, and are {self.scheme}")
+        if self.step_NQ is None or self.offset_NQ is None:
+            return
+        N, K = self.codes_NK.shape
+        assert self.scheme.group_size is not None, f"{self.scheme}"
+        if list(self.step_NQ.shape) != [N, K // self.scheme.group_size]:
+            raise ValueError(
+                f"steps must be {[N, K // self.scheme.group_size]}, got {list(self.step_NQ.shape)}"
+            )
+        values = self.integers()
+        if int(values.min()) < -128 or int(values.max()) > 127:
+            raise ValueError(
+                f"code * step - offset must be an int8, got {int(values.min())} to {int(values.max())}"
+            )
+
+    def _check_inputs(self) -> None:
+        rows = self.scheme.activations
+        static = rows is not None and not rows.dynamic
+        if (self.input_scale is not None) != static:
+            raise ValueError(
+                f"an input scale must be {'given' if static else 'absent'} for {self.scheme}, got {self.input_scale}"
+            )
+        if self.input_scale is not None and not 0 < self.input_scale < float("inf"):
+            raise ValueError(f"the input scale must be finite and above 0, got {self.input_scale}")
+        with_zero = static and rows is not None and not rows.symmetric
+        if (self.input_zero is not None) != with_zero:
+            raise ValueError(f"an input zero point must be {'given' if with_zero else 'absent'}")
+        if self.input_zero is not None and not -128 <= self.input_zero <= 127:
+            raise ValueError(f"the input zero point must be an int8, got {self.input_zero}")
 
     def _check_range(self, what: str, values: Tensor) -> None:
         if self.scheme.bits == 8 or not values.numel():
@@ -109,24 +241,71 @@ class QuantWeight:
                 f"4-bit {what} must be in [{self.scheme.low}, {self.scheme.high}], got {low} to {high}"
             )
 
+    def integers(self) -> Tensor:
+        """What the codes of a progressive weight stand for under its scale of a channel: int32 [N, K]."""
+        assert self.step_NQ is not None, f"{self.scheme}"
+        assert self.offset_NQ is not None, f"{self.scheme}"
+        codes_NQg = self.codes_NK.view(len(self.codes_NK), self.num_groups, -1).int()
+        values = codes_NQg * self.step_NQ[..., None].int() - self.offset_NQ[..., None].int()
+        return values.view(self.codes_NK.shape)
+
     def dequantize(self) -> Tensor:
-        """W_NK in float32."""
+        """W_NK in float32, its columns in the order of x (whatever `order_K` is)."""
+        w_NK = self._values()
+        if self.order_K is None:
+            return w_NK
+        out_NK = torch.empty_like(w_NK)
+        out_NK[:, self.order_K] = w_NK
+        return out_NK
+
+    def _values(self) -> Tensor:
         N, K = self.codes_NK.shape
-        codes_NQg = self.codes_NK.view(N, self.num_groups, -1).float()
+        if self.scheme.block:
+            scale_NK = self.scale_NQ.repeat_interleave(BLOCK, 0)[:N].repeat_interleave(BLOCK, 1)[:, :K]
+            return self.codes_NK.float() * scale_NK
+        if self.scheme.progressive:
+            return self.integers().float() * self.scale_NQ
+        codes_NQg = self.codes_NK.float().view(N, self.num_groups, -1)
         if self.zero_NQ is not None:
             codes_NQg = codes_NQg - self.zero_NQ[..., None].float()
         return (codes_NQg * self.scale_NQ[..., None]).view(N, K)
 
+    def to(self, device: torch.device | str) -> "QuantWeight":
+        """A copy of its own memory on `device`."""
+        moved = {
+            name: value.to(device, copy=True)
+            for name in ("codes_NK", "scale_NQ", "zero_NQ", "step_NQ", "offset_NQ", "order_K")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
 
 def fuse(parts: Iterable[QuantWeight]) -> QuantWeight | None:
-    """The matrices stacked along their outputs, or None where their schemes differ."""
+    """The matrices stacked along their outputs, or None where they cannot be one: other schemes, orders or inputs."""
     parts = list(parts)
-    if any(p.scheme != parts[0].scheme for p in parts):
-        return None
-    zeros = [p.zero_NQ for p in parts if p.zero_NQ is not None]
-    return QuantWeight(
-        parts[0].scheme,
-        torch.cat([p.codes_NK for p in parts]),
-        torch.cat([p.scale_NQ for p in parts]),
-        torch.cat(zeros) if zeros else None,
+    first = parts[0]
+    alike = all(
+        p.scheme == first.scheme and (p.input_scale, p.input_zero) == (first.input_scale, first.input_zero)
+        for p in parts
     )
+    if not alike or not all(_same(p.order_K, first.order_K) for p in parts):
+        return None
+    if first.scheme.block and any(p.codes_NK.shape[0] % BLOCK for p in parts[:-1]):
+        return None
+
+    def joined(name: str) -> Tensor | None:
+        given = [getattr(p, name) for p in parts if getattr(p, name) is not None]
+        return torch.cat(given) if given else None
+
+    return replace(
+        first,
+        codes_NK=torch.cat([p.codes_NK.view(torch.int8) for p in parts]).view(first.codes_NK.dtype),
+        scale_NQ=torch.cat([p.scale_NQ for p in parts]),
+        zero_NQ=joined("zero_NQ"),
+        step_NQ=joined("step_NQ"),
+        offset_NQ=joined("offset_NQ"),
+    )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))

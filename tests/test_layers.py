@@ -22,7 +22,7 @@ ORDER = {
     """,
     "quant": """
         scheme pack rtn
-        formats formats.ct_config formats.compressed_tensors
+        formats formats.ct_config formats.compressed_tensors formats.catalog
     """,
     "sched": """
         step slabs blocks latency

@@ -11,37 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.formats import ct_config
 from quant.formats.ct_config import SUPPORTED, CtConfig
 from quant.pack import num_words, pack, unpack
 from quant.scheme import QuantWeight, Scheme
 
 # every tensor a writer of this format may put beside a linear layer, its bias apart
-SUFFIXES = (
+SUFFIXES: tuple[str, ...] = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
     "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
 )  # fmt: skip
-PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAME = "compressed-tensors"
+read_config = ct_config.read_config
 CONTAINERS = {"packed": "pack-quantized", "int8": "int-quantized"}
 
 
-def is_quantized(dtypes: Mapping[str, torch.dtype]) -> bool:
-    """Whether a layer's tensors, types by suffix, are anything but a float `weight` alone (or nothing at all)."""
-    return bool(set(dtypes) - {"weight"}) or dtypes.get("weight", torch.float32) not in PLAIN
+def detect(infos: Mapping[str, Any], raw: Mapping[str, Any] | None) -> bool:
+    """Where it says so itself, or in the tensor that no other format has."""
+    said = raw is not None and raw.get("quant_method") == NAME
+    return said or any(name.endswith(".weight_packed") for name in infos)
 
 
 def load(
     module: str, fields: Mapping[str, Tensor], out_features: int, in_features: int, config: CtConfig | None
 ) -> QuantWeight:
     """The layer `module` from its tensors by suffix; each of them is used, or named in the error."""
-    try:
-        return _load(module, fields, (out_features, in_features), config)
-    except ValueError as error:
-        raise ValueError(f"{module}: {error}") from error
-
-
-def _load(
-    module: str, fields: Mapping[str, Tensor], shape: tuple[int, int], config: CtConfig | None
-) -> QuantWeight:
+    shape = (out_features, in_features)
     _check_fields(fields)
     group = config.match(module) if config else None
     declared = group.scheme if group else None

@@ -179,7 +179,7 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("dtype: null"), ("models[0].dtype", "null")),
     (model("quantization: w8a8-fp8x"), ("models[0].quantization", "w8a8-fp8x", "w8a8-int8")),
     (model("quantization: w4a16"), ("models[0].quantization", "w4a16", "w4a8-int8")),
-    (model("quantization: awq"), ("models[0].quantization", "awq", "auto, none, w8a8-int8, w4a8-int8")),
+    (model("quantization: awq"), ("models[0].quantization", "awq", "auto, none, w8a8-int8, w8a8-fp8, w4a8-int8, w4a8-fp8")),
     (model("quantization: 8"), ("models[0].quantization", "8")),
     (
         model("kv_dtype: int2"),

@@ -3,19 +3,25 @@
 import copy
 import random
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant.formats.compressed_tensors import config_object, is_quantized, load, save
-from quant.formats.ct_config import read_config
+from quant.formats import compressed_tensors
+from quant.formats.catalog import Reader, recognise
+from quant.formats.compressed_tensors import config_object, save
+from quant.formats.ct_config import CtConfig, read_config
 from quant.rtn import quantize
-from quant.scheme import Scheme
+from quant.scheme import QuantWeight, Scheme
 
 N, K = 24, 64
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def load(module: str, fields: dict[str, Tensor], rows: int, columns: int, ct: CtConfig | None) -> QuantWeight:
+    return Reader(compressed_tensors, ct).load(module, fields, rows, columns)
 
 
 def config(
@@ -179,14 +185,24 @@ def test_save_and_load_agree(scheme: Scheme, container: str) -> None:
         save(quantize(torch.randn(N, K), scheme), container, torch.bfloat16)
 
 
+class Header(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...] = (N, K)
+
+
 def test_detection_is_by_tensors() -> None:
-    f, i = torch.bfloat16, torch.int8
-    assert not is_quantized({})
-    assert not is_quantized({"weight": f})
-    for dtypes in (
-        {"weight": i}, {"weight": torch.float8_e4m3fn}, {"weight": f, "weight_scale": f}, {"weight_packed": torch.int32}
-    ):  # fmt: skip
-        assert is_quantized(dtypes)
+    reader = recognise({}, None)
+    assert reader.format is compressed_tensors
+    f, i = Header(torch.bfloat16), Header(torch.int8)
+    assert not reader.fields("m", {})
+    assert not reader.fields("m", {"m.weight": f, "other.weight": i})
+    for fields in (
+        {"weight": i},
+        {"weight": Header(torch.float8_e4m3fn)},
+        {"weight": f, "weight_scale": f},
+        {"weight_packed": Header(torch.int32)},
+    ):
+        assert set(reader.fields("m", {f"m.{s}": info for s, info in fields.items()})) == set(fields)
 
 
 WEIGHT8 = {"weight": torch.zeros(N, K, dtype=torch.int8), "weight_scale": torch.ones(N, 1)}
