@@ -107,6 +107,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._flights) or self.batcher.has_work or self.runner.draining
 
+    @property
+    def has_requests(self) -> bool:
+        """Somebody still waits for tokens; without, what work there is ends by itself."""
+        return bool(self._sequences)
+
     def add(self, r: EngineRequest) -> None:
         """Queues a request.  ValueError for what can never run: the message goes to the caller."""
         if r.rid in self._sequences:
@@ -257,10 +262,15 @@ class Engine:
         self.batcher.advance(plan, 1, self._clock(), rids)
         return events
 
+    def settle(self) -> None:
+        """Lands the steps that requests left behind when they ended, and waits until their sets are back in the pool."""
+        assert not self._sequences, f"{len(self._sequences)} requests are under way"
+        while self.has_work:
+            self.step()
+
     def close(self) -> None:
         """Ends the step under way and drops all requests."""
         for rid in list(self._sequences):
             self.abort(rid)
-        while self.has_work:
-            self.step()
+        self.settle()
         self.runner.close()

@@ -176,8 +176,9 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits [T, V] on the CPU of every position of one sequence, computed as a prompt."""
         self._check_open()
-        if self.engine.has_work:
+        if self.engine.has_requests:
             raise ValueError("logits needs an idle engine: finish or abort the running requests first")
+        self.engine.settle()
         return self._local.logits(tuple(token_ids))
 
     def close(self) -> None:

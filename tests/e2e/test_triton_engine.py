@@ -81,8 +81,6 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 def gap(llm: LLM, tokens: list[int], a: int, b: int) -> float:
     """How far apart the logits of two next tokens are, of the largest."""
-    while llm.engine.has_work:
-        llm.engine.step()
     row_V = llm.logits(tokens)[-1]
     return ((row_V[a] - row_V[b]).abs() / row_V.abs().max()).item()
 

@@ -362,6 +362,23 @@ def test_closing_twice_is_no_error_and_unknown_arguments_are(folder: Path) -> No
     llm.close()
 
 
+def test_logits_wait_for_what_is_no_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step beyond a stop, and a device that takes its time to let go of a set."""
+    third = greedy(llm, PROMPT)[2]
+    stop = SamplingParams(temperature=0.0, max_tokens=12, stop_token_ids=[third])
+    tokens = llm.generate(PROMPT, stop)[0].outputs[0].token_ids
+    assert llm.engine.has_work
+    assert not llm.engine.has_requests
+    logits = llm.logits(PROMPT + tokens)
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+    asked = itertools.count()
+    monkeypatch.setattr(llm._local.sets, "_fence", lambda: lambda: next(asked) > 3)
+    llm.engine.batcher.blocks.trim()
+    assert llm.engine.runner.draining
+    assert torch.equal(llm.logits(PROMPT + tokens), logits)
+    assert not llm.engine.runner.draining
+
+
 @torch.inference_mode()
 def test_logits_need_an_idle_engine(llm: LLM) -> None:
     add(llm, 3000, max_tokens=3)
