@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import minserve
-from minserve import answers
+from minserve import answers, metrics
 from minserve.frontend import Frontend, Job, Served
 from minserve.protocol import (
     ApiError,
@@ -225,6 +225,11 @@ class Pages:
         status = "draining" if self._front.draining else "ready" if good else "not ready"
         return reply({"status": status, "models": up}, 200 if good else 503)
 
+    async def metrics(self, request: Request) -> Plain:
+        hosts = [served.host for served in self._front.models.values()]
+        text = metrics.rendered(hosts, await self._front.agent.counts())
+        return Plain(text, media_type=metrics.CONTENT_TYPE)
+
     async def embeddings(self, request: Request) -> Plain:
         raise ApiError(501, "This server generates text; it serves no embeddings.", "not_supported")
 
@@ -276,6 +281,7 @@ def build_app(front: Frontend, *, keys: tuple[str, ...], max_body_bytes: int) ->
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/version", pages.version),
+        Route("/metrics", pages.metrics),
     ]
     handlers: Any = {
         HTTPException: http_error,

@@ -44,18 +44,24 @@ SAMPLINGS = (
 
 
 class CompileMonitor:
-    """Triton calls it after each compile.  While `serving`, one is an error in the log: requests wait for it."""
+    """Triton calls it after each compile.  While `serving`, requests wait for it: `late` counts those, and the log has
+    a warning for each kernel, not for each of its variants."""
 
     def __init__(self) -> None:
         self.compiles = 0
         self.late = 0
         self.serving = False
+        self._warned: set[str] = set()
 
     def __call__(self, *, repr: str, **rest: Any) -> None:
         self.compiles += 1
-        if self.serving:
-            self.late += 1
-            log.error("a kernel was compiled while serving: %s", repr)
+        if not self.serving:
+            return
+        self.late += 1
+        kernel = repr.partition("[")[0]
+        if kernel not in self._warned:
+            self._warned.add(kernel)
+            log.warning("kernel %s was compiled while serving: %s", kernel, repr)
 
 
 def compile_monitor() -> CompileMonitor:

@@ -110,13 +110,14 @@ class LoadFailed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """`running` and `waiting` are now, the rest totals since the start."""
+    """`running` and `waiting` are now, the rest totals since the start.  `late_compiles`: kernels that warm-up missed."""
 
     running: int = 0
     waiting: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    late_compiles: int = 0
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):

@@ -17,6 +17,7 @@ from minserve.loading import load_model, start_engine
 from minserve.loop import ServedEngine, serve
 from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import resolve_model
+from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
 
 
@@ -41,7 +42,8 @@ class EngineServed:
 
     def stats(self) -> Stats:
         e, c = self._engine.batcher, self._engine.counters
-        return Stats(e.num_running, e.num_waiting, c.steps, c.prompt_tokens, c.output_tokens)
+        late = compile_monitor().late
+        return Stats(e.num_running, e.num_waiting, c.steps, c.prompt_tokens, c.output_tokens, late)
 
     def close(self) -> None:
         self._engine.close()

@@ -34,7 +34,7 @@ ORDER = {
         slab_words shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine loading
         text outputs llm
-        wire host agent protocol answers loop worker frontend listener responses server serve
+        wire host agent protocol answers loop worker frontend listener responses metrics server serve
     """,
 }
 MAY_IMPORT = {

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import openai
 import pytest
 
 from minserve.text import Tokenizer
-from tests.e2e.oracle import BREAK, SLOW, SPEAK, oracle_tokens
-from tests.e2e.running import VOCAB, Server, events, running, write_config, write_model
+from tests.e2e.oracle import BREAK, LATE_COMPILES, SLOW, SPEAK, oracle_tokens
+from tests.e2e.running import VOCAB, Server, events, running, wait_for, write_config, write_model
 
 TEXTS = ["🙂 and 日本語 мир", "👨‍👩‍👧 family", "naïve — “quoted”"]
 
@@ -272,6 +273,24 @@ def test_a_full_queue_says_come_again(http: httpx.Client, server: Server) -> Non
         )
     assert http.post("/v1/completions", json={**body, "n": 9}).status_code == 400  # never fits
     server.assert_idle()
+
+
+def test_metrics_are_what_the_workers_report(http: httpx.Client) -> None:
+    post(http, prompt="hello", max_tokens=9)
+
+    def text() -> str:
+        answer = http.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return answer.text
+
+    # workers are asked once a second
+    wait_for(lambda: f'late_compiles_total{{model_name="b/c"}} {LATE_COMPILES}' in text(), 10, text)
+    wait_for(lambda: 'steps_total{model_name="a"} 0\n' not in text(), 10, text)
+    series = [line for line in text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r'minserve:[a-z_]+\{(model_name|pool)="[^"]+"\} \d+', line) for line in series)
+    assert len({line.split()[0] for line in series}) == len(series) == 2 * 7 + 3
+    assert "# TYPE minserve:late_compiles_total counter" in text()
+    assert http.head("/metrics").status_code == 200
 
 
 GETS = [

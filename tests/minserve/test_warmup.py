@@ -8,13 +8,16 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from triton import knobs
 
 from minserve import LLM
+from minserve.engine import Counters
 from minserve.warmup import SAMPLINGS, CompileMonitor, Sizes, compile_monitor, step_shapes, token_counts
+from minserve.worker import EngineServed
 from tests.source import ROOT
 from tests.tiny import write_llama
 
@@ -83,20 +86,28 @@ def test_steps_keep_within_their_sizes(running: int, tokens: int, length: int) -
     assert token_counts(tokens)[-1] == tokens
 
 
-def test_a_late_compile_is_an_error_in_the_log(
+def test_a_late_compile_is_counted_and_its_kernel_named_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", None)
     monitor = compile_monitor()
     assert compile_monitor() is monitor is knobs.runtime.jit_post_compile_hook
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.WARNING):
         monitor(repr="early", key="")
         assert not caplog.records
         monitor.serving = True
-        monitor(repr="_gemm_kernel[num_warps=4]", key="")
-    assert (monitor.compiles, monitor.late) == (2, 1)
-    assert "_gemm_kernel" in caplog.text
+        for variant in (
+            "_gemm_kernel[num_warps=4]",
+            "_gemm_kernel[num_warps=8]",
+            "_copy_kernel[num_warps=4]",
+        ):
+            monitor(repr=variant, key="")
+    assert (monitor.compiles, monitor.late) == (4, 3)
+    said = [(r.levelname, r.getMessage().partition(" was")[0]) for r in caplog.records]
+    assert said == [("WARNING", "kernel _gemm_kernel"), ("WARNING", "kernel _copy_kernel")]
     assert isinstance(monitor, CompileMonitor)
+    engine: Any = SimpleNamespace(batcher=SimpleNamespace(num_running=1, num_waiting=2), counters=Counters())
+    assert EngineServed(engine).stats().late_compiles == 3
 
 
 @pytest.mark.gpu

@@ -1,0 +1,39 @@
+"""What /metrics says, in Prometheus' text format: per model what its worker last reported, per pool its slabs.
+
+Counters of a worker begin again at 0 when it is restarted, as Prometheus expects of counters.  Names of models and
+pools are checked where they are configured: none needs an escape here.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from minserve.host import Host
+from minserve.slab_table import PoolCounts
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# metric, its kind, and the field of Stats
+MODEL_METRICS = (
+    ("requests_running", "gauge", "running"),
+    ("requests_waiting", "gauge", "waiting"),
+    ("steps_total", "counter", "steps"),
+    ("prompt_tokens_total", "counter", "prompt_tokens"),
+    ("generation_tokens_total", "counter", "output_tokens"),
+    # above 0, a request has waited for a compiler: warm-up has missed a kernel
+    ("late_compiles_total", "counter", "late_compiles"),
+)
+
+
+def rendered(hosts: Iterable[Host], pools: Mapping[str, PoolCounts | None]) -> str:
+    """`pools` without counts (a stopped worker sits on the lock) are left out."""
+    hosts, lines = list(hosts), []
+    for name, kind, field in MODEL_METRICS:
+        lines += _metric(name, kind, "model_name", {h.name: getattr(h.stats, field) for h in hosts})
+    lines += _metric("worker_restarts_total", "counter", "model_name", {h.name: h.restarts for h in hosts})
+    for state in ("leased", "draining", "free"):
+        counts = {name: getattr(c, state) for name, c in pools.items() if c is not None}
+        lines += _metric(f"slabs_{state}", "gauge", "pool", counts)
+    return "\n".join(lines) + "\n"
+
+
+def _metric(name: str, kind: str, label: str, values: Mapping[str, int]) -> list[str]:
+    rows = [f'minserve:{name}{{{label}="{of}"}} {value}' for of, value in values.items()]
+    return [f"# TYPE minserve:{name} {kind}", *rows]
