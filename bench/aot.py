@@ -181,7 +181,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{number(loop.get('byte_loads')):>5}{number(loop.get('waiting_loads')):>5}{number(loop.get('tiles')):>6}"
             f"{number(loop.get('issue_mem'), 3):>7}{number(loop.get('issue_mma')):>7}  {', '.join(r['mma'])}"
         )
-    return "\n".join(lines)
+    # configs that differ in their splits alone print the same line
+    return "\n".join(dict.fromkeys(lines))
 
 
 def report(result: dict[str, list[dict[str, Any]]], wrong: list[str]) -> None:
