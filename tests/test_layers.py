@@ -23,6 +23,7 @@ ORDER = {
     "quant": """
         scheme pack rtn
         formats formats.ct_config formats.compressed_tensors formats.catalog
+        ptq ptq.shape ptq.model
     """,
     "sched": """
         step slabs blocks latency
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "minserve": {"kernels", "quant", "sched"},
 }
 # numpy in kernels: docs/adr/0004-numpy-in-kernels.md
-THIRD_PARTY = {"kernels": {"torch", "triton", "numpy"}, "sched": {"numpy"}, "quant": {"torch", "numpy"}}
+THIRD_PARTY = {"kernels": {"torch", "triton", "numpy"}, "sched": {"numpy"}, "quant": {"torch", "numpy", "safetensors"}}
 # sched decides; it reads no clock, touches no device, starts nothing
 NOT_IN_SCHED = {
     "time",
