@@ -1,6 +1,7 @@
 """Trains the demo model on the text of demo_text.py and writes examples/demo, on one CPU thread.
 
     python -m examples.train_demo --out examples/demo
+    python -m examples.train_demo --size large --steps 700 --out models/demo-large    # the ground of bench.quality
 
 Prints the loss curve.  The folder is rewritten every --save-every steps, so that a usable model exists at any
 time; --steps sets the length, the learning rate falls to zero at the end.
@@ -37,6 +38,24 @@ CHAT_TEMPLATE = (
     "{{ '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+SIZES = {
+    "small": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    "large": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
 Row = tuple[list[int], list[float]]  # token ids, and what each weighs in the loss
 
 
@@ -83,16 +102,11 @@ def train_tokenizer(rng: Random, documents: int = 5_000) -> Tokenizer:
     return tokenizer
 
 
-def model_config() -> LlamaConfig:
-    """1.4 M parameters; every width a multiple of 128, so that the quantizers' groups divide it."""
+def model_config(size: str) -> LlamaConfig:
+    """1.4 M parameters, or 6.7 M; every width a multiple of 128, so that the quantizers' groups divide it."""
     return LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        **SIZES[size],
         max_position_embeddings=WINDOW,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
@@ -193,7 +207,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(Random(args.seed))
-    model = LlamaForCausalLM(model_config())
+    model = LlamaForCausalLM(model_config(args.size))
     rows = Rows(tokenizer, Random(args.seed + 1))
     opts, start, mean = optimizers(model, args.lr), time.monotonic(), 0.0
     sys.stdout.write(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}\n")
@@ -222,6 +236,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("examples/demo"))
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--lr", type=float, default=6e-3)
