@@ -132,7 +132,7 @@ def test_fp8_codes_keep_one_copy_and_one_scale_may_serve_all(form: str):
     x, w = random_codes(3, 64, FP8).to(DEVICE), random_codes(5, 64, FP8, seed=1).to(DEVICE)
     if form == "float8":
         x, w = x.cpu(), w.cpu()
-    prepared = prepare_w8a8(w, torch.tensor(0.5), form=form)
+    prepared = prepare_w8a8(w, torch.tensor(0.5, device=w.device), form=form)
     assert prepared.codes.data_ptr() == w.data_ptr(), "the codes were copied"
     ones = torch.ones(3, device=x.device)
     run = gemm_w8a8_triton if form == "cuda" else gemm_w8a8

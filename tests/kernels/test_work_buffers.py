@@ -12,6 +12,7 @@ from kernels.kv_step import KvStep
 from kernels.rope_kv_write import rope_kv_write, rope_kv_write_cpu
 from kernels.work_buffers import WorkBuffers
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (70, 3, 160, 33)
 
 
@@ -20,12 +21,12 @@ def scene(fmt: str) -> Paged:
 
 
 def buffers(paged: Paged, rows: int = 5, **options) -> WorkBuffers:
-    return WorkBuffers(paged.layout, paged.slab_table_SL, rows, 8, "cpu", **options)
+    return WorkBuffers(paged.layout, paged.slab_table_SL, rows, 8, DEVICE, **options)
 
 
 def layer(paged: Paged, step: KvStep, qkv_TX: Tensor) -> tuple[Tensor, Tensor]:
     """Writes keys and values, attends; returns the pool and the output."""
-    one_MK = torch.ones(max(LENGTHS), 32)
+    one_MK = torch.ones(max(LENGTHS), 32, device=DEVICE)
     pool = paged.pool.clone()
     q_THK = rope_kv_write(qkv_TX, one_MK, torch.zeros_like(one_MK), pool, step, 1, 4)
     return pool, attention(q_THK, pool, step, 1, 0.2)
@@ -39,8 +40,6 @@ def test_refilled_is_fresh(fmt: str, deterministic: bool, monkeypatch: pytest.Mo
     for module in (work_buffers, kv_step):
         monkeypatch.setattr(module, "full_grid", lambda layout, device: 12)  # a GPU for an interpreter
     paged = scene(fmt)
-    held = buffers(paged, deterministic=deterministic)
-    addresses = [t.data_ptr() for t in held.step.work if isinstance(t, Tensor)]
     generator = torch.Generator().manual_seed(1)
     whole = places(*((b, 0, n) for b, n in enumerate(LENGTHS)))
     one_MK = torch.ones(max(LENGTHS), 32)
@@ -48,9 +47,12 @@ def test_refilled_is_fresh(fmt: str, deterministic: bool, monkeypatch: pytest.Mo
     rope_kv_write_cpu(
         qkv_TX, one_MK, torch.zeros_like(one_MK), paged.pool, paged.step(whole, triton=False), 1
     )
+    paged = paged.to(DEVICE)
+    held = buffers(paged, deterministic=deterministic)
+    addresses = [t.data_ptr() for t in held.step.work if isinstance(t, Tensor)]
     for seqs in ([0, 1, 2, 3], [2, 1]):
         starts = [LENGTHS[b] - 1 for b in seqs]
-        qkv_TX = torch.randn(5, 8 * 32, generator=generator)
+        qkv_TX = torch.randn(5, 8 * 32, generator=generator).to(DEVICE)
         fresh = paged.step(
             places(*((b, n, 1) for b, n in zip(seqs, starts, strict=True))), deterministic=deterministic
         )
