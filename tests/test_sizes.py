@@ -133,10 +133,19 @@ def docstring(path: Path) -> Finding:
         yield 1, f"a docstring of {len(doc.splitlines())} lines, at most 10 allowed"
 
 
+def open_devices(path: Path) -> Finding:
+    """In a test: `auto` is another device where there is a GPU, and other numbers with it."""
+    for node in ast.walk(tree(path)):
+        called = isinstance(node, ast.Call) and ast.unparse(node.func) == "LLM"
+        if called and not any(k.arg == "device" for k in node.keywords):
+            yield node.lineno, "an LLM on whatever device is there"
+
+
 CHECKS: list[Callable[[Path], Finding]] = [
     long_functions, wide_functions, banned_imports, banned_calls, swallowed_errors, open_ends, docstring,
 ]  # fmt: skip
 LIBRARY_CHECKS: list[Callable[[Path], Finding]] = [open_addresses, global_state]
+TEST_CHECKS: list[Callable[[Path], Finding]] = [open_devices]
 
 
 def report(check: Callable[[Path], Finding], paths: list[Path]) -> list[str]:
@@ -152,6 +161,12 @@ def test_tree(check: Callable[[Path], Finding]) -> None:
 @pytest.mark.parametrize("check", LIBRARY_CHECKS, ids=lambda c: c.__name__)
 def test_library(check: Callable[[Path], Finding]) -> None:
     wrong = report(check, files(*PACKAGES))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("check", TEST_CHECKS, ids=lambda c: c.__name__)
+def test_tests(check: Callable[[Path], Finding]) -> None:
+    wrong = report(check, files("tests"))
     assert not wrong, "\n".join(wrong)
 
 
@@ -173,6 +188,7 @@ def f(a, b, c, d, e, f, g, h, i):
     import pickle
     from . import x
     os.system("ls", shell=True)
+    LLM(x, dtype="fp32")
     raise NotImplementedError  # TODO later
 """
 
@@ -183,7 +199,7 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
     file.write_text(
         BAD + "".join(f"    x = {i}\n" for i in range(60)) + 'HOST = "0.0.0.0"\ndef g():\n    global HOST\n'
     )
-    for check in (*CHECKS, *LIBRARY_CHECKS):
+    for check in (*CHECKS, *LIBRARY_CHECKS, *TEST_CHECKS):
         assert list(check(file)), check.__name__
     said = {what for check in CHECKS for _, what in check(file)}
     assert {"import of pickle", "relative import", "call of exec", "call of os.system", "shell=True"} <= said

@@ -64,7 +64,7 @@ def test_the_server_says_what_the_library_says(server: Server, folder: Path) -> 
         ("left", {}),
         ("right", {"quantization": "w8a8-int8", "kv_dtype": "int8", "deterministic": True}),
     ):
-        with LLM(folder / "tiny", pool_bytes=64 << 20, reserve_tokens=256, **keys) as llm:
+        with LLM(folder / "tiny", device="cpu", pool_bytes=64 << 20, reserve_tokens=256, **keys) as llm:
             want = [o.outputs[0].text for o in llm.generate(PROMPTS, params)]
             got = complete(server, model=name, prompt=PROMPTS, ignore_eos=True)
             assert [c["text"] for c in got["choices"]] == want
@@ -77,7 +77,7 @@ def test_the_server_says_what_the_library_says(server: Server, folder: Path) -> 
 
 
 def test_echoed_logprobs_are_the_models(server: Server, folder: Path) -> None:
-    with LLM(folder / "tiny", pool_bytes=64 << 20, reserve_tokens=256) as llm:
+    with LLM(folder / "tiny", device="cpu", pool_bytes=64 << 20, reserve_tokens=256) as llm:
         assert llm.tokenizer is not None
         ids = llm.tokenizer.encode(PROMPTS[-1])
         logits = llm.logits(ids).double().numpy()

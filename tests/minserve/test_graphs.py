@@ -19,7 +19,6 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda:0" if GPU else "cpu"
 PROMPTS = [[5, 9, 200, 33, 7], list(range(40, 60)), [1]]
 STEPS: dict[str, Any] = {
-    "device": DEVICE,
     "dtype": "fp32",
     "max_num_batched_tokens": 16,
     "max_num_seqs": 4,
@@ -58,7 +57,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replayed_steps_give_the_same_tokens(folder: Path, kv_dtype: str, overlap: bool) -> None:
     found: list[Any] = []
     for sizes in ([], [1, 2, 4]):
-        with LLM(folder, kv_dtype=kv_dtype, overlap=overlap, **STEPS) as llm:
+        with LLM(folder, device=DEVICE, kv_dtype=kv_dtype, overlap=overlap, **STEPS) as llm:
             runner = llm.engine.runner
             graphs = runner.capture(sizes, captured()) if sizes else None
             answers = [o.outputs[0] for o in llm.generate(PROMPTS, PARAMS)]
@@ -80,7 +79,7 @@ def test_replayed_steps_give_the_same_tokens(folder: Path, kv_dtype: str, overla
 @pytest.mark.usefixtures("on_triton")
 def test_what_no_graph_is_for_runs_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-    with LLM(folder, **STEPS) as llm:
+    with LLM(folder, device=DEVICE, **STEPS) as llm:
         want = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, params)]
         graphs = llm.engine.runner.capture([1, 2], captured())
         # room for one block: the prompt of 20 tokens needs two

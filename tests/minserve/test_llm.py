@@ -354,9 +354,9 @@ def test_weights_are_loaded_with_their_gpu_current(folder: Path, monkeypatch: py
 
 def test_closing_twice_is_no_error_and_unknown_arguments_are(folder: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
-        LLM("/nowhere/at/all")
+        LLM("/nowhere/at/all", device="cpu")
     with pytest.raises(ValueError, match="max_num_seq"):
-        LLM(folder, max_num_seq=3)
+        LLM(folder, device="cpu", max_num_seq=3)
     llm = LLM(folder, device="cpu", pool_bytes=8 << 20)
     llm.close()
     llm.close()

@@ -64,7 +64,8 @@ def test_logits_are_within_the_bound_of_the_quantization(lm_head: str, tied: boo
 
 def demo_logits(lm_head: str) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    with LLM(str(DEMO), dtype="fp32", lm_head=lm_head, pool_bytes=16 << 20, max_model_len=128) as llm:
+    keys = {"dtype": "fp32", "lm_head": lm_head, "pool_bytes": 16 << 20, "max_model_len": 128}
+    with LLM(str(DEMO), device="cpu", **keys) as llm:
         parts = []
         for question, answer in ASKED:
             chat = [{"role": "user", "content": question}]

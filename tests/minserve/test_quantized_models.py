@@ -57,9 +57,8 @@ def kl(reference_TV: Tensor, other_TV: Tensor) -> float:
 
 
 def our_logits(path: Path, **options: Any) -> Tensor:
-    with LLM(
-        str(path), dtype="fp32", kv_dtype="fp32", pool_bytes=8 << 20, max_model_len=64, **options
-    ) as llm:
+    keys = {"dtype": "fp32", "kv_dtype": "fp32", "pool_bytes": 8 << 20, "max_model_len": 64}
+    with LLM(str(path), device="cpu", **keys, **options) as llm:
         return llm.logits(IDS)
 
 
