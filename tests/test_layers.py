@@ -22,8 +22,10 @@ ORDER = {
     """,
     "quant": """
         scheme pack rtn
-        formats formats.ct_config formats.compressed_tensors formats.catalog
+        formats formats.scales formats.ct_args formats.ct_config formats.ct_save formats.compressed_tensors formats.fp8 formats.kv_cache
+        formats.catalog
         ptq ptq.shape ptq.model
+        ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake
     """,
     "sched": """
         step slabs blocks latency
@@ -45,7 +47,11 @@ MAY_IMPORT = {
     "minserve": {"kernels", "quant", "sched"},
 }
 # numpy in kernels: docs/adr/0004-numpy-in-kernels.md
-THIRD_PARTY = {"kernels": {"torch", "triton", "numpy"}, "sched": {"numpy"}, "quant": {"torch", "numpy", "safetensors"}}
+THIRD_PARTY = {
+    "kernels": {"torch", "triton", "numpy"},
+    "sched": {"numpy"},
+    "quant": {"torch", "numpy", "safetensors"},
+}
 # sched decides; it reads no clock, touches no device, starts nothing
 NOT_IN_SCHED = {
     "time",
