@@ -24,7 +24,7 @@ ORDER = {
         scheme pack rtn
         formats formats.scales formats.ct_args formats.ct_config formats.ct_save formats.compressed_tensors formats.fp8 formats.kv_cache
         formats.catalog
-        ptq ptq.shape ptq.model
+        ptq ptq.shape ptq.model ptq.stats ptq.pairs ptq.smooth ptq.awq ptq.rotate ptq.attention_scales ptq.fireq_scales ptq.reorder
         ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake
     """,
     "sched": """
@@ -33,7 +33,7 @@ ORDER = {
     """,
     "minserve": """
         sampling schema config
-        model_config rope checkpoint resolve linear weights
+        model_config rope checkpoint resolve overrides rows linear prepare load_report weights
         slab_words shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine loading
         text outputs llm
