@@ -1,8 +1,8 @@
 """The quantization_config of compressed-tensors: which modules have which scheme.
 
 Decided by the arguments, not by the preset's or the format's name.  Unknown keys are passed over, since the schema
-drifts from release to release; what would change the arithmetic (sparsity, online transforms, static or missing
-activation scales, KV scales) is refused, naming what was found and what is supported.
+drifts from release to release; what would change the arithmetic (sparsity, online transforms, types and grains that no
+kernel has) is refused, naming what was found and what is supported.  KV schemes are read by `kv_cache`.
 """
 
 import re
@@ -10,15 +10,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from quant.scheme import Scheme
+from quant.formats.ct_args import Args, describe, read_args
+from quant.scheme import BLOCK, FP8_ROWS, Activations, Scheme
 
 SUPPORTED = (
-    "supported: int8 weights (per channel or tensor, symmetric) or int4 weights (groups or channel, symmetric or with "
-    "zero points), with dynamic symmetric int8 activations, one scale a token"
+    "supported weights: int8 or fp8 by channel or tensor, fp8 by block [128, 128], int4 in groups or by channel, "
+    "symmetric or with zero points; supported activations: none, int8 or fp8, dynamic by token or static by tensor "
+    "(fp8 blocks: dynamic in groups of 128); int8 ones symmetric or with zero points"
 )
 # transforms already multiplied into the weights; any other location is an operation at run time
 FOLDED = {"weight_input", "weight_output"}
-PRESETS = {"W8A8": Scheme(8), "INT8": Scheme(8), "W4A8": Scheme(4, 128)}
+# what formats of other arithmetic or layout have in their names
+REFUSED_FORMATS = ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "marlin", "sparse")
+# a pattern comes from a file, and Python's matcher may backtrack for ever
+REPEATS = re.compile(r"[*+}]")
+SLOW = re.compile(r"[*+}][^()]*\)+[*+{]")
+MAX_REPEATS = 8
+FP8_STATIC = Activations("fp8", dynamic=False)
+FP8_BLOCKS = Activations("fp8", block=True)
+PRESETS = {
+    "W8A8": Scheme(8),
+    "INT8": Scheme(8),
+    "W4A8": Scheme(4, 128),
+    "W4AFP8": Scheme(4, 128, activations=FP8_ROWS),
+    "W4A16": Scheme(4, 128, activations=None),
+    "W4A16_ASYM": Scheme(4, 128, symmetric=False, activations=None),
+    "FP8": Scheme(8, activations=FP8_STATIC, values="fp8"),
+    "FP8_DYNAMIC": Scheme(8, activations=FP8_ROWS, values="fp8"),
+    "FP8_BLOCK": Scheme(8, activations=FP8_BLOCKS, values="fp8", block=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +56,15 @@ class CtConfig:
     ignore: tuple[str, ...]
 
     def match(self, module: str) -> Group | None:
-        """The most specific group for a linear module: its exact name, a regex, its class."""
-        if any(_specificity(pattern, module) for pattern in self.ignore):
+        """The most specific group with weights for a linear module: its exact name, a regex, its class."""
+        if self.ignores(module):
             return None
-        best = max(self.groups, key=lambda g: _best(g, module), default=None)
+        with_weights = (g for g in self.groups if g.scheme is not None)
+        best = max(with_weights, key=lambda g: _best(g, module), default=None)
         return best if best is not None and _best(best, module) else None
+
+    def ignores(self, module: str) -> bool:
+        return any(_specificity(pattern, module) for pattern in self.ignore)
 
 
 def _best(group: Group, module: str) -> int:
@@ -56,6 +80,7 @@ def _specificity(target: str, module: str) -> int:
 
 def read_config(raw: Mapping[str, Any] | None) -> CtConfig | None:
     """Validates a quantization_config (or compression_config) object; None stays None."""
+    raw = unwrapped(raw)
     if raw is None:
         return None
     method = raw.get("quant_method", "compressed-tensors")
@@ -63,13 +88,22 @@ def read_config(raw: Mapping[str, Any] | None) -> CtConfig | None:
         _refuse("quant_method", method, "'compressed-tensors'")
     _check_sparsity(raw.get("sparsity_config"))
     _check_transforms(raw.get("transform_config"))
-    if raw.get("kv_cache_scheme"):
-        _refuse("kv_cache_scheme", raw["kv_cache_scheme"], "null (the KV format is chosen by kv_dtype)")
+    _check_format("format", raw.get("format"))
     groups = raw.get("config_groups")
+    if groups is None and raw.get("kv_cache_scheme"):
+        groups = {}
     if not isinstance(groups, dict):
         _refuse("config_groups", groups, "an object")
     ignore = _strings("ignore", raw.get("ignore"))
     return CtConfig(tuple(_group(name, value) for name, value in groups.items()), ignore)
+
+
+def unwrapped(raw: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Old writers put the object one deeper, beside the sparsity."""
+    inner = raw.get("quantization_config") if raw is not None else None
+    if raw is None or not isinstance(inner, dict):
+        return raw
+    return {k: v for k, v in raw.items() if k != "quantization_config"} | inner
 
 
 def _refuse(key: str, value: Any, choices: str) -> NoReturn:
@@ -82,13 +116,28 @@ def _strings(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         _refuse(key, value, "a list of module names, 're:' patterns or class names")
     for v in value:
-        try:
-            re.compile(v[3:] if v.startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(
-                f"quantization_config: {key} holds the bad pattern {v!r:.120}: {error}"
-            ) from error
+        if v.startswith("re:"):
+            _check_pattern(key, v[3:])
     return tuple(value)
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+        problem = "" if not SLOW.search(pattern) else "it repeats what repeats, which can take for ever"
+        if len(REPEATS.findall(pattern)) > MAX_REPEATS:
+            problem = f"more than {MAX_REPEATS} repetitions can take for ever"
+    except (re.error, OverflowError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"quantization_config: {key} holds the bad pattern {pattern!r:.120}: {problem}")
+
+
+def _check_format(key: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or any(word in value.lower() for word in REFUSED_FORMATS):
+        _refuse(key, value, "one of int-quantized, float-quantized, pack-quantized, naive-quantized")
 
 
 def _check_sparsity(value: Any) -> None:
@@ -107,7 +156,7 @@ def _check_transforms(value: Any) -> None:
         if not isinstance(applied, list) or not all(isinstance(a, dict) for a in applied):
             _refuse(f"transform_config.{name}", group, "an object with a list 'apply'")
         for where in (a.get("location") for a in applied):
-            if where not in FOLDED:
+            if not isinstance(where, str) or where not in FOLDED:
                 choices = f"one of {', '.join(sorted(FOLDED))} (folded into the weights); online transforms are not supported"
                 _refuse(f"transform_config.{name} location", where, choices)
 
@@ -115,69 +164,70 @@ def _check_transforms(value: Any) -> None:
 def _group(name: str, value: Any) -> Group:
     if isinstance(value, list):
         # a preset by its name, with the targets alone
-        if name.upper() not in PRESETS:
-            _refuse(f"config_groups preset {name}", value, f"one of {', '.join(PRESETS)}")
-        return Group(name, _strings(f"{name}.targets", value), PRESETS[name.upper()])
+        scheme = PRESETS.get(name.upper())
+        if scheme is None:
+            _refuse(f"config_groups preset {name:.80}", value, f"one of {', '.join(PRESETS)}")
+        return Group(name, _strings(f"{name}.targets", value), scheme)
     if not isinstance(value, dict):
-        _refuse(f"config_groups.{name}", value, "an object or a list of targets")
-    targets = _strings(f"{name}.targets", value.get("targets"))
-    weights, activations = value.get("weights"), value.get("input_activations")
-    if value.get("output_activations"):
-        _refuse(f"{name}.output_activations", value["output_activations"], "null")
+        _refuse(f"config_groups.{name:.80}", value, "an object or a list of targets")
+    targets = _strings(f"{name:.80}.targets", value.get("targets"))
+    _check_format(f"config_groups.{name:.80}.format", value.get("format"))
+    weights, inputs, outputs = (
+        read_args(f"config_groups.{name:.80}.{key}", value.get(key))
+        for key in ("weights", "input_activations", "output_activations")
+    )
+    if outputs and not all(is_kv_projection(t) for t in targets):
+        _refuse(
+            f"{name:.80}.output_activations", value["output_activations"], "null, save for k_proj and v_proj"
+        )
+    if weights is None and inputs and not all(is_attention(t) for t in targets):
+        _refuse(
+            f"{name:.80}.input_activations", value["input_activations"], "null where the weights are plain"
+        )
     if weights is None or not targets:
         return Group(name, targets, None)
-    if not isinstance(weights, dict) or not isinstance(activations, dict | None):
-        _refuse(f"config_groups.{name}", value, "an object with objects 'weights' and 'input_activations'")
-    return Group(name, targets, _scheme(name, weights, activations))
+    return Group(name, targets, _scheme(name, weights, inputs))
 
 
-def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> Scheme:
+def is_kv_projection(target: str) -> bool:
+    """Whether a target names projections whose outputs are cached: there outputs are the KV scheme of old writers."""
+    return bool(re.search(r"[qkv]_proj\W*$", target))
+
+
+def is_attention(target: str) -> bool:
+    """Whether a target names whole attention layers, whose inputs are the KV scheme of new writers."""
+    return bool(re.search(r"(Attention|attn)\W*$", target))
+
+
+def _scheme(name: str, weights: Args, inputs: Args | None) -> Scheme:
     """By the arguments, never by the preset's name."""
-    bits, size, strategy = weights.get("num_bits", 8), weights.get("group_size"), _strategy(weights)
-    symmetric = weights.get("symmetric", True)
-    found = f"found {_describe(weights)} weights, {_describe(activations)} activations"
-    good = weights.get("type", "int") == "int" and isinstance(symmetric, bool) and not weights.get("dynamic")
-    good &= type(bits) is int
-    if bits == 8:
-        good &= strategy in ("tensor", "channel") and symmetric is True
-    else:
-        good &= bits == 4 and strategy in ("tensor", "channel", "group")
-    if strategy == "group":
-        good &= type(size) is int and size > 0
-    if not good or not _activations_ok(activations):
-        raise ValueError(f"quantization_config: config_groups.{name}: {found}; {SUPPORTED}")
-    return Scheme(bits, size if strategy == "group" else None, symmetric)
+    try:
+        return _weights(weights, _activations(inputs))
+    except ValueError as error:
+        found = f"found {describe(weights)} weights, {describe(inputs)} activations"
+        raise ValueError(f"quantization_config: config_groups.{name:.80}: {found}; {SUPPORTED}") from error
 
 
-def _strategy(args: dict[str, Any]) -> Any:
-    size = args.get("group_size")
-    if args.get("strategy") is not None or not isinstance(size, int | None):
-        return args.get("strategy")
-    if size is None:
-        return "token" if args.get("dynamic") is True else "tensor"
-    return "channel" if size == -1 else "group"
+def _weights(args: Args, rows: Activations | None) -> Scheme:
+    """ValueError where nothing has them; so does Scheme, of the pairs that the canonical form lacks."""
+    by_block = rows is not None and rows.block
+    match (args.kind, args.strategy, args.dynamic):
+        case ("float", "block", False) if args.block == [BLOCK, BLOCK] and args.symmetric:
+            return Scheme(args.bits, activations=rows, values="fp8", block=True)
+        case ("float", "tensor" | "channel", False) if args.symmetric and not by_block:
+            return Scheme(args.bits, activations=rows, values="fp8")
+        case ("int", "tensor" | "channel" | "group", False) if not by_block:
+            return Scheme(args.bits, args.size if args.strategy == "group" else None, args.symmetric, rows)
+    raise ValueError(f"unsupported weights {args}")
 
 
-def _activations_ok(args: dict[str, Any] | None) -> bool:
+def _activations(args: Args | None) -> Activations | None:
     if args is None:
-        return False
-    kind = (
-        args.get("num_bits", 8),
-        args.get("type", "int"),
-        args.get("symmetric", True),
-        args.get("dynamic"),
-    )
-    return kind == (8, "int", True, True) and _strategy(args) == "token"
-
-
-def _describe(args: dict[str, Any] | None) -> str:
-    if args is None:
-        return "unquantized"
-    size = args.get("group_size")
-    parts = [f"{args.get('type', 'int')}{args.get('num_bits', 8)}", f"{_strategy(args)}"]
-    if size is not None and size != -1:
-        parts.append(f"{size}")
-    parts.append("symmetric" if args.get("symmetric", True) else "with zero points")
-    if args.get("dynamic"):
-        parts.append(f"dynamic={args['dynamic']}")
-    return f"({', '.join(parts):.200})"
+        return None
+    dtype = {("int", 8): "int8", ("float", 8): "fp8"}.get((args.kind, args.bits), "")
+    match (args.strategy, args.dynamic):
+        case ("token", True) | ("tensor", False):
+            return Activations(dtype, args.dynamic is True, args.symmetric)
+        case ("group", True) if args.size == BLOCK and args.symmetric and dtype == "fp8":
+            return FP8_BLOCKS
+    raise ValueError(f"unsupported activations {args}")

@@ -1,73 +1,19 @@
 """compressed-tensors layers written by hand from the byte layouts, not by our saver, must give exactly their codes."""
 
-import copy
-import random
-import struct
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from quant.formats import compressed_tensors
-from quant.formats.catalog import Reader, recognise
+from quant.formats.catalog import recognise
 from quant.formats.compressed_tensors import config_object, save
-from quant.formats.ct_config import CtConfig, read_config
+from quant.formats.ct_config import read_config
 from quant.rtn import quantize
-from quant.scheme import QuantWeight, Scheme
-
-N, K = 24, 64
-TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
-def load(module: str, fields: dict[str, Tensor], rows: int, columns: int, ct: CtConfig | None) -> QuantWeight:
-    return Reader(compressed_tensors, ct).load(module, fields, rows, columns)
-
-
-def config(
-    bits: int = 8, strategy: str | None = "channel", group_size: int | None = None, **weights: Any
-) -> dict:
-    args = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": group_size,
-    }
-    group = {"targets": ["Linear"], "weights": args | weights, "input_activations": dict(TOKEN)}
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
-
-
-def random_codes(bits: int, rows: int = N, columns: int = K, seed: int = 0) -> list[list[int]]:
-    r = random.Random(seed)
-    return [[r.randrange(-(2 ** (bits - 1)), 2 ** (bits - 1)) for _ in range(columns)] for _ in range(rows)]
-
-
-def nibble_words(rows: list[list[int]], order: range = range(8), offset: int = 8) -> Tensor:
-    """int32 words from bytes written one by one: the first code of a row is the low nibble of its first byte."""
-    out = []
-    for row in rows:
-        row = row + [-offset] * (-len(row) % 8)
-        data = bytearray()
-        for i in range(0, len(row), 8):
-            nibbles = [row[i + j] + offset & 15 for j in order]
-            data += bytes(nibbles[j] | nibbles[j + 1] << 4 for j in range(0, 8, 2))
-        out.append(struct.unpack(f"<{len(data) // 4}i", bytes(data)))
-    return torch.tensor(out, dtype=torch.int32)
-
-
-def scales(groups: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return (torch.rand(N, groups, generator=torch.Generator().manual_seed(7)) + 0.5).to(dtype)
-
-
-def packed(codes: list[list[int]], groups: int, **extra: Tensor) -> dict[str, Tensor]:
-    shape = torch.tensor([N, K])
-    return {
-        "weight_packed": nibble_words(codes),
-        "weight_scale": scales(groups),
-        "weight_shape": shape,
-        **extra,
-    }
+from quant.scheme import FP8, FP8_ROWS, Activations, QuantWeight, Scheme
+from tests.quant.ct_layers import K, N, config, load, nibble_words, packed, random_codes, scales
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -169,20 +115,128 @@ def test_a_wrong_nibble_layout_gives_other_codes(wrong: dict) -> None:
     assert same < 0.2, f"{same:.2f} of the codes agree: the layout test could not tell"
 
 
+def test_static_activations_bring_their_constants() -> None:
+    fields = {"weight": torch.tensor(random_codes(8), dtype=torch.int8), "weight_scale": scales(1)}
+    fields |= {"input_scale": torch.tensor([0.5]), "input_zero_point": torch.tensor([-7], dtype=torch.int8)}
+    for raw in (config(rows=STATIC | {"symmetric": False}), None):
+        q = load("m", fields, N, K, read_config(raw))
+        assert q.scheme == Scheme(8, activations=Activations(dynamic=False, symmetric=False))
+        assert (q.input_scale, q.input_zero) == (0.5, -7)
+    # symmetric writers may store a zero of 0
+    fields |= {"input_scale": torch.tensor(0.25), "input_zero_point": torch.zeros(1, dtype=torch.int8)}
+    for raw in (config(rows=STATIC), None):
+        q = load("m", fields, N, K, read_config(raw))
+        assert q.scheme == Scheme(8, activations=Activations(dynamic=False))
+        assert (q.input_scale, q.input_zero) == (0.25, None)
+
+
+def test_fp8_weights() -> None:
+    codes = torch.randn(200, 300, generator=torch.Generator().manual_seed(1)).to(FP8)
+    for scale in (torch.rand(200, 1), torch.rand(200), torch.tensor([0.5]), torch.tensor(0.5)):
+        q = load("m", {"weight": codes, "weight_scale": scale}, 200, 300, None)
+        assert q.scheme == Scheme(8, activations=FP8_ROWS, values="fp8")
+        assert torch.equal(q.dequantize(), codes.float() * scale.reshape(-1, 1))
+    blocks = torch.rand(2, 3, dtype=torch.bfloat16)
+    rows = {"type": "float", "strategy": "group", "group_size": 128}
+    raw = config(8, "block", type="float", block_structure=[128, 128], rows=rows)
+    for given in (raw, None):
+        q = load("m", {"weight": codes, "weight_scale": blocks}, 200, 300, read_config(given))
+        assert q.scheme == Scheme(8, activations=Activations("fp8", block=True), values="fp8", block=True)
+        spread = torch.tensor([[blocks[i // 128, j // 128] for j in range(300)] for i in range(200)])
+        assert torch.equal(q.dequantize(), codes.float() * spread)
+
+
+def test_activation_order_brings_columns_of_a_group_together() -> None:
+    codes, group_K = random_codes(4), torch.arange(K) % 4
+    group_K = group_K[torch.randperm(K, generator=torch.Generator().manual_seed(5))].int()
+    fields = packed(codes, 4, weight_g_idx=group_K)
+    q = load("m", fields, N, K, read_config(config(4, "group", 16, actorder="group")))
+    assert q.order_K is not None
+    by_hand = torch.tensor(codes).float() * scales(4).float()[:, group_K.long()]
+    assert torch.equal(q.dequantize(), by_hand)
+    x = torch.randn(3, K)
+    in_groups = q.codes_NK.float().view(N, 4, 16) * q.scale_NQ[..., None]
+    torch.testing.assert_close(x[:, q.order_K] @ in_groups.view(N, K).T, x @ by_hand.T)
+    for group_K in (torch.full((K,), -1, dtype=torch.int32), torch.arange(K) // 16):
+        assert load("m", fields | {"weight_g_idx": group_K}, N, K, None).order_K is None
+
+
+def test_frozen_float_weights_are_rounded_with_their_scales() -> None:
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(2))
+    fields = {"weight": w.bfloat16(), "weight_scale": scales(4)}
+    q = load("m", fields, N, K, read_config(config(4, "group", 16)))
+    spread = scales(4).float().repeat_interleave(16, 1)
+    by_hand = (w.bfloat16().float() / spread).round().clamp(-8, 7)
+    assert torch.equal(q.codes_NK.float(), by_hand)
+    zero = {"weight_zero_point": torch.full((N, 4), 3, dtype=torch.int8)}
+    q = load("m", fields | zero, N, K, read_config(config(4, "group", 16, symmetric=False)))
+    assert torch.equal(q.codes_NK.float(), (w.bfloat16().float() / spread).add(3).round().clamp(-8, 7))
+    raw = config(8, "channel", type="float", rows={"type": "float"})
+    q = load("m", {"weight": w, "weight_scale": scales(1)}, N, K, read_config(raw))
+    assert torch.equal(q.codes_NK.float(), (w / scales(1).float()).to(FP8).float())
+
+
+SAVED = [
+    Scheme(8),
+    Scheme(4),
+    Scheme(4, 16),
+    Scheme(4, 16, False),
+    Scheme(4, 16, False, activations=None),
+    Scheme(4, 16, activations=FP8_ROWS),
+    Scheme(8, activations=FP8_ROWS, values="fp8"),
+    Scheme(8, activations=Activations(symmetric=False)),
+    Scheme(8, activations=Activations(dynamic=False)),
+    Scheme(8, activations=Activations(dynamic=False, symmetric=False)),
+    Scheme(8, activations=Activations("fp8", dynamic=False), values="fp8"),
+]
+
+
+def made(scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> QuantWeight:
+    weight = quantize(torch.randn(N, K), scheme, dtype)
+    rows = scheme.activations
+    if rows is None or rows.dynamic:
+        return weight
+    return replace(weight, input_scale=0.125, input_zero=None if rows.symmetric else -5)
+
+
 @pytest.mark.parametrize("container", ["packed", "int8"])
-@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4), Scheme(4, 16), Scheme(4, 16, False)], ids=str)
+@pytest.mark.parametrize("scheme", SAVED, ids=str)
 def test_save_and_load_agree(scheme: Scheme, container: str) -> None:
-    weight = quantize(torch.randn(N, K), scheme, torch.bfloat16)
+    weight = made(scheme)
     fields = save(weight, container, torch.bfloat16)
     raw = config_object({scheme: ["Linear"]}, container, ["lm_head"])
     back = load("m", fields, N, K, read_config(raw))
     assert back.scheme == scheme
     assert torch.equal(back.dequantize(), weight.dequantize())
-    assert ("weight_packed" in fields) == (container == "packed")
+    assert (back.input_scale, back.input_zero) == (weight.input_scale, weight.input_zero)
+    assert ("weight_packed" in fields) == (container == "packed" and scheme.values == "int")
+    with pytest.raises(ValueError, match="scales do not fit"):
+        save(made(scheme, torch.float32), container, torch.bfloat16)
+
+
+def test_save_refuses_what_the_format_does_not_hold() -> None:
+    weight = made(Scheme(4, 16))
     with pytest.raises(ValueError, match="container must be one of packed, int8"):
         save(weight, "nibbles", torch.bfloat16)
-    with pytest.raises(ValueError, match="do not fit"):
-        save(quantize(torch.randn(N, K), scheme), container, torch.bfloat16)
+    order_K = torch.randperm(K)
+    with pytest.raises(ValueError, match="no order of columns"):
+        save(replace(weight, order_K=order_K), "packed", torch.bfloat16)
+    # without groups an order is none
+    channel = replace(made(Scheme(4)), order_K=order_K)
+    back = load("m", save(channel, "packed", torch.bfloat16), N, K, None)
+    assert torch.equal(back.dequantize(), channel.dequantize())
+    static = replace(made(SAVED[-1]), input_scale=0.1)
+    with pytest.raises(ValueError, match="the input scale do"):
+        save(static, "packed", torch.bfloat16)
+
+
+def test_block_scales_are_saved_as_they_came() -> None:
+    scheme = Scheme(8, activations=Activations("fp8", block=True), values="fp8", block=True)
+    weight = QuantWeight(scheme, torch.randn(130, 128).to(FP8), torch.rand(2, 1)).check()
+    raw = config_object({scheme: ["Linear"]}, "packed", [])
+    back = load("m", save(weight, "packed", torch.float32), 130, 128, read_config(raw))
+    assert back.scheme == scheme
+    assert torch.equal(back.dequantize(), weight.dequantize())
 
 
 class Header(NamedTuple):
@@ -206,16 +260,39 @@ def test_detection_is_by_tensors() -> None:
 
 
 WEIGHT8 = {"weight": torch.zeros(N, K, dtype=torch.int8), "weight_scale": torch.ones(N, 1)}
+FP8_WEIGHT = {"weight": torch.zeros(N, K).to(FP8), "weight_scale": torch.ones(N, 1)}
 PACKED = packed(random_codes(4), 4)
+STATIC = {"strategy": "tensor", "dynamic": False}
+STATIC_FIELDS = {"input_scale": torch.ones(1), "input_zero_point": torch.tensor([3], dtype=torch.int8)}
 BAD_TENSORS: dict[str, tuple[dict[str, Tensor], dict | None, str]] = {
-    "fp8 weight": ({"weight": torch.zeros(N, K).to(torch.float8_e4m3fn), "weight_scale": torch.ones(N, 1)}, None, "float8_e4m3fn"),
-    "float weight with a scale": (WEIGHT8 | {"weight": torch.zeros(N, K)}, None, "found tensors weight float32"),
+    "fp8 weight of an int8 config": (FP8_WEIGHT, config(8), "tensors hold fp8 weights, but the config says"),
+    "int8 weight of an fp8 config": (WEIGHT8, config(8, type="float", rows={"type": "float"}), "tensors hold int weights"),
+    "another fp8": (FP8_WEIGHT | {"weight": torch.zeros(N, K).to(torch.float8_e5m2)}, None, "float8_e5m2"),
+    "NaN fp8 weight": (FP8_WEIGHT | {"weight": torch.full((N, K), 127, dtype=torch.int8).view(FP8)}, None, "finite"),
+    "fp8 scale": (FP8_WEIGHT | {"weight_scale": torch.ones(N, 1).to(FP8)}, None, "float tensor"),
+    "fp8 groups": (FP8_WEIGHT | {"weight_scale": torch.ones(N, 4)}, None, "weight_scale must be"),
+    "order of fp8": (FP8_WEIGHT | {"weight_g_idx": torch.zeros(K, dtype=torch.int32)}, None, "weight_g_idx"),
+    "float weight with a scale": (WEIGHT8 | {"weight": torch.zeros(N, K)}, None, "the config says nothing"),
+    "NaN weight with a scale": (WEIGHT8 | {"weight": torch.full((N, K), float("nan"))}, config(8), "finite"),
+    "FP4": (PACKED | {"weight_global_scale": torch.ones(1)}, None, "weight_global_scale float32"),
     "no scale": ({"weight": WEIGHT8["weight"]}, None, "found tensors weight int8"),
     "no words": ({"weight_scale": torch.ones(N, 1)}, None, "found tensors weight_scale"),
     "both containers": (PACKED | {"weight": WEIGHT8["weight"]}, None, "found tensors"),
-    "static input scale": (WEIGHT8 | {"input_scale": torch.ones(1)}, None, "input_scale"),
-    "static input zero": (WEIGHT8 | {"input_zero_point": torch.ones(1, dtype=torch.int8)}, None, "input_zero_point"),
-    "act order": (PACKED | {"weight_g_idx": torch.zeros(K, dtype=torch.int32)}, None, "weight_g_idx"),
+    "static input scale": (WEIGHT8 | {"input_scale": torch.ones(1)}, config(), "input_scale is present, but activations dynamic int8"),
+    "input scale of float rows": (PACKED | {"input_scale": torch.ones(1)}, config(4, "group", 16, rows=None), "that stay floats"),
+    "static input zero": (WEIGHT8 | {"input_zero_point": torch.ones(1, dtype=torch.int8)}, config(), "input_zero_point is 1"),
+    "no input scale": (WEIGHT8, config(rows=STATIC), "input_scale is missing, which activations static int8"),
+    "no input zero": (WEIGHT8 | {"input_scale": torch.ones(1)}, config(rows=STATIC | {"symmetric": False}), "input_zero_point is missing"),
+    "input zero of symmetric rows": (WEIGHT8 | STATIC_FIELDS, config(rows=STATIC), "input_zero_point is 3, but"),
+    "an input scale a channel": (WEIGHT8 | {"input_scale": torch.ones(N)}, config(rows=STATIC), "one value for the tensor"),
+    "input scale 0": (WEIGHT8 | {"input_scale": torch.zeros(1)}, config(rows=STATIC), "above 0"),
+    "NaN input scale": (WEIGHT8 | {"input_scale": torch.full((1,), float("nan"))}, config(rows=STATIC), "finite"),
+    "fractional input zero": (WEIGHT8 | STATIC_FIELDS | {"input_zero_point": torch.full((1,), 0.5)}, None, "integer"),
+    "columns in one group": (PACKED | {"weight_g_idx": torch.zeros(K, dtype=torch.int32)}, None, "each of 4 groups 16 times"),
+    "groups of other columns": (PACKED | {"weight_g_idx": torch.zeros(K + 1, dtype=torch.int32)}, None, "weight_g_idx must be"),
+    "groups of floats": (PACKED | {"weight_g_idx": torch.zeros(K)}, None, "weight_g_idx must be int32"),
+    "ignored": (WEIGHT8, config() | {"ignore": ["re:.*up_proj"]}, "quantized, but the config ignores it"),
+    "in no group": (WEIGHT8, config(targets=["re:.*down_proj"]), "the config has no group with weights for it"),
     "packed without shape": ({k: PACKED[k] for k in ("weight_packed", "weight_scale")}, None, "found tensors"),
     "words of another type": (PACKED | {"weight_packed": torch.zeros(N, 8, dtype=torch.int64)}, None, "int64"),
     "another shape stated": (PACKED | {"weight_shape": torch.tensor([N, K + 1])}, None, "weight_shape"),
@@ -245,146 +322,3 @@ def test_bad_tensors_are_refused_by_name(case: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load("model.layers.0.mlp.up_proj", fields, N, K, read_config(raw))
     assert str(error.value).startswith("model.layers.0.mlp.up_proj: ")
-
-
-def edited(path: str, value: Any) -> dict:
-    """A good config with the key at a dotted path set (or removed, for `...`)."""
-    raw = copy.deepcopy(config(4, "group", 16))
-    *parents, last = path.replace("G", "config_groups.group_0").split(".")
-    at = raw
-    for key in parents:
-        at = at[key]
-    if value is ...:
-        del at[last]
-    else:
-        at[last] = value
-    return raw
-
-
-ONLINE_TRANSFORM = {"config_groups": {"R3": {"type": "hadamard", "apply": [{"location": "q_attn"}]}}}
-REFUSED: list[tuple[str, Any, str]] = [
-    ("quant_method", "gptq", "quant_method must be 'compressed-tensors', got 'gptq'"),
-    ("quant_method", "fp8", "quant_method"),
-    ("config_groups", ..., "config_groups must be an object"),
-    ("config_groups", [], "config_groups must be an object"),
-    ("config_groups", {"FP8": ["Linear"]}, "preset FP8 must be one of W8A8, INT8, W4A8"),
-    ("config_groups", {"W4A16": ["Linear"]}, "preset W4A16"),
-    ("config_groups", {"g": 3}, "config_groups.g must be an object"),
-    ("ignore", "lm_head", "ignore must be a list"),
-    ("ignore", ["re:("], "bad pattern"),
-    ("ignore", [3], "ignore must be a list"),
-    ("sparsity_config", {"format": "sparse-24-bitmask"}, "sparse weights are not supported"),
-    ("sparsity_config", "yes", "sparsity_config"),
-    ("transform_config", ONLINE_TRANSFORM, "q_attn"),
-    ("transform_config", {"R": 1}, "transform_config"),
-    ("transform_config", {"config_groups": {"R": {"apply": 3}}}, "transform_config.R"),
-    ("kv_cache_scheme", {"num_bits": 8, "type": "float"}, "kv_cache_scheme"),
-    ("G.targets", "Linear", "targets must be a list"),
-    ("G.targets", ["re:[a-"], "bad pattern"),
-    ("G.weights", "int4", "weights"),
-    ("G.weights.num_bits", 3, "int3"),
-    ("G.weights.num_bits", "4", "int4"),
-    ("G.weights.type", "float", "float4"),
-    ("G.weights.strategy", "block", "block"),
-    ("G.weights.strategy", "tensor_group", "tensor_group"),
-    ("G.weights.symmetric", "no", "symmetric"),
-    ("G.weights.group_size", 0, "group, 0"),
-    ("G.weights.group_size", "16", "16"),
-    ("G.weights.dynamic", True, "dynamic=True"),
-    ("G.input_activations", ..., "unquantized activations"),
-    ("G.input_activations", None, "unquantized activations"),
-    ("G.input_activations", 8, "input_activations"),
-    ("G.input_activations.dynamic", False, "int8, token, symmetric"),
-    ("G.input_activations.dynamic", "local", "dynamic=local"),
-    ("G.input_activations.num_bits", 4, "int4"),
-    ("G.input_activations.type", "float", "float8"),
-    ("G.input_activations.symmetric", False, "with zero points"),
-    ("G.input_activations.strategy", "tensor", "tensor"),
-    ("G.input_activations.strategy", "group", "group"),
-    ("G.output_activations", dict(TOKEN), "output_activations"),
-]
-
-
-@pytest.mark.parametrize(("path", "value", "message"), REFUSED, ids=[f"{p}={v!r:.30}" for p, v, _ in REFUSED])
-def test_unsupported_configs_say_what_was_found(path: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match="quantization_config") as error:
-        read_config(edited(path, value))
-    assert message in str(error.value)
-
-
-ACCEPTED: list[tuple[str, Any]] = [
-    ("quant_method", ...),
-    ("quantization_status", "frozen"),
-    ("some_key_of_next_year", {"a": 1}),
-    ("G.weights.actorder", "weight"),
-    ("G.weights.observer", "mse"),
-    ("G.weights.strategy", ...),
-    ("G.weights.strategy", None),
-    ("G.input_activations.strategy", ...),
-    ("sparsity_config", {}),
-    ("sparsity_config", {"format": "dense", "global_sparsity": 0.1}),
-    ("transform_config", {"config_groups": {"R1": {"apply": [{"location": "weight_input"}]}}}),
-    ("kv_cache_scheme", None),
-    ("ignore", ...),
-]
-
-
-@pytest.mark.parametrize(("path", "value"), ACCEPTED, ids=[f"{p}={v!r:.30}" for p, v in ACCEPTED])
-def test_harmless_keys_change_nothing(path: str, value: Any) -> None:
-    ct = read_config(edited(path, value))
-    assert ct is not None
-    group = ct.match("model.layers.0.mlp.up_proj")
-    assert group is not None
-    assert group.scheme == Scheme(4, 16)
-
-
-def test_matching_prefers_exact_then_regex_then_class_and_ignore_wins() -> None:
-    w8, w4 = config(8)["config_groups"]["group_0"], config(4, "group", 16)["config_groups"]["group_0"]
-    ct = read_config(
-        {
-            "config_groups": {
-                "all": w8 | {"targets": ["Linear"]},
-                "mlp": w4 | {"targets": ["re:.*mlp.*"]},
-                "one": w8 | {"targets": ["model.layers.1.mlp.down_proj"]},
-                "kv": {"targets": [], "weights": None},
-            },
-            "ignore": ["lm_head", "re:model.layers.0.self_attn.*"],
-        }
-    )
-    assert ct is not None
-    names = {"lm_head": None, "model.layers.0.self_attn.q_proj": None, "model.layers.1.self_attn.q_proj": "all",
-             "model.layers.0.mlp.down_proj": "mlp", "model.layers.1.mlp.down_proj": "one"}  # fmt: skip
-    assert {n: getattr(ct.match(n), "name", None) for n in names} == names
-    # anchored at the start only
-    assert (
-        read_config({"config_groups": {"g": w8 | {"targets": ["re:mlp"]}}}).match(
-            "model.layers.0.mlp.up_proj"
-        )
-        is None
-    )
-
-
-@pytest.mark.parametrize("key", ["num_bits", "type", "strategy", "symmetric", "group_size", "dynamic"])
-@pytest.mark.parametrize("value", [None, [], {}, "x", -1, 0, 8, 4.0, True, [[1]], {"a": []}, 10**30])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_any_value_is_read_or_refused(bits: int, key: str, value: Any) -> None:
-    for args in ("weights", "input_activations"):
-        raw = config(bits, "channel")
-        raw["config_groups"]["group_0"][args][key] = value
-        outcome = "read"
-        try:
-            scheme = read_config(raw).groups[0].scheme
-        except ValueError as error:
-            outcome = str(error)
-        if outcome == "read":
-            assert scheme in (Scheme(4), Scheme(8), Scheme(4, 8)), scheme
-            assert type(scheme.bits) is int
-        else:
-            assert outcome.startswith("quantization_config: config_groups.group_0: found")
-
-
-def test_preset_names_and_no_config() -> None:
-    assert read_config(None) is None
-    ct = read_config({"config_groups": {"W4A8": ["Linear"]}})
-    assert ct is not None
-    assert ct.groups[0].scheme == Scheme(4, 128)
