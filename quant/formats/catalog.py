@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quant.formats import compressed_tensors
+from quant.formats import awq, compressed_tensors, fireq, fp8, gptq, qserve
 from quant.scheme import QuantWeight
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ class Format(Protocol):
 
 
 # the most particular tensors first; compressed-tensors takes what no other does
-FORMATS: tuple[Format, ...] = (compressed_tensors,)
+FORMATS: tuple[Format, ...] = (fireq, qserve, gptq, awq, fp8, compressed_tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,20 @@ class Reader:
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from error
 
+    def bias_factor(self, fields: Mapping[str, Tensor]) -> float:
+        """What the bias beside these tensors is to be multiplied with: FireQ stores it at the scale of its codes."""
+        return fireq.bias_factor(fields) if self.format is fireq else 1.0
+
 
 def recognise(infos: Mapping[str, Info], raw: Mapping[str, Any] | None) -> Reader:
     """The reader of a checkpoint with these tensors and this quantization_config (or compression_config).
 
     ValueError where the config is one that no format here has, or that the detected format refuses.
     """
-    found = next(f for f in FORMATS if f is FORMATS[-1] or f.detect(infos, raw))
+    found = next((f for f in FORMATS if f.detect(infos, raw)), None)
+    method = raw.get("quant_method") if raw is not None else None
+    if found is None and method is not None:
+        known = ", ".join(f.NAME for f in FORMATS)
+        raise ValueError(f"quantization_config: quant_method must be one of {known}, got {method!r:.80}")
+    found = found or FORMATS[-1]
     return Reader(found, found.read_config(raw))
