@@ -90,8 +90,8 @@ def token_ids(rows: int = 3, length: int = 17, vocab: int = 120, seed: int = 5) 
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def group_round(w_NK: Tensor, group: int = 16, top: float = 7.5) -> Tensor:
-    """Round to nearest in 4 bits with a scale a group: enough of a quantizer for what is tested here."""
+def group_round(w_NK: Tensor, group: int = 16, top: float = 7.0) -> Tensor:
+    """Round to nearest in 4 bits with a scale a group (no largest value on a tie): enough of a quantizer for what is tested here."""
     w_NQg = w_NK.view(len(w_NK), -1, group)
     scale = (w_NQg.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
     return ((w_NQg / scale).round().clamp(-8, 7) * scale).view_as(w_NK)
