@@ -23,7 +23,7 @@ Quantizer = Callable[[str, Tensor], Tensor]
 Rows = Callable[[Tensor], Tensor]
 
 
-class Rounding(NamedTuple):
+class Objective(NamedTuple):
     """What the search is for: how weights are rounded, and rows of activations where they are."""
 
     weight: Quantizer
@@ -43,7 +43,7 @@ def awq(
     shape: Shape,
     stats: Stats,
     *,
-    rounding: Rounding,
+    objective: Objective,
     kind: str = "duo",
     grid: int = 20,
     pairs: Iterable[str] = tuple(PAIRS),
@@ -61,11 +61,11 @@ def awq(
     for name in pairs:
         pair = pair_named(name)
         inputs = stats.inputs[pair.consumers[0]]
-        before = _loss(layer, shape, name, inputs, rounding, None)
+        before = _loss(layer, shape, name, inputs, objective, None)
         best, best_s = Choice(None, before, before), None
         for i in range(grid + 1):
             s_C = _candidate(layer, shape, name, inputs, kind, i / grid)
-            after = _loss(layer, shape, name, inputs, rounding, s_C)
+            after = _loss(layer, shape, name, inputs, objective, s_C)
             if after < best.after:
                 best, best_s = Choice(i / grid, before, after), s_C
         if best_s is not None:
@@ -92,7 +92,7 @@ def _loss(
     shape: Shape,
     name: str,
     inputs: InputStats,
-    rounding: Rounding,
+    objective: Objective,
     s_C: Tensor | None,
 ) -> float:
     """Squared error of the consumers' outputs, summed over rows (a sample of them with `rows`)."""
@@ -100,12 +100,12 @@ def _loss(
     s_K = None if s_C is None else spread(shape, name, s_C)
     for consumer in pair_named(name).consumers:
         w_NK = layer[f"{consumer}.weight"]
-        rounded_NK = rounding.weight(consumer, w_NK if s_K is None else w_NK * s_K).to(w_NK.dtype)
-        if rounding.rows is not None:
+        rounded_NK = objective.weight(consumer, w_NK if s_K is None else w_NK * s_K).to(w_NK.dtype)
+        if objective.rows is not None:
             if inputs.sample_TK is None:
                 raise ValueError("a search with quantized rows needs statistics with a sample, got none")
             x_TK = inputs.sample_TK
-            y_TN = rounding.rows(x_TK if s_K is None else x_TK / s_K) @ rounded_NK.T
+            y_TN = objective.rows(x_TK if s_K is None else x_TK / s_K) @ rounded_NK.T
             total += float((y_TN - x_TK @ w_NK.T).square().sum())
         else:
             if inputs.hessian_KK is None:

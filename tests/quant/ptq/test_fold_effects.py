@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quant.ptq.attention_scales import scale_keys, search_attention, smooth_attention, tied
-from quant.ptq.awq import Rounding, awq
+from quant.ptq.awq import Objective, awq
 from quant.ptq.fireq_scales import equalize, scale_keys_for_cache, scale_values
 from quant.ptq.model import Hooks, Layer
 from quant.ptq.pairs import consumers, inject_outer_outliers, inject_outliers, move
@@ -280,10 +280,10 @@ def test_the_factor_of_values() -> None:
 def test_a_search_finds_a_scale_that_quantizes_better(kind: str, with_rows: bool) -> None:
     model, layer, shape, _ = ready(inject=True)
     stats = model.stats(IDS, sample=1000)[1]
-    rounding = Rounding(lambda name, w: group_round(w), row_round if with_rows else None)
+    objective = Objective(lambda name, w: group_round(w), row_round if with_rows else None)
     inputs, pairs = {n: s.sample_TK.clone() for n, s in stats.inputs.items()}, ("gate_up", "down")
     old = {n: layer[f"mlp.{n}_proj.weight"].clone() for n in ("gate", "up")}
-    chosen = awq(layer, shape, stats, rounding=rounding, kind=kind, grid=6, pairs=pairs)
+    chosen = awq(layer, shape, stats, objective=objective, kind=kind, grid=6, pairs=pairs)
     assert set(chosen) == set(pairs)
     assert chosen["gate_up"].after < 0.6 * chosen["gate_up"].before
     assert chosen["down"].after <= chosen["down"].before
@@ -302,7 +302,7 @@ def test_a_search_finds_a_scale_that_quantizes_better(kind: str, with_rows: bool
 def test_a_search_that_finds_nothing_better_changes_nothing() -> None:
     model, layer, shape, stats = ready()
     before = model.copy()
-    chosen = awq(layer, shape, stats, rounding=Rounding(lambda name, w: w), grid=3)
+    chosen = awq(layer, shape, stats, objective=Objective(lambda name, w: w), grid=3)
     assert all(c.ratio is None and c.before == c.after == 0 for c in chosen.values())
     assert all(torch.equal(t, before.layers[1][n]) for n, t in layer.items())
 
@@ -324,7 +324,7 @@ def test_the_order_of_the_residual_stream_is_one_for_all_layers() -> None:
 
 def test_bad_options_name_the_choices() -> None:
     model, layer, shape, stats = ready()
-    rounding, bare = Rounding(lambda name, w: w), model.stats(IDS, sample=0)[1]
+    objective, bare = Objective(lambda name, w: w), model.stats(IDS, sample=0)[1]
     bare.inputs["self_attn.q_proj"].hessian_KK = None
     for words, call in {
         "alpha and beta must be in": lambda: smooth(layer, shape, stats, alpha=1.5),
@@ -334,11 +334,11 @@ def test_bad_options_name_the_choices() -> None:
         "pair must be one of qkv, o": lambda: equalize(layer, shape, pairs={"x": 1.0}),
         "constant of down must be above 0": lambda: equalize(layer, shape, pairs={"down": 0.0}),
         "kind must be one of mean, max": lambda: equalize(layer, shape, pairs={}, kind="least"),
-        "kind must be one of plain, duo": lambda: awq(layer, shape, stats, rounding=rounding, kind="x"),
-        "grid must be at least 1": lambda: awq(layer, shape, stats, rounding=rounding, grid=0),
-        "needs statistics with Hessians": lambda: awq(layer, shape, bare, rounding=rounding),
+        "kind must be one of plain, duo": lambda: awq(layer, shape, stats, objective=objective, kind="x"),
+        "grid must be at least 1": lambda: awq(layer, shape, stats, objective=objective, grid=0),
+        "needs statistics with Hessians": lambda: awq(layer, shape, bare, objective=objective),
         "with quantized rows needs": lambda: awq(
-            layer, shape, bare, rounding=Rounding(rounding.weight, row_round)
+            layer, shape, bare, objective=Objective(objective.weight, row_round)
         ),
         "alpha must be in": lambda: smooth_attention(layer, shape, stats, alpha=-0.1),
         "needs statistics with a sample": lambda: search_attention(layer, shape, bare, quantize=row_round),

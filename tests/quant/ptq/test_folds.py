@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quant.ptq.attention_scales import search_attention, smooth_attention
-from quant.ptq.awq import Rounding, awq
+from quant.ptq.awq import Objective, awq
 from quant.ptq.fireq_scales import equalize, scale_keys_for_cache, scale_values
 from quant.ptq.model import HEAD, Hooks
 from quant.ptq.pairs import PAIRS, inject_outer_outliers, inject_outliers
@@ -58,14 +58,14 @@ def permuted(model: Model, stats: list[Stats]) -> None:
 
 
 GROUP = 2  # divides every size here
-WEIGHTS = Rounding(lambda name, w: group_round(w, GROUP, 3.5))
-ROWS = Rounding(lambda name, w: group_round(w, GROUP, 3.5), lambda x: row_round(x, 15))
+WEIGHTS = Objective(lambda name, w: group_round(w, GROUP, 3.5))
+ROWS = Objective(lambda name, w: group_round(w, GROUP, 3.5), lambda x: row_round(x, 15))
 FOLDS = {
     "smooth": each_layer(smooth, alpha=0.6, pairs=tuple(PAIRS)),
     "qoq down": each_layer(smooth, alpha=0.1, beta=0.9, pairs=("down",)),
-    "awq": each_layer(awq, rounding=WEIGHTS, grid=4),
-    "awq plain": each_layer(awq, rounding=WEIGHTS, grid=4, kind="plain", pairs=("qkv", "down")),
-    "awq with rows": each_layer(awq, rounding=ROWS, grid=4, kind="smooth"),
+    "awq": each_layer(awq, objective=WEIGHTS, grid=4),
+    "awq plain": each_layer(awq, objective=WEIGHTS, grid=4, kind="plain", pairs=("qkv", "down")),
+    "awq with rows": each_layer(awq, objective=ROWS, grid=4, kind="smooth"),
     "smooth attention": each_layer(smooth_attention, alpha=0.5),
     "search attention": each_layer(search_attention, quantize=lambda k: row_round(k, 7), grid=4),
     "keys before rope": each_layer(scale_keys_for_cache, top_k=0),
@@ -200,7 +200,7 @@ def test_norms_survive_the_type_they_are_stored_in(name: str, stored: torch.dtyp
     model = random_model(SHAPES["gqa"])
     folds = {
         "smooth": each_layer(smooth, stored=stored),
-        "awq": each_layer(awq, rounding=WEIGHTS, grid=2, pairs=("qkv", "gate_up"), stored=stored),
+        "awq": each_layer(awq, objective=WEIGHTS, grid=2, pairs=("qkv", "gate_up"), stored=stored),
         "equalize": no_data(equalize, pairs={"qkv": 0.1, "gate_up": 0.0096}, stored=stored),
     }
     store_norms(model, stored)
