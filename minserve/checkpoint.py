@@ -210,7 +210,7 @@ def _single_file(folder: Path) -> Path:
     if pickled:
         raise ValueError(
             f"{folder}: holds only pickled weights ({listed(pickled)}), which can run code when loaded; "
-            "minserve reads safetensors: convert with transformers' save_pretrained"
+            f"minserve reads safetensors: `python -m quant convert {folder} --out DST` makes them of .bin files"
         )
     raise ValueError(f"{folder}: holds no *.safetensors file")
 

@@ -239,7 +239,7 @@ BAD_INDEX: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a file name of 5000 letters", lambda p: shards(p, {"a": "a" * 5000 + ".safetensors"}), "cannot be mapped|missing"),
     ("an empty folder", lambda p: None, "holds no"),
     ("pickle only", lambda p: (p / "pytorch_model.bin").write_bytes(b"\x80\x04"), "pickled weights ('pytorch_model.bin')"),
-    ("pickled shards", lambda p: [(p / f"pytorch_model-{i}.bin").write_bytes(b"") for i in range(3)], "save_pretrained"),
+    ("pickled shards", lambda p: [(p / f"pytorch_model-{i}.bin").write_bytes(b"") for i in range(3)], "python -m quant convert"),
     ("a .pth", lambda p: (p / "consolidated.00.pth").write_bytes(b""), "pickled weights"),
     ("shards without an index", lambda p: [(p / f"m-{i}.safetensors").write_bytes(b"") for i in range(2)], "index.json is missing"),
     ("a folder for a file", lambda p: (p / "model.safetensors").mkdir(), "regular file"),
