@@ -13,13 +13,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from bench.gates import LIMITS
+from bench.shapes import MODELS
+from kernels.catalog import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-
-
 TAGS = ("measured", "static", "simulated")
 GPU = RESULTS / "gpu"
 DOCUMENTS = (README, ROOT / "docs" / "kernels.md")
@@ -73,6 +75,87 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class Variant(NamedTuple):
+    """A line of the static table: what `kernel` launches for cases of Llama-3-8B with all `words` and none of `without`."""
+
+    name: str
+    kernel: str
+    words: str
+    without: str = ""
+
+
+DECODE, W8, W4 = "_attn_decode_kernel", "_gemm_w8a8_small_kernel", "_gemm_w4a8_kernel"
+VARIANTS = (
+    Variant("rmsnorm + residual", "_rmsnorm_kernel", "residual", "quant quantfp8"),
+    Variant("rmsnorm + residual, int8 rows", "_rmsnorm_kernel", "residual quant"),
+    Variant("silu_mul, int8 rows", "_silu_mul_kernel", "quant"),
+    Variant("quant_rows int8", "_quant_rows_kernel", "quant"),
+    Variant("rope_kv_write bf16, 64 decodes", "_rope_kv_write_kernel", "fmtbf16 decodes64"),
+    Variant("rope_kv_write int8, 64 decodes", "_rope_kv_write_kernel", "fmtint8 decodes64"),
+    Variant("rope_kv_write int4, 64 decodes", "_rope_kv_write_kernel", "fmtint4 decodes64"),
+    Variant("rope_kv_write bf16, a chunk", "_rope_kv_write_kernel", "fmtbf16 chunk2048"),
+    Variant("rope_kv_write int8, a chunk", "_rope_kv_write_kernel", "fmtint8 chunk2048"),
+    Variant("rope_kv_write int4, a chunk", "_rope_kv_write_kernel", "fmtint4 chunk2048"),
+    Variant("decode bf16", DECODE, "fmtbf16", "tokens4"),
+    Variant("decode fp8", DECODE, "fmtfp8", "tokens4"),
+    Variant("decode int8", DECODE, "fmtint8", "tokens4 int8_qk"),
+    Variant("decode int8, 8-bit queries", DECODE, "fmtint8 int8_qk"),
+    Variant("decode int4", DECODE, "fmtint4", "tokens4 int8_qk"),
+    Variant("decode int4, 8-bit queries", DECODE, "fmtint4 int8_qk"),
+    Variant("decode int4z", DECODE, "fmtint4z", "tokens4 int8_qk"),
+    Variant("decode int4z, 8-bit queries", DECODE, "fmtint4z int8_qk"),
+    Variant("decode bf16, 4 tokens", DECODE, "fmtbf16 tokens4"),
+    Variant("decode int8, 4 tokens", DECODE, "fmtint8 tokens4"),
+    Variant("decode int4, 4 tokens", DECODE, "fmtint4 tokens4"),
+    Variant("merge", "_attn_merge_kernel", "fmtbf16"),
+    Variant("prefill bf16", "_attn_prefill_kernel", "fmtbf16"),
+    Variant("prefill fp8", "_prefill_fp8_kernel", "fmtfp8"),
+    Variant("kv_dequant int8", "_kv_dequant_kernel", "fmtint8"),
+    Variant("kv_dequant int4", "_kv_dequant_kernel", "fmtint4"),
+    Variant("w8a8 int8, T = 16", W8, "T16", "fp8"),
+    Variant("w8a8 int8, T = 64", W8, "T64", "fp8"),
+    Variant("w8a8 fp8, T = 16", W8, "T16 fp8"),
+    Variant("w8a8 fp8, T = 64", W8, "T64 fp8"),
+    Variant("w8a8 int8, T = 2048", "_gemm_w8a8_tma_kernel", "T2048", "fp8 kindprogressive kindchannel"),
+    Variant("w8a8 fp8, T = 2048", "_gemm_w8a8_tma_kernel", "T2048 fp8"),
+    Variant("w4a8 group, T = 16", W4, "T16 kindgroup", "zero"),
+    Variant("w4a8 group, T = 64", W4, "T64 kindgroup", "zero"),
+    Variant("w4a8 group with zeros, T = 16", W4, "T16 kindgroup zero"),
+    Variant("w4a8 group with zeros, T = 64", W4, "T64 kindgroup zero"),
+    Variant("w4a8 progressive, T = 16", W4, "T16 kindprogressive"),
+    Variant("w4a8 progressive, T = 64", W4, "T64 kindprogressive"),
+    Variant("w4a8 channel, T = 16", W4, "T16 kindchannel"),
+    Variant("w4a8 channel, T = 64", W4, "T64 kindchannel"),
+    Variant("w4a8 fp8, T = 16", W4, "T16 kindfp8"),
+    Variant("w4a8 fp8, T = 64", W4, "T64 kindfp8"),
+    Variant("w4_to_w8 progressive", "_w4_to_w8_kernel", "step zero"),
+    Variant("sample: lists", "_weigh_kernel", "k50"),
+    Variant("sample: choice", "_choose_kernel", "k50"),
+)
+
+
+def rows_of(variant: Variant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """ValueError where there is none."""
+    model = MODELS["llama-3-8b"].shape
+    served = {(s.name, c.id) for s in SPECS for c in s.serving(model)}
+
+    def meant(op: str, case: str) -> bool:
+        words = set(case.split("-"))
+        wanted, unwanted = set(variant.words.split()), set(variant.without.split())
+        return (op, case) in served and wanted <= words and not unwanted & words
+
+    found = [
+        r
+        for r in rows
+        if r["target"] == 90
+        and r["kernel"].split("#")[0] == variant.kernel
+        and any(meant(r["op"], case) for case in r["served"])
+    ]
+    if not found:
+        raise ValueError(f"bench/results/aot.json has no row for {variant}")
+    return found
+
+
 def worst(rows: list[dict[str, Any]], figure: str, most: bool = True) -> str:
     """The worst value of a figure over rows, of the row itself or of its hot loop; - where none has it."""
     values = [{**r, **(r.get("loop") or {})}.get(figure) for r in rows]
@@ -80,22 +163,27 @@ def worst(rows: list[dict[str, Any]], figure: str, most: bool = True) -> str:
     return f"{(max if most else min)(there):g}" if there else "-"
 
 
-def aot_table(result: dict[str, Any]) -> str:
-    """The worst case of every kernel on sm_90."""
-    kernels: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if row["target"] == 90:
-            kernels.setdefault(row["kernel"].split("#")[0], []).append(row)
+def aot_table(result: dict[str, Any], variants: tuple[Variant, ...] = VARIANTS) -> str:
+    """What each kernel is on sm_90, the worst of what one line covers."""
     lines = [
-        f"The worst over all served configs on sm_90, {tags(result['rows'])} with Triton {result['triton']} (`python -m bench.aot --full`):",
+        f"Llama-3-8B on sm_90, {tags(result['rows'])} with Triton {result['triton']} (`python -m bench.aot --record`):",
         "",
-        "| kernel | cases | registers | spilled bytes | CTAs per SM | byte loads | tiles in flight | issue/mem | issue/mma |",
-        "|---|" + "---:|" * 8,
+        "| launch | registers | CTAs per SM | tiles in flight | issue/mem | limit | issue/mma |",
+        "|---|" + "---:|" * 6,
     ]
-    figures = (("regs", True), ("spill", True), ("ctas", False), ("byte_loads", True), ("tiles", False))
-    for name, rows in sorted(kernels.items()):
-        cells = [worst(rows, *f) for f in (*figures, ("issue_mem", True), ("issue_mma", True))]
-        lines.append(f"| `{name}` | {len(rows)} | " + " | ".join(cells) + " |")
+    for variant in variants:
+        rows = rows_of(variant, result["rows"])
+        bounds = [x.bound for x in LIMITS if x.figure == "issue_mem" and all(map(x.covers, rows))]
+        figures = (
+            ("regs", True),
+            ("ctas", False),
+            ("tiles", False),
+            ("issue_mem", True),
+            ("issue_mma", True),
+        )
+        cells = [worst(rows, *f) for f in figures]
+        cells.insert(4, f"{min(bounds):.2f}" if bounds else "-")
+        lines.append(f"| {variant.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
