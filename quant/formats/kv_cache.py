@@ -18,12 +18,14 @@ from quant.formats.ct_config import is_attention, is_kv_projection, unwrapped
 # below a layer's attention, "model.layers.0.self_attn": the newest name first
 KEY = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "kv_scale")
 VALUE = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "kv_scale")
+# QServe's, of keys and of values, for int8
+PAIR = "kv_scale_quant_orig"
 ZEROS = ("k_zero_point", "v_zero_point", "k_proj.output_zero_point", "v_proj.output_zero_point")
 DROPPED = (
     "q_scale", "q_zero_point", "prob_scale", "prob_output_scale", "q_proj.output_scale", "q_proj.output_zero_point",
 )  # fmt: skip
 WHY_DROPPED = "queries are quantized by their own values at run time, probabilities are not quantized"
-SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys((*KEY, *VALUE, *ZEROS, *DROPPED)))
+SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys((*KEY, *VALUE, PAIR, *ZEROS, *DROPPED)))
 STATIC_FORMATS = {("float", 8): "fp8", ("int", 8): "int8"}
 DYNAMIC_FORMATS = STATIC_FORMATS | {("int", 4): "int4"}
 SUPPORTED = (
@@ -53,11 +55,14 @@ def declared(raw: Mapping[str, Any] | None, names: Iterable[str] = ()) -> KvSche
     ValueError where it is one that no KV format has.
     """
     raw = unwrapped(raw) or {}
+    names = tuple(names)
     found = [_scheme(where, args) for where, args in _all_args(raw) if args is not None]
     if len(set(found)) > 1:
         raise ValueError(f"quantization_config: KV schemes must be one for all layers, got {found}")
     if found:
         return found[0]
+    if any(name.endswith(f".{PAIR}") for name in names):
+        return KvScheme("int8", static=True)
     # the native fp8 format has no key for it, or one of many spellings
     has_scales = any(name.endswith(tuple(f".self_attn.{s}" for s in KEY)) for name in names)
     return KvScheme("fp8", static=True) if has_scales and raw.get("quant_method") == "fp8" else None
@@ -104,6 +109,10 @@ def load(layer: str, fields: Mapping[str, Tensor], num_kv_heads: int, fmt: str =
     for suffix in ZEROS:
         if suffix in fields and bool(fields[suffix].float().any()):
             raise ValueError(f"{layer}.{suffix} must be 0: a KV cache with constant scales is symmetric")
+    if (pair := fields.get(PAIR)) is not None:
+        if pair.shape != (2,):
+            raise ValueError(f"{layer}.{PAIR} must be 2 floats, got {pair.dtype} {list(pair.shape)}")
+        fields = {KEY[0]: pair[0], VALUE[0]: pair[1]}
     return KvLayerScales(
         _scale(layer, fields, KEY, num_kv_heads, fmt), _scale(layer, fields, VALUE, num_kv_heads, fmt)
     )

@@ -103,6 +103,15 @@ def test_scales_by_every_name(key: str, value: str, shape: tuple[int, ...]) -> N
     assert scales.v_G.tolist() == [0.25] * 2
 
 
+def test_the_pair_of_qserve() -> None:
+    assert declared(None, [f"{LAYER}.kv_scale_quant_orig"]) == KvScheme("int8", True)
+    pair = torch.tensor([0.5, 0.25], dtype=torch.float16)
+    scales = load(LAYER, {"kv_scale_quant_orig": pair}, 2, "int8")
+    assert (scales.k_G.tolist(), scales.v_G.tolist()) == ([0.5, 0.5], [0.25, 0.25])
+    with pytest.raises(ValueError, match=r"kv_scale_quant_orig must be 2 floats, got torch.float16 \[1\]"):
+        load(LAYER, {"kv_scale_quant_orig": pair[:1]}, 2, "int8")
+
+
 def test_a_scale_a_head_keeps_its_head() -> None:
     k, v = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1), torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1)
     scales = load(LAYER, {"k_scale": k, "v_scale": v}, 3)
