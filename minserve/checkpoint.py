@@ -92,6 +92,14 @@ class Checkpoint:
             raw = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.start)
         return raw.view(info.shape)
 
+    def release(self, name: str) -> None:
+        """Lets go of the memory that reading a tensor took; a view of it that is left reads the file again."""
+        info = self.infos[name]
+        page = mmap.ALLOCATIONGRANULARITY
+        start, end = -(-info.start // page) * page, info.end // page * page
+        if end > start and info.file in self._maps:
+            self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def close(self) -> None:
         """Forgets the mappings; each is unmapped when the last tensor that views it is gone."""
         self._maps.clear()

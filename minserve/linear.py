@@ -2,9 +2,11 @@
 
 `wants` tells the op before it to hand over rows of codes (int8 or fp8) with one scale a row; float rows are accepted
 too and quantized here.  Where fused shards differ in scheme they run one by one and their outputs are joined.
+Layers whose rows are static, have zero points or come in another order are `Adjusted` parts.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -14,12 +16,53 @@ from kernels.gemm_w4a8 import W4Weight, gemm_w4a8
 from kernels.gemm_w8a8 import W8Weight, gemm_w8a8
 from kernels.linear import PreparedLinear, linear
 from kernels.quant_rows import QuantRows, quant_rows
+from minserve.rows import Rows, make_rows
+from quant.scheme import Activations
 
-Prepared: TypeAlias = PreparedLinear | W8Weight | W4Weight
+Codes: TypeAlias = W8Weight | W4Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Adjusted:
+    """A matmul of codes with what its kernel knows nothing of, each None where there is none.
+
+    `order_K`: columns of x in the order of the weight's.  `scale`, `zero`: [1] float32 of static rows.
+    `row_sum_N`: sum_k W[n, k], for rows with zero points: (x - z) W^T = x W^T - z sum(W).
+    `group_zero`: scale * zero [N, Q] of a weight whose kernel has no zero points; it multiplies the rows' sums a group.
+    `bias_N` is added last where one of those two is.
+    """
+
+    inner: Codes
+    rows: Activations
+    order_K: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    row_sum_N: Tensor | None = None
+    group_zero: PreparedLinear | None = None
+    bias_N: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.inner.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.inner.out_features
+
+    @property
+    def nbytes(self) -> int:
+        own = (self.order_K, self.scale, self.zero, self.row_sum_N, self.bias_N)
+        sums = 0 if self.group_zero is None else self.group_zero.nbytes
+        return self.inner.nbytes + sums + sum(t.nbytes for t in own if t is not None)
+
+
+Prepared: TypeAlias = PreparedLinear | W8Weight | W4Weight | Adjusted
 
 
 def row_dtype(part: Prepared) -> torch.dtype | None:
-    """The codes a part multiplies; None where it takes the floats themselves."""
+    """The codes of symmetric rows with a scale each that a part multiplies; None where it makes its rows from floats."""
+    if isinstance(part, Adjusted):
+        return part.inner.row_dtype if part.rows.dynamic and part.rows.symmetric else None
     return None if isinstance(part, PreparedLinear) else part.row_dtype
 
 
@@ -58,9 +101,43 @@ class Linear:
     ) -> Tensor:
         if isinstance(part, PreparedLinear):
             return linear(x_TK, part, deterministic=deterministic)
-        if part.row_dtype not in rows:
-            rows[part.row_dtype] = quant_rows(x_TK, part.row_dtype)
-        codes_TK, scale_T = rows[part.row_dtype]
-        if isinstance(part, W8Weight):
-            return gemm_w8a8(codes_TK, scale_T, part, self.out_dtype, deterministic=deterministic)
-        return gemm_w4a8(codes_TK, scale_T, part, self.out_dtype, deterministic=deterministic)
+        dtype = row_dtype(part)
+        if dtype is None:
+            assert isinstance(part, Adjusted), f"{part}"
+            made = make_rows(x_TK, part.rows, part.scale, part.zero)
+            return _adjusted(part, made, self.out_dtype, deterministic)
+        if dtype not in rows:
+            rows[dtype] = quant_rows(x_TK, dtype)
+        if isinstance(part, Adjusted):
+            return _adjusted(part, Rows(*rows[dtype]), self.out_dtype, deterministic)
+        return _multiply(part, rows[dtype], self.out_dtype, deterministic)
+
+
+def _multiply(part: Codes, rows: QuantRows, out_dtype: torch.dtype, deterministic: bool) -> Tensor:
+    codes_TK, scale_T = rows
+    if isinstance(part, W8Weight):
+        return gemm_w8a8(codes_TK, scale_T, part, out_dtype, deterministic=deterministic)
+    return gemm_w4a8(codes_TK, scale_T, part, out_dtype, deterministic=deterministic)
+
+
+def _adjusted(part: Adjusted, rows: Rows, out_dtype: torch.dtype, deterministic: bool) -> Tensor:
+    codes_TK, scale_T, zero_T = rows
+    if part.order_K is not None:
+        # as bytes: fp8 has no gather of its own everywhere
+        codes_TK = codes_TK.view(torch.int8).index_select(1, part.order_K).view(codes_TK.dtype)
+    given = QuantRows(codes_TK, scale_T)
+    if part.row_sum_N is None and part.group_zero is None:
+        return _multiply(part.inner, given, out_dtype, deterministic)
+    y_TN = _multiply(part.inner, given, torch.float32, deterministic)
+    if part.row_sum_N is not None:
+        assert zero_T is not None, f"{part.rows}"
+        y_TN.addr_(scale_T * zero_T, part.row_sum_N, alpha=-1)
+    if part.group_zero is not None:
+        y_TN -= scale_T[:, None] * _group_sums(codes_TK, part.group_zero, deterministic)
+    return (y_TN if part.bias_N is None else y_TN.add_(part.bias_N)).to(out_dtype)
+
+
+def _group_sums(codes_TK: Tensor, group_zero: PreparedLinear, deterministic: bool) -> Tensor:
+    """sum_q (sum of the codes of group q) * scale[n, q] * zero[n, q]; float64 adds e4m3 exactly, in any order."""
+    codes_TQG = codes_TK.float().view(len(codes_TK), group_zero.in_features, -1)
+    return linear(codes_TQG.sum(-1, dtype=torch.float64).float(), group_zero, deterministic=deterministic)

@@ -12,6 +12,7 @@ from minserve.config import Config
 from minserve.engine import Engine
 from minserve.graphs import batch_sizes, cuda_capture
 from minserve.inputs import Join
+from minserve.load_report import LoadReport
 from minserve.models import Llama, build_llama
 from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
@@ -19,7 +20,7 @@ from minserve.rope import rope_tables
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
 from minserve.warmup import Sizes, compile_monitor, warm_up
-from minserve.weights import LoadReport, WeightSource
+from minserve.weights import WeightSource
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits

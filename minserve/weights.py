@@ -1,13 +1,14 @@
 """WeightSource: hands a model its weights by name, once each, and holds the file to account.
 
-Strict: a tensor of the wrong shape, a missing one, and one that nobody took are errors that name it.  Layers are
-loaded as the file has them (plain or quantized), or plain ones are quantized here (`w8a8-int8`, `w4a8-int8`, round to
-nearest); embeddings and norms stay as they are, the head too unless it is asked for in 8 bits.  One tensor at a time is in memory besides the result.
+Strict: a tensor of the wrong shape, a missing one, and one that nobody took are errors that name it.  Layers are loaded
+as the file has them (plain or quantized), or plain ones are quantized here, round to nearest; embeddings and norms stay
+as they are, the head too unless it is asked for in 8 bits.  One projection at a time is in memory besides the result:
+what has been taken is let go of in the mapped files too.
 """
 
 import difflib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.gemm_w4a8 import W4Weight, prepare_w4a8
-from kernels.gemm_w8a8 import FP8, W8Weight, prepare_w8a8
-from kernels.launch import gpu_facts
+from kernels.gemm_w8a8 import FP8, prepare_w8a8
 from kernels.linear import prepare_linear
 from kernels.quant_rows import quant_rows
 from minserve.checkpoint import Checkpoint, listed
 from minserve.linear import Linear, Prepared
+from minserve.load_report import LoadReport
+from minserve.overrides import CHANNEL, OnlineScheme, Overrides
+from minserve.prepare import Ready, lacks_fp8, prepare_plain, prepare_quantized, short
 from quant.formats.catalog import PLAIN, recognise
 from quant.rtn import quantize
-from quant.scheme import ONLINE, QuantWeight, fuse
+from quant.scheme import ONLINE, QuantWeight, Scheme, fuse
 
 # buffers that old exporters saved beside the weights; they follow from the config
 DERIVED = (".rotary_emb.inv_freq",)
@@ -36,45 +38,11 @@ HEAD_DTYPES = {"int8": torch.int8, "fp8": FP8}
 ROWS_AT_ONCE = 4096
 
 
-@dataclass(slots=True)
-class ReportRow:
-    """The linear layers of one scheme: how many, through which kernel, in how many bytes."""
-
-    scheme: str
-    kernel: str
-    layers: int = 0
-    weights: int = 0
-    nbytes: int = 0
-    note: str = ""
-
-    def __str__(self) -> str:
-        bits = 8 * self.nbytes / max(1, self.weights)
-        text = f"{self.scheme}: {self.layers} layers, kernel {self.kernel}, {bits:.2f} bits per weight"
-        return f"{text}, {self.nbytes / 1e6:.1f} MB" + (f" ({self.note})" if self.note else "")
-
-
-@dataclass(slots=True)
-class LoadReport:
-    """What was loaded and how it will be computed, for start-up to print and tests to read."""
-
-    rows: dict[tuple[str, str], ReportRow] = field(default_factory=dict)
-    other_bytes: int = 0
-    derived: list[str] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return self.other_bytes + sum(row.nbytes for row in self.rows.values())
-
-    def lines(self) -> list[str]:
-        return [str(row) for row in self.rows.values()] + [
-            f"embeddings and norms: {self.other_bytes / 1e6:.1f} MB"
-        ]
-
-
 class WeightSource:
     """Reads `folder`; everything it returns is in `dtype` on `device` and owns its memory.
 
-    `quantization` is auto (as stored), none (as stored, and that must be plain), or a scheme for plain layers.
+    `quantization` is auto (as stored), none (as stored, and that must be plain), or a scheme for plain layers; layers
+    that `overrides` names are what it says.  Weight-only layers take the rows of a scheme with their bits.
     """
 
     def __init__(
@@ -84,6 +52,7 @@ class WeightSource:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         quantization: str = "auto",
+        overrides: Overrides | None = None,
         quantization_config: dict[str, Any] | None = None,
         lm_head: str = "auto",
         progress: bool | None = None,
@@ -94,15 +63,18 @@ class WeightSource:
         if lm_head != "auto" and lm_head not in HEAD_DTYPES:
             raise ValueError(f"lm_head must be one of {', '.join(('auto', *HEAD_DTYPES))}, got {lm_head!r}")
         self.dtype, self.device = dtype, torch.device(device)
-        if lm_head == "fp8" and self.device.type == "cuda" and gpu_facts(self.device).capability < 89:
-            raise ValueError(
-                "lm_head must be auto or int8 on a GPU before sm_89, which has no fp8, got 'fp8'"
-            )
+        self.overrides = overrides or Overrides()
+        asked = {"lm_head": lm_head, "quantization": quantization}
+        asked |= {f"quantization_overrides[{p}]": text for p, text in self.overrides.rules}
+        for key, value in asked.items():
+            if "fp8" in value and lacks_fp8(self.device):
+                raise ValueError(f"{key} must be without fp8 on a GPU before sm_89, got {value!r}")
         self.quantization, self.lm_head = quantization, lm_head
         self.report = LoadReport()
         self._checkpoint = Checkpoint(folder)
         self._reader = recognise(self._checkpoint.infos, quantization_config)
         self._left = dict.fromkeys(self._checkpoint)
+        self._held: list[str] = []
         show = sys.stderr.isatty() if progress is None else progress
         self._bar = tqdm(
             total=self._checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not show
@@ -120,6 +92,7 @@ class WeightSource:
         """One plain tensor: an embedding, a norm."""
         value = self._plain(name, shape)
         self.report.other_bytes += value.nbytes
+        self._let_go()
         return value
 
     def linear(
@@ -131,8 +104,13 @@ class WeightSource:
         biases = [
             self._plain(f"{n}.bias", (N,)) if bias else None for n, N in zip(names, out_features, strict=True)
         ]
-        weights = [self._prepare(w, b) for w, b in _joined(shards, biases)]
-        return Linear(weights, self.dtype)
+        stacked = _joined(names, shards, biases)
+        del shards
+        parts: list[Prepared] = []
+        while stacked:
+            parts.append(self._prepare(*stacked.pop(0)))
+        self._let_go()
+        return Linear(parts, self.dtype)
 
     def head(self, name: str, embed_VD: Tensor, tied: bool) -> Linear:
         """The output projection; where tied, the embedding itself, and a stored copy must equal it."""
@@ -153,16 +131,19 @@ class WeightSource:
             # a CPU packs weights for its matmul: then the head is a second copy of the embedding
             self.report.other_bytes += head.nbytes if head.form != "dense" else 0
         else:
-            head = self._prepare(weight, None)
+            head = self._prepare(name, weight, None)
+        self._let_go()
         return Linear([head], torch.float32)
 
-    def _head_in_8_bits(self, name: str, weight_VD: Tensor) -> W8Weight:
+    def _head_in_8_bits(self, name: str, weight_VD: Tensor) -> Prepared:
         parts = [quant_rows(rows, HEAD_DTYPES[self.lm_head]) for rows in weight_VD.split(ROWS_AT_ONCE)]
         scale_V = torch.cat([part.scale_T for part in parts])
         if not bool(torch.isfinite(scale_V).all()):
             raise ValueError(f"{name} must be finite to be quantized")
         head = prepare_w8a8(torch.cat([part.codes_TD for part in parts]), scale_V)
-        self._book(f"{name} {self.lm_head} (channel, symmetric)", "gemm_w8a8", head)
+        sums = "int32" if self.lm_head == "int8" else "float32"
+        words = f"dynamic {self.lm_head} rows x {self.lm_head} weights, {sums} sums"
+        self.report.book(name, f"{name} {self.lm_head} (channel, symmetric)", Ready(head, "gemm_w8a8", words))
         return head
 
     def finish(self) -> LoadReport:
@@ -175,12 +156,19 @@ class WeightSource:
                 f"{self._checkpoint.folder}: {len(left)} tensors of the checkpoint belong to nothing in the model: "
                 f"{listed(left, most=50)}"
             )
+        self.overrides.check_used()
         self.report.derived = derived
         return self.report
 
     def close(self) -> None:
         self._bar.close()
         self._checkpoint.close()
+
+    def _let_go(self) -> None:
+        """What was taken has been copied: its pages of the files need not stay."""
+        for name in self._held:
+            self._checkpoint.release(name)
+        self._held.clear()
 
     def _take(self, name: str) -> Tensor:
         """A view of the file, struck off the list of what is left."""
@@ -192,6 +180,7 @@ class WeightSource:
             )
         assert name in self._left, f"{name} was taken twice"
         del self._left[name]
+        self._held.append(name)
         self._bar.update(self._checkpoint.infos[name].nbytes)
         return self._checkpoint.tensor(name)
 
@@ -214,63 +203,63 @@ class WeightSource:
     ) -> Tensor | QuantWeight:
         """One module's weight, as stored or quantized here."""
         suffixes = self._reader.fields(module, self._checkpoint.infos)
+        wanted = self.overrides.find(module) if online else None
+        if wanted is None:
+            wanted = OnlineScheme("none" if not online else self.quantization, self.overrides.group)
         if not suffixes:
             plain = self._plain(f"{module}.weight", (out_features, in_features))
-            if not online or self.quantization in AS_STORED:
-                return plain
-            return quantize(plain, ONLINE[self.quantization].fit(in_features))
+            return plain if wanted.name in AS_STORED else quantize(plain, self._scheme(wanted, in_features))
         fields = {s: self._take(f"{module}.{s}") for s in suffixes}
         weight = self._reader.load(module, fields, out_features, in_features)
-        self._check_stored(module, weight)
-        return weight.to(self.device)
+        return self._as_wanted(module, weight, wanted.name if online else "auto").to(self.device)
 
-    def _check_stored(self, module: str, weight: QuantWeight) -> None:
-        wanted = ONLINE[self.quantization].name if self.quantization in ONLINE else self.quantization
-        if wanted not in ("auto", weight.scheme.name):
-            raise ValueError(
-                f"quantization must be auto or {weight.scheme.name} for this checkpoint, got {self.quantization!r}: "
-                f"{module} is stored as {weight.scheme}"
-            )
+    def _scheme(self, wanted: OnlineScheme, in_features: int) -> Scheme:
+        scheme = ONLINE[wanted.name]
+        group = wanted.group or self.overrides.group
+        if scheme.group_size is not None and group is not None:
+            scheme = replace(scheme, group_size=None if group == CHANNEL else int(group))
+        return scheme.fit(in_features)
 
-    def _prepare(self, weight: Tensor | QuantWeight, bias: Tensor | None) -> Prepared:
+    def _as_wanted(self, module: str, weight: QuantWeight, wanted: str) -> QuantWeight:
+        """The stored weight, with activations where it has none and they are asked for."""
+        stored, asked = weight.scheme, ONLINE.get(wanted)
+        if wanted == "auto" or (asked and asked.name == stored.name):
+            return weight
+        alike = asked and (asked.bits, asked.values) == (stored.bits, stored.values)
+        if asked and alike and stored.activations is None and not stored.block:
+            return replace(weight, scheme=replace(stored, activations=asked.activations))
+        rows = {4: ("w4a8-int8", "w4a8-fp8"), 8: (f"w8a8-{'fp8' if stored.values == 'fp8' else 'int8'}",)}
+        more = () if stored.activations or stored.block else rows[stored.bits]
+        raise ValueError(
+            f"quantization must be {' or '.join(('auto', stored.name, *more))} for this checkpoint, got {wanted!r}: "
+            f"{module} is stored as {stored}"
+        )
+
+    def _prepare(self, name: str, weight: Tensor | QuantWeight, bias: Tensor | None) -> Prepared:
         """Packs for the kernel and books it."""
-        note = ""
-        prepared: Prepared
         if isinstance(weight, Tensor):
-            prepared, scheme, kernel = prepare_linear(weight, bias), str(self.dtype)[6:], "linear"
-            if prepared.form == "upcast":
-                note = "computed in float32: this CPU has no 16-bit instructions"
-        elif weight.scheme.bits == 8:
-            prepared = prepare_w8a8(weight.codes_NK, weight.scale_NQ[:, 0].contiguous(), bias)
-            scheme, kernel = str(weight.scheme), "gemm_w8a8"
+            ready, scheme = prepare_plain(weight, bias), short(self.dtype)
         else:
-            rows = weight.scheme.activations
-            kind = "fp8" if rows is not None and rows.dtype == "fp8" else None
-            prepared = prepare_w4a8(weight.codes_NK, weight.scale_NQ, weight.zero_NQ, bias, kind=kind)
-            scheme, kernel = str(weight.scheme), "gemm_w4a8"
-        if isinstance(prepared, W4Weight) and prepared.bits_stored != 4:
-            note = f"int4 weights are unpacked to int{prepared.bits_stored} on the {self.device.type.upper()}"
-        self._book(scheme, kernel, prepared, note)
-        return prepared
-
-    def _book(self, scheme: str, kernel: str, prepared: Prepared, note: str = "") -> None:
-        row = self.report.rows.setdefault((scheme, kernel), ReportRow(scheme, kernel, note=note))
-        row.layers += 1
-        row.weights += prepared.in_features * prepared.out_features
-        row.nbytes += prepared.nbytes
+            try:
+                ready, scheme = prepare_quantized(weight, bias, self.dtype), str(weight.scheme)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        self.report.book(name, scheme, ready)
+        return ready.part
 
 
 def _joined(
-    shards: list[Tensor | QuantWeight], biases: list[Tensor | None]
-) -> list[tuple[Tensor | QuantWeight, Tensor | None]]:
-    """One (weight, bias) where all shards are of one kind, else each on its own."""
+    names: tuple[str, ...], shards: list[Tensor | QuantWeight], biases: list[Tensor | None]
+) -> list[tuple[str, Tensor | QuantWeight, Tensor | None]]:
+    """One (name, weight, bias) where all shards are of one kind, else each on its own."""
     given = [b for b in biases if b is not None]
     bias = torch.cat(given) if given else None
     if len(shards) == 1:
-        return [(shards[0], bias)]
+        return [(names[0], shards[0], bias)]
+    label = "|".join((names[0], *(n.rsplit(".", 1)[-1] for n in names[1:])))
     plain = [s for s in shards if isinstance(s, Tensor)]
     if len(plain) == len(shards):
-        return [(torch.cat(plain), bias)]
+        return [(label, torch.cat(plain), bias)]
     quant = [s for s in shards if isinstance(s, QuantWeight)]
     fused = fuse(quant) if not plain else None
-    return [(fused, bias)] if fused else list(zip(shards, biases, strict=True))
+    return [(label, fused, bias)] if fused else list(zip(names, shards, biases, strict=True))

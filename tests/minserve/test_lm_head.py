@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 from kernels.gemm_w8a8 import FP8, W8Weight
 from kernels.launch import ASSUMED
-from minserve import LLM, weights
+from minserve import LLM, prepare
 from minserve.linear import Linear
-from minserve.weights import LoadReport, WeightSource
+from minserve.load_report import LoadReport
+from minserve.weights import WeightSource
 from tests.minserve.test_demo import ASKED, DEMO
 from tests.minserve.test_quantized_models import kl
 
@@ -101,8 +102,8 @@ def test_a_head_of_its_own_type_is_left_alone(tmp_path: Path):
 def test_what_a_head_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="lm_head must be one of auto, int8, fp8, got 'int3'"):
         WeightSource(tmp_path, dtype=torch.float32, lm_head="int3")
-    monkeypatch.setattr(weights, "gpu_facts", lambda device: ASSUMED[80])
-    with pytest.raises(ValueError, match="before sm_89, which has no fp8"):
+    monkeypatch.setattr(prepare, "gpu_facts", lambda device: ASSUMED[80])
+    with pytest.raises(ValueError, match="lm_head must be without fp8 on a GPU before sm_89"):
         WeightSource(tmp_path, dtype=torch.float32, device="cuda:0", lm_head="fp8")
     save_file({"lm_head.weight": torch.full((V, D), float("nan"))}, tmp_path / "model.safetensors")
     with (

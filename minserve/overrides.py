@@ -1,0 +1,104 @@
+"""Which layers of a plain checkpoint are quantized to what: `quantization`, its group size, and exceptions by name.
+
+A pattern is compressed-tensors' (a module's full name, or `re:` and a regular expression that its beginning matches) or
+a glob (`model.layers.0.*`).  The first that matches a layer decides.  Needs no torch: config.py checks with it too.
+"""
+
+import re
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+SCHEMES = {
+    "w8a8-int8": "w8a8-int8",
+    "w8a8": "w8a8-int8",
+    "w8a8-fp8": "w8a8-fp8",
+    "w4a8-int8": "w4a8-int8",
+    "w4a8": "w4a8-int8",
+    "w4a8-fp8": "w4a8-fp8",
+}
+GROUPS = (16, 32, 64, 128)
+CHANNEL = "channel"
+SAYS_SCHEME = (
+    "none, w8a8-int8, w8a8-fp8, w4a8-int8 or w4a8-fp8, the last two with -g16, -g32, -g64, -g128 or -channel"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineScheme:
+    """`name` is none or a key of ONLINE in quant/scheme.py; `group` its columns a scale, or channel; None: the default."""
+
+    name: str
+    group: int | str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "OnlineScheme":
+        """ValueError for anything but SAYS_SCHEME."""
+        match = re.fullmatch(r"([a-z0-9]+(?:-int8|-fp8)?)(?:-(?:g([0-9]{2,3})|(channel)))?", text)
+        name = "none" if text == "none" else SCHEMES.get(match[1]) if match else None
+        group: int | str | None = None
+        if match and name is not None:
+            group = int(match[2]) if match[2] else match[3]
+        grouped = group is None or (
+            name is not None and name.startswith("w4") and group in (*GROUPS, CHANNEL)
+        )
+        if name is None or not grouped:
+            raise ValueError(f"must be {SAYS_SCHEME}, got {text!r}")
+        return cls(name, group)
+
+
+def check_pattern(pattern: str) -> str:
+    """ValueError where it is empty or no regular expression."""
+    if not pattern or len(pattern) > 400 or not pattern.isprintable():
+        raise ValueError(
+            f"must be a name, a glob or re: and a regular expression, at most 400 characters, got {pattern!r:.80}"
+        )
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"must be a regular expression after re:, got {pattern!r:.80} ({error})"
+            ) from None
+    return pattern
+
+
+def matches(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return pattern == module or fnmatchcase(module, pattern)
+
+
+@dataclass(slots=True)
+class Overrides:
+    """What a model's keys say beside `quantization`: `group` of 4-bit layers, and the exceptions in `rules`.
+
+    `unused`: patterns that no layer has met yet.
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+    group: int | str | None = None
+    unused: dict[str, None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for pattern, text in self.rules:
+            check_pattern(pattern)
+            OnlineScheme.parse(text)
+        self.unused = dict.fromkeys(pattern for pattern, _ in self.rules)
+
+    def find(self, module: str) -> OnlineScheme | None:
+        """What the first matching pattern says of `module`; None where none matches."""
+        found = None
+        for pattern, text in self.rules:
+            if matches(pattern, module):
+                # one behind another that matched is not idle, though it decides nothing
+                self.unused.pop(pattern, None)
+                found = found or OnlineScheme.parse(text)
+        return found
+
+    def check_used(self) -> None:
+        """ValueError naming the patterns that matched no layer."""
+        if self.unused:
+            raise ValueError(
+                f"quantization_overrides must match linear layers (lm_head has a key of its own), got "
+                f"{', '.join(map(repr, self.unused))}, which match none"
+            )
