@@ -20,17 +20,16 @@ N, K, Q = 64, 256, 2
 
 
 def nibbles(codes_NK: Tensor, swapped: bool = False) -> Tensor:
-    """qweight of codes 0..15, one weight after the other: where in a tile's 512 bytes output o, input i is."""
+    """qweight of codes 0..15: in a tile's 512 bytes, the byte and the half of it that output o, input i has."""
     n, k = codes_NK.shape
-    data = [0] * (n * k // 2)
-    for out, row in enumerate(codes_NK.tolist()):
-        for inp, code in enumerate(row):
-            o, i = out % 32, inp % 32
-            tile = (out // 32) * (k // 32) + inp // 32
-            byte = (o % 8) * 64 + (i // 4 % 4) * 16 + (i // 16) * 8 + (o // 8 % 2) * 4 + i % 4
-            high = (o >= 16) != swapped
-            data[tile * 512 + byte] |= code << (4 if high else 0)
-    return torch.tensor(data, dtype=torch.uint8).view(torch.int8).view(n, k // 2)
+    out, inp = torch.arange(n)[:, None], torch.arange(k)
+    o, i = out % 32, inp % 32
+    tile = (out // 32) * (k // 32) + inp // 32
+    byte = (o % 8) * 64 + (i // 4 % 4) * 16 + (i // 16) * 8 + (o // 8 % 2) * 4 + i % 4
+    high = ((o >= 16) != swapped).expand(n, k)
+    data = torch.zeros(n * k // 2, dtype=torch.long)
+    data.put_(tile * 512 + byte, codes_NK << (4 * high), accumulate=True)
+    return data.to(torch.uint8).view(torch.int8).view(n, k // 2)
 
 
 def permuted(x_NQ: Tensor, order: str = "kernel") -> Tensor:
