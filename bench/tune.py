@@ -157,7 +157,7 @@ def timed(q: Question, configs: list[Any], device: torch.device) -> list[float]:
         rounds: list[list[float]] = [[] for _ in configs]
         for call, times in zip(calls, rounds, strict=True):
             try:
-                verify(q.spec, args, call())
+                verify(q.spec, case, args, call())
             except OutOfResources:
                 times.append(math.inf)
         for _ in range(ROUNDS):

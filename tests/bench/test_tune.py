@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from bench import tune
 from bench.aot import Job
 from bench.shapes import MODELS
 from bench.tune import Probe, Question, Table, best_of, candidates, judged, pruned, questions
-from kernels import table
+from kernels import silu_mul, table
 from kernels.catalog import SPECS
 from kernels.launch import ASSUMED
 from tests.source import ROOT
@@ -95,6 +97,37 @@ def test_every_candidate_is_compiled_at_a_small_size() -> None:
     assert all(j.case == q.spec.small(q.cases[0]) for j in pool.jobs)
     assert len({j.key for j in pool.jobs}) == len(probes) > 1
     assert not any(p.why for p in probes)
+
+
+class Watch:
+    """Calls once what it times; the n-th candidate of a round takes n microseconds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls = 0
+
+    def time(self, call: Any, *, graph: bool) -> Any:
+        call()
+        self.calls += 1
+        return SimpleNamespace(us=float(1 + (self.calls - 1) % 2))
+
+
+def small_question() -> Question:
+    (q,) = questions(["silu_mul"], ["llama-3.2-1b"], H200)
+    return q._replace(cases=[q.spec.small(q.cases[0])])
+
+
+def test_what_is_timed_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "Stopwatch", Watch)
+    q = small_question()
+    two = candidates(q, H200)[:2]
+    assert tune.timed(q, two, torch.device("cpu")) == pytest.approx([1.0, 2.0])
+
+    def off(*args: Any, **options: Any) -> Any:
+        return silu_mul.SPEC.ref(*args)[0] + 1
+
+    wrong = q._replace(spec=replace(q.spec, runs={"triton": off}))
+    with pytest.raises(AssertionError, match="error"):
+        tune.timed(wrong, two, torch.device("cpu"))
 
 
 @pytest.mark.slow
