@@ -102,7 +102,7 @@ class WeightSource:
         assert len(names) == len(out_features), f"{names} and {out_features} differ in length"
         shards = [self._shard(n, in_features, N) for n, N in zip(names, out_features, strict=True)]
         biases = [
-            self._plain(f"{n}.bias", (N,)) if bias else None for n, N in zip(names, out_features, strict=True)
+            self._bias(n, N) if bias else None for n, N in zip(names, out_features, strict=True)
         ]
         stacked = _joined(names, shards, biases)
         del shards
@@ -197,6 +197,12 @@ class WeightSource:
                 f"{name} does not fit float16 (largest {value.abs().max().item():.3g}): choose bfloat16"
             )
         return out
+
+    def _bias(self, module: str, out_features: int) -> Tensor:
+        """At the scale of the result: a format may keep it at that of its codes."""
+        suffixes = self._reader.fields(module, self._checkpoint.infos)
+        fields = {s: self._checkpoint.tensor(f"{module}.{s}") for s in suffixes}
+        return self._plain(f"{module}.bias", (out_features,)).mul_(self._reader.bias_factor(fields))
 
     def _shard(
         self, module: str, in_features: int, out_features: int, online: bool = True
