@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from quant.formats.ct_args import Args, describe, read_args
-from quant.scheme import BLOCK, FP8_ROWS, Activations, Scheme
+from quant.kinds import BLOCK, FP8_ROWS, Activations, Scheme
 
 SUPPORTED = (
     "supported weights: int8 or fp8 by channel or tensor, fp8 by block [128, 128], int4 in groups or by channel, "
