@@ -1,7 +1,7 @@
 """Trains the demo model on the text of demo_text.py and writes examples/demo, on one CPU thread.
 
     python -m examples.train_demo --out examples/demo
-    python -m examples.train_demo --size large --steps 700 --out models/demo-large    # the ground of bench.quality
+    python -m examples.train_demo --size large --steps 300 --out models/demo-large    # the ground of bench.quality
 
 Prints the loss curve.  The folder is rewritten every --save-every steps, so that a usable model exists at any
 time; --steps sets the length, the learning rate falls to zero at the end.
