@@ -101,9 +101,7 @@ class WeightSource:
         """The modules `names` stacked along their outputs; run one by one where their schemes differ."""
         assert len(names) == len(out_features), f"{names} and {out_features} differ in length"
         shards = [self._shard(n, in_features, N) for n, N in zip(names, out_features, strict=True)]
-        biases = [
-            self._bias(n, N) if bias else None for n, N in zip(names, out_features, strict=True)
-        ]
+        biases = [self._bias(n, N) if bias else None for n, N in zip(names, out_features, strict=True)]
         stacked = _joined(names, shards, biases)
         del shards
         parts: list[Prepared] = []
