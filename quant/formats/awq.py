@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.formats.gptq import check_fields, is_gptq
+from quant.formats.gptq import check_fields, is_gptq, read_group_size
 from quant.pack import num_words, unpack
 from quant.scheme import QuantWeight, Scheme
 
@@ -47,10 +47,7 @@ def read_config(raw: Mapping[str, Any] | None) -> AwqConfig | None:
             raise ValueError(
                 f"quantization_config: {key} must be {choice!r} for AWQ's tensors, got {value!r:.80}"
             )
-    size = raw.get("group_size", raw.get("q_group_size", 128))
-    if type(size) is not int or (size < 1 and size != -1):
-        raise ValueError(f"quantization_config: group_size must be -1 or above 0, got {size!r:.80}")
-    return AwqConfig(None if size == -1 else size)
+    return AwqConfig(read_group_size(raw.get("group_size", raw.get("q_group_size", 128))))
 
 
 def load(

@@ -20,6 +20,7 @@ NAME = "gptq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 # what is added to a stored zero point
 VERSIONS = {"gptq": 1, "gptq_v2": 0}
+MAX_GROUP = 1 << 24  # more inputs than any layer has
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,16 @@ def read_config(raw: Mapping[str, Any] | None) -> GptqConfig | None:
             raise ValueError(
                 f"quantization_config: {key} must be one of {names} for GPTQ's tensors, got {value!r:.80}"
             )
-    size = raw.get("group_size", -1)
-    if type(size) is not int or (size < 1 and size != -1):
-        raise ValueError(f"quantization_config: group_size must be -1 or above 0, got {size!r:.80}")
+    size = read_group_size(raw.get("group_size", -1))
     added = None if version is None else VERSIONS[version]
-    return GptqConfig(added, None if size == -1 else size, raw.get("sym"), not raw.get("dynamic"))
+    return GptqConfig(added, size, raw.get("sym"), not raw.get("dynamic"))
+
+
+def read_group_size(value: Any) -> int | None:
+    """None for -1, one scale a channel."""
+    if type(value) is not int or not (value == -1 or 0 < value < MAX_GROUP):
+        raise ValueError(f"quantization_config: group_size must be -1 or above 0, got {value!r:.80}")
+    return None if value == -1 else value
 
 
 def load(

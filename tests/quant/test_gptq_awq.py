@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_w4a8 import gemm_w4a8, prepare_w4a8
-from quant.formats import awq, gptq
+from quant.formats import awq, fireq, gptq, qserve
 from quant.formats.catalog import recognise
 from quant.scheme import QuantWeight, Scheme, fuse
 
@@ -181,6 +181,38 @@ def controls() -> Iterator[tuple[str, QuantWeight, Plain]]:
 def test_a_wrong_layout_is_not_read_as_the_right_weights(name: str, got: QuantWeight, w: Plain) -> None:
     off = ((got.dequantize() - w.dequantized()).norm() / w.dequantized().norm()).item()
     assert off > 0.1, f"{name} changes the weights by {off:.3f} only: the layout test could not tell"
+
+
+ODD: list[Any] = [None, [], {}, "x", -1, 0, 4, 8, 4.0, True, [[1]], {"a": []}, 10**400, 1e300]
+KEYS = {
+    gptq: ("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "dynamic", "meta"),
+    awq: ("quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version"),
+    qserve: ("quant_method", "wbits", "group_size"),
+    fireq: ("quant_method",),
+}
+
+
+def outcome(module: Any, raw: dict[str, Any]) -> Tensor | str:
+    """The weights under this config, or why it is refused."""
+    write = {gptq: gptq_fields, awq: awq_fields}.get(module)
+    try:
+        config = module.read_config(raw)
+        return module.load("m", write(plain()), N, K, config).dequantize() if write else "read"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("module", KEYS, ids=lambda m: m.NAME)
+def test_any_value_is_read_or_refused(module: Any) -> None:
+    """A config that is read and not contradicted by the tensors leaves the weights what they are."""
+    base = {gptq: gptq_config(), awq: AWQ_CONFIG}.get(module, {})
+    for key in KEYS[module]:
+        for value in ODD:
+            got = outcome(module, {k: v for k, v in base.items() if k != key} | {key: value})
+            if isinstance(got, str):
+                assert len(got) < 400, f"{key}={value!r:.40}: {got}"
+            else:
+                assert torch.equal(got, plain().dequantized()), f"{key}={value!r:.40} changes the weights"
 
 
 class Header(NamedTuple):
