@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from minserve.checkpoint import Checkpoint
 from quant.__main__ import main
 from quant.convert import INDEX, convert
+from tests.quant import test_foreign_models as foreign
+from tests.tiny import write_llama
 
 SHARDS = {
     "pytorch_model-00001-of-00002.bin": {
@@ -156,11 +158,16 @@ def test_what_is_wrong_is_named_and_nothing_is_left(case: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def status(arguments: list[str]) -> object:
+    try:
+        return main(arguments)
+    except SystemExit as stopped:
+        return stopped.code
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = folder(tmp_path / "bin", SHARDS)
-    with pytest.raises(SystemExit) as stopped:
-        main(["convert", str(source), "--out", str(source)])
-    assert stopped.value.code == 2
+    assert status(["convert", str(source), "--out", str(source)]) == 2
     assert "python -m quant: " in (said := capsys.readouterr().err)
     assert "exists: name a folder that does not" in said
 
@@ -177,3 +184,16 @@ def test_the_loader_names_the_command(tmp_path: Path) -> None:
     source = folder(tmp_path / "bin", SHARDS)
     with pytest.raises(ValueError, match=rf"python -m quant convert {source} --out DST"):
         Checkpoint(source)
+
+
+def test_a_qserve_file_as_its_authors_publish_it(tmp_path: Path) -> None:
+    """Pickled, without a quantization_config, the norms among its tensors: converted, it is what it says."""
+    plain = write_llama(tmp_path / "plain", hidden_size=128, intermediate_size=128, num_hidden_layers=1)
+    good, _, weights = foreign.written(plain, foreign.CASES["qserve-g128"])
+    source = tmp_path / "bin"
+    source.mkdir()
+    torch.save(good, source / "pytorch_model.bin")
+    (source / "config.json").write_bytes((plain / "config.json").read_bytes())
+    convert(source, tmp_path / "safe", silent)
+    want = foreign.reference(plain, weights, foreign.int8_rows)
+    assert foreign.kl(want, foreign.our_logits(tmp_path / "safe")) < foreign.MOST_KL
