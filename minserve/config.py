@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minserve.overrides import GROUP_SIZE, OVERRIDES
 from minserve.schema import (
     At,
     boolean,
@@ -122,6 +123,8 @@ class ModelEntry:
     chat_template: str | None = key(maybe(file_path()), None)
     dtype: str = key(DTYPE, "auto")
     quantization: str = key(QUANTIZATION, "auto")
+    quantization_group_size: int | str | None = key(maybe(GROUP_SIZE, "auto"), None)
+    quantization_overrides: tuple[tuple[str, str], ...] = key(OVERRIDES, ())
     lm_head: str = key(LM_HEAD, "auto")
     kv_dtype: str = key(KV_DTYPE, "auto")
     max_model_len: int | None = key(maybe(integer(1, 1 << 24), "auto"), None)
@@ -152,6 +155,10 @@ def check_model(model: ModelEntry, at: At) -> ModelEntry:
     if model.max_num_batched_tokens < model.max_num_seqs:
         limit = f"at least max_num_seqs={model.max_num_seqs}: each running sequence needs a row in a step"
         raise refuse(at.sub("max_num_batched_tokens"), limit, model.max_num_batched_tokens)
+    schemes = (model.quantization, *(scheme for _, scheme in model.quantization_overrides))
+    if model.quantization_group_size is not None and not any(s.startswith("w4") for s in schemes):
+        limit = "auto where no layer is quantized to w4a8-int8 or w4a8-fp8"
+        raise refuse(at.sub("quantization_group_size"), limit, model.quantization_group_size)
     return model
 
 
@@ -336,7 +343,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "model", "keys of the one model that --model names; examples/full.yaml explains them"
     )
     for name, kind in kinds(ModelEntry).items():
-        if name not in ("path", "aliases", "placement", "slo", "lengths"):
+        if name not in ("path", "aliases", "placement", "slo", "lengths", "quantization_overrides"):
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 dest=f"model_{name}",

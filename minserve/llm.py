@@ -34,8 +34,8 @@ MAX_QUEUED = 1_000_000
 class LLM:
     """Loads `model`, a Hugging Face folder.  ValueError names what is wrong with a folder or an argument.
 
-    `quantization`: auto (what the checkpoint is), none, w8a8-int8 or w4a8-int8 (quantized at load).  `kv_dtype`: auto,
-    fp32, bf16, fp16, fp8, int8, int4, int4z.  `pool_bytes`: size of the KV slab pool, auto where None.  `deterministic`: a request
+    `quantization`: auto (what the checkpoint is), none, or w8a8-int8, w8a8-fp8, w4a8-int8, w4a8-fp8 (quantized at load;
+    `quantization_group_size` and `quantization_overrides`, a dict of layers to schemes, refine it).  `kv_dtype`: auto, fp32, bf16, fp16, fp8, int8, int4, int4z.  `pool_bytes`: size of the KV slab pool, auto where None.  `deterministic`: a request
     gets the same tokens whatever else runs, slower.  `overlap`: plan a step while the one before runs; default on a GPU
     only.  Other keywords are keys of a model in examples/full.yaml (max_num_seqs, max_num_batched_tokens, reserve_tokens, ...).
     """

@@ -54,6 +54,11 @@ class LoadReport:
             name, scheme, ready.kernel, ready.arithmetic, 8 * size / max(1, weights), size, f" ({ready.note})" * bool(ready.note),
         )  # fmt: skip
 
+    def remark(self, note: str) -> None:
+        """Says something once, however many layers it is true of."""
+        if note not in self.notes:
+            self.notes.append(note)
+
     def lines(self) -> list[str]:
         other = f"embeddings and norms: {self.other_bytes / 1e6:.1f} MB"
         return [*map(str, self.rows.values()), other, *self.notes]

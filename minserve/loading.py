@@ -14,6 +14,7 @@ from minserve.graphs import batch_sizes, cuda_capture
 from minserve.inputs import Join
 from minserve.load_report import LoadReport
 from minserve.models import Llama, build_llama
+from minserve.overrides import Overrides
 from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
 from minserve.rope import rope_tables
@@ -57,10 +58,11 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         dtype=TORCH_DTYPE[resolved.dtype],
         device=device,
         quantization=resolved.quantization,
+        overrides=Overrides(resolved.entry.quantization_overrides, resolved.entry.quantization_group_size),
         quantization_config=config.quantization,
         lm_head=resolved.entry.lm_head,
     ) as source:
-        return LoadedModel(resolved, build_llama(config, source, rope), source.report)
+        return LoadedModel(resolved, build_llama(config, source, rope, resolved.kv), source.report)
 
 
 def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None = None) -> Engine:

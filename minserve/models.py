@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from kernels.attention import attention
 from kernels.kv_step import KvStep
+from kernels.kv_write_triton import NO_SCALES, KvScales
 from kernels.rmsnorm import rmsnorm
 from kernels.rope_kv_write import rope_kv_write
 from kernels.silu_mul import silu_mul
+from minserve.kv_scales import layer_scales
+from minserve.kv_use import KvUse
 from minserve.linear import Linear
 from minserve.model_config import LlamaConfig
 from minserve.rope import RopeTables
@@ -33,6 +36,7 @@ class Block:
     mlp_norm_D: Tensor
     gate_up: Linear
     down: Linear
+    kv: KvScales = NO_SCALES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class Llama:
             h = rmsnorm(x_TD, b.attn_norm_D, c.rms_norm_eps, residual_TD, quant=b.qkv.wants)
             residual_TD = x_TD if h.residual_TD is None else h.residual_TD
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
-            q_THK = rope_kv_write(qkv_TX, self.rope.cos_MK, self.rope.sin_MK, pool, step, layer, c.num_heads)
+            cos_MK, sin_MK = self.rope.cos_MK, self.rope.sin_MK
+            q_THK = rope_kv_write(qkv_TX, cos_MK, sin_MK, pool, step, layer, c.num_heads, b.kv)
             o = attention(q_THK, pool, step, layer, scale, quant=b.o.wants)
             o_TX, o_scale_T = (o.flatten(1), None) if isinstance(o, Tensor) else o
             x_TD = b.o(o_TX, o_scale_T, deterministic=deterministic)
@@ -79,9 +84,14 @@ class Llama:
         return self.head(h.y_TD, h.scale_T, deterministic=deterministic).float()
 
 
-def build_llama(config: LlamaConfig, source: WeightSource, rope: RopeTables) -> Llama:
-    """Takes every tensor of a Llama from `source`; whatever is left there, or missing, is an error naming it."""
-    c = config
+def build_llama(
+    config: LlamaConfig, source: WeightSource, rope: RopeTables, kv_use: KvUse | None = None
+) -> Llama:
+    """Takes every tensor of a Llama from `source`; whatever is left there, or missing, is an error naming it.
+
+    `kv_use`: the KV format, and what the checkpoint says of it; None: floats, and nothing.
+    """
+    c, kv_use = config, kv_use or KvUse("fp32")
     d, q, kv = c.hidden_size, c.q_size, c.kv_size
     embed_VD = source.tensor("model.embed_tokens.weight", (c.vocab_size, d))
     blocks = []
@@ -103,6 +113,7 @@ def build_llama(config: LlamaConfig, source: WeightSource, rope: RopeTables) -> 
                     (f"{mlp}.gate_proj", f"{mlp}.up_proj"), d, (c.intermediate_size,) * 2, bias=c.mlp_bias
                 ),
                 down=source.linear((f"{mlp}.down_proj",), c.intermediate_size, (d,), bias=c.mlp_bias),
+                kv=layer_scales(source, attn, c, kv_use),
             )
         )
     norm_D = source.tensor("model.norm.weight", (d,))

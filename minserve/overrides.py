@@ -7,6 +7,9 @@ a glob (`model.layers.0.*`).  The first that matches a layer decides.  Needs no 
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
+
+from minserve.schema import At, Kind, refuse
 
 SCHEMES = {
     "w8a8-int8": "w8a8-int8",
@@ -102,3 +105,45 @@ class Overrides:
                 f"quantization_overrides must match linear layers (lm_head has a key of its own), got "
                 f"{', '.join(map(repr, self.unused))}, which match none"
             )
+
+
+MAX_OVERRIDES = 1024
+
+
+def _group_size() -> Kind:
+    def read(at: At, value: Any) -> int | str:
+        if isinstance(value, bool) or value not in (*GROUPS, CHANNEL, -1):
+            raise refuse(at, says, value)
+        # -1 as llm-compressor has it
+        return CHANNEL if value == -1 else value
+
+    says = f"{', '.join(map(str, GROUPS))} columns, or {CHANNEL}"
+    return Kind(says, read)
+
+
+def _overrides() -> Kind:
+    """A mapping of layers to schemes, in its order; kept as pairs."""
+
+    def read(at: At, value: Any) -> tuple[tuple[str, str], ...]:
+        pairs = list(value.items()) if isinstance(value, dict) else value
+        good = isinstance(pairs, list | tuple) and len(pairs) <= MAX_OVERRIDES
+        if not good or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+            raise refuse(at, says, value)
+        for pattern, scheme in pairs:
+            for check, part, where in (
+                (check_pattern, pattern, at),
+                (OnlineScheme.parse, scheme, at.sub(str(pattern))),
+            ):
+                if not isinstance(part, str):
+                    raise refuse(where, "text", part)
+                try:
+                    check(part)
+                except ValueError as error:
+                    raise ValueError(f"{where.key:.200} {error}") from None
+        return tuple((pattern, scheme) for pattern, scheme in pairs)
+
+    says = f"a mapping of at most {MAX_OVERRIDES} layers (names, globs, re: expressions) to schemes"
+    return Kind(says, read)
+
+
+GROUP_SIZE, OVERRIDES = _group_size(), _overrides()

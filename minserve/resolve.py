@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from kernels.kv_layout import CODE_BITS, KvLayout
 from minserve.config import GpuConfig, ModelEntry
+from minserve.kv_use import KvUse
 from minserve.model_config import LlamaConfig
+from minserve.tensor_names import tensor_names
+from quant.formats.kv_scheme import declared
 from sched.slabs import MAX_SLAB_BYTES, ModelShape, PoolPlan, solve
 
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -22,6 +25,7 @@ class ResolvedModel:
     dtype: str
     quantization: str
     layout: KvLayout
+    kv: KvUse
     max_model_len: int
 
     @property
@@ -41,13 +45,15 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
     """Reads the checkpoint's config and decides dtype, KV format and window; ValueError for what cannot be.
 
     `dtype: auto` is the checkpoint's, but bf16 for fp16 ones on a CPU, whose matmuls have no fast fp16.
-    `kv_dtype: auto` is the model's dtype.
+    `kv_dtype: auto` is what the checkpoint declares, else the model's dtype.
     """
     config = LlamaConfig.from_folder(entry.path)
     dtype = SHORT_DTYPE[config.dtype] if entry.dtype == "auto" else entry.dtype
     if entry.dtype == "auto" and dtype == "fp16" and device == "cpu":
         dtype = "bf16"
-    fmt = dtype if entry.kv_dtype == "auto" else entry.kv_dtype
+    own = declared(config.quantization, tensor_names(entry.path))
+    auto = entry.kv_dtype == "auto"
+    fmt = (own.fmt if own else dtype) if auto else entry.kv_dtype
     if fmt in SHORT_DTYPE.values() and fmt != dtype:
         choices = ", ".join(("auto", dtype, *CODE_BITS))
         raise ValueError(f"models[{entry.name}].kv_dtype must be one of {choices}, got {fmt!r}")
@@ -64,6 +70,7 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
         dtype=dtype,
         quantization=entry.quantization,
         layout=layout,
+        kv=KvUse(fmt, own, static=auto and own is not None and own.static),
         max_model_len=max_model_len,
     )
 

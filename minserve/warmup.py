@@ -170,6 +170,8 @@ def _kind(value: Any) -> Any:
         return type(value), tuple(_kind(getattr(value, f.name)) for f in dataclasses.fields(value))
     if isinstance(value, tuple):
         return tuple(_kind(v) for v in value)
+    if isinstance(value, float):
+        return float  # a scale: kernels are compiled for none
     return value
 
 

@@ -100,8 +100,12 @@ class WeightSource:
     ) -> Linear:
         """The modules `names` stacked along their outputs; run one by one where their schemes differ."""
         assert len(names) == len(out_features), f"{names} and {out_features} differ in length"
-        shards = [self._shard(n, in_features, N) for n, N in zip(names, out_features, strict=True)]
-        biases = [self._bias(n, N) if bias else None for n, N in zip(names, out_features, strict=True)]
+        shards: list[Tensor | QuantWeight] = []
+        biases: list[Tensor | None] = []
+        for n, N in zip(names, out_features, strict=True):
+            weight, factor = self._shard(n, in_features, N)
+            shards.append(weight)
+            biases.append(self._plain(f"{n}.bias", (N,)) * factor if bias else None)
         stacked = _joined(names, shards, biases)
         del shards
         parts: list[Prepared] = []
@@ -110,19 +114,27 @@ class WeightSource:
         self._let_go()
         return Linear(parts, self.dtype)
 
+    def fields(self, module: str, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """Those of the tensors beside `module` that the checkpoint has, by suffix, as stored."""
+        return {s: self._take(f"{module}.{s}") for s in suffixes if f"{module}.{s}" in self._checkpoint}
+
     def head(self, name: str, embed_VD: Tensor, tied: bool) -> Linear:
         """The output projection; where tied, the embedding itself, and a stored copy must equal it."""
         V, D = embed_VD.shape
         stored = f"{name}.weight"
         weight: Tensor | QuantWeight = embed_VD
         if not tied:
-            weight = self._shard(name, D, V, online=False)
+            weight, _ = self._shard(name, D, V, online=False)
         elif stored in self._checkpoint and not torch.equal(self._plain(stored, (V, D)), embed_VD):
             raise ValueError(f"{stored} differs from the embedding, but the config says tie_word_embeddings")
-        if isinstance(weight, QuantWeight):
-            raise ValueError(f"{name} is quantized ({weight.scheme}); supported: a plain head")
         head: Prepared
-        if self.lm_head in HEAD_DTYPES:
+        if isinstance(weight, QuantWeight):
+            if self.lm_head != "auto":
+                raise ValueError(
+                    f"lm_head must be auto for this checkpoint, got {self.lm_head!r}: it is stored as {weight.scheme}"
+                )
+            head = self._prepare(name, weight, None)
+        elif self.lm_head in HEAD_DTYPES:
             head = self._head_in_8_bits(name, weight)
         elif tied:
             head = prepare_linear(weight)
@@ -204,18 +216,20 @@ class WeightSource:
 
     def _shard(
         self, module: str, in_features: int, out_features: int, online: bool = True
-    ) -> Tensor | QuantWeight:
-        """One module's weight, as stored or quantized here."""
+    ) -> tuple[Tensor | QuantWeight, float]:
+        """One module's weight, as stored or quantized here, and what its bias is to be multiplied with."""
         suffixes = self._reader.fields(module, self._checkpoint.infos)
         wanted = self.overrides.find(module) if online else None
         if wanted is None:
             wanted = OnlineScheme("none" if not online else self.quantization, self.overrides.group)
         if not suffixes:
             plain = self._plain(f"{module}.weight", (out_features, in_features))
-            return plain if wanted.name in AS_STORED else quantize(plain, self._scheme(wanted, in_features))
+            online = wanted.name not in AS_STORED
+            return (quantize(plain, self._scheme(wanted, in_features)) if online else plain), 1.0
         fields = {s: self._take(f"{module}.{s}") for s in suffixes}
         weight = self._reader.load(module, fields, out_features, in_features)
-        return self._as_wanted(module, weight, wanted.name if online else "auto").to(self.device)
+        weight = self._as_wanted(module, weight, wanted.name if online else "auto").to(self.device)
+        return weight, self._reader.bias_factor(fields)
 
     def _scheme(self, wanted: OnlineScheme, in_features: int) -> Scheme:
         scheme = ONLINE[wanted.name]

@@ -25,7 +25,8 @@ ORDER = {
         formats formats.scales formats.ct_args formats.ct_config formats.ct_save formats.compressed_tensors formats.fp8 formats.kv_scheme formats.kv_cache
         formats.fireq formats.qserve formats.gptq formats.awq formats.catalog convert
         ptq ptq.shape ptq.model ptq.stats ptq.pairs ptq.smooth ptq.awq ptq.rotate ptq.attention_scales ptq.fireq_scales ptq.reorder
-        ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake
+        ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake ptq.recipe ptq.folding ptq.weight ptq.layerwise
+        ptq.report ptq.state ptq.calibration ptq.write ptq.run ptq.command
         __main__
     """,
     "sched": """
@@ -33,8 +34,8 @@ ORDER = {
         limits sequence flights waiting running batching
     """,
     "minserve": """
-        sampling schema config
-        model_config rope checkpoint resolve overrides rows linear prepare load_report weights
+        sampling schema overrides config
+        model_config rope checkpoint tensor_names kv_use resolve rows linear prepare load_report weights kv_scales
         slab_words shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine loading
         text outputs llm
@@ -51,7 +52,7 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "kernels": {"torch", "triton", "numpy"},
     "sched": {"numpy"},
-    "quant": {"torch", "numpy", "safetensors"},
+    "quant": {"torch", "numpy", "safetensors", "tokenizers", "tqdm"},
 }
 # sched decides; it reads no clock, touches no device, starts nothing
 NOT_IN_SCHED = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.formats.kv_scheme import (
+    DROPPED,
     KEY,
     PAIR,
     SUFFIXES,
@@ -22,7 +23,16 @@ from quant.formats.kv_scheme import (
     scheme_args,
 )
 
-__all__ = ["SUFFIXES", "WHY_DROPPED", "KvLayerScales", "KvScheme", "declared", "load", "scheme_args"]
+__all__ = [
+    "DROPPED",
+    "SUFFIXES",
+    "WHY_DROPPED",
+    "KvLayerScales",
+    "KvScheme",
+    "declared",
+    "load",
+    "scheme_args",
+]
 
 
 class KvLayerScales(NamedTuple):

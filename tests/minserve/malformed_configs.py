@@ -179,8 +179,32 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("dtype: null"), ("models[0].dtype", "null")),
     (model("quantization: w8a8-fp8x"), ("models[0].quantization", "w8a8-fp8x", "w8a8-int8")),
     (model("quantization: w4a16"), ("models[0].quantization", "w4a16", "w4a8-int8")),
-    (model("quantization: awq"), ("models[0].quantization", "awq", "auto, none, w8a8-int8, w8a8-fp8, w4a8-int8, w4a8-fp8")),
+    (
+        model("quantization: awq"),
+        ("models[0].quantization", "awq", "auto, none, w8a8-int8, w8a8-fp8, w4a8-int8, w4a8-fp8"),
+    ),
     (model("quantization: 8"), ("models[0].quantization", "8")),
+    (model("quantization_group_size: 64"), ("models[0].quantization_group_size", "64", "w4a8-int8")),
+    (
+        model("quantization: w4a8, quantization_group_size: 48"),
+        ("group_size", "48", "16, 32, 64, 128 columns, or channel"),
+    ),
+    (model("quantization: w4a8, quantization_group_size: true"), ("group_size", "true", "auto")),
+    (model("quantization: w4a8, quantization_group_size: [64]"), ("group_size", "[64]")),
+    (model("quantization_overrides: w4a8"), ("models[0].quantization_overrides", "w4a8", "mapping")),
+    (
+        model("quantization_overrides: {a: w4a4}"),
+        ("models[0].quantization_overrides.a", "w4a4", "w4a8-fp8", "-g64"),
+    ),
+    (model("quantization_overrides: {a: w8a8-g64}"), ("quantization_overrides.a", "w8a8-g64", "-g64")),
+    (model("quantization_overrides: {a: auto}"), ("quantization_overrides.a", "auto", "none")),
+    (model("quantization_overrides: {a: 8}"), ("quantization_overrides.a", "text", "8")),
+    (
+        model("quantization_overrides: {'re:(': w4a8}"),
+        ("quantization_overrides", "re:(", "regular expression"),
+    ),
+    (model("quantization_overrides: {'': w4a8}"), ("quantization_overrides", "''", "glob")),
+    (model("quantization_overrides: [[a, b, c]]"), ("quantization_overrides", "mapping")),
     (
         model("kv_dtype: int2"),
         ("models[0].kv_dtype", "int2", "auto, fp32, bf16, fp16, fp8, int8, int4, int4z"),

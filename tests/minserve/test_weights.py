@@ -245,11 +245,23 @@ def test_the_head_may_be_tied(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="tie_word_embeddings"),
     ):
         source.head("lm_head", embed + 1, tied=True)
-    q = save(quantize(embed, Scheme(8), torch.bfloat16), "int8", torch.bfloat16)
-    path = folder(tmp_path / "q", {f"lm_head.{k}": v for k, v in q.items()})
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 32)], ids=str)
+def test_a_quantized_head_answers_in_float32(scheme: Scheme, tmp_path: Path) -> None:
+    embed = torch.randn(40, D).bfloat16()
+    weight = quantize(embed, scheme, torch.bfloat16)
+    fields = save(weight, "int8", torch.bfloat16)
+    path = folder(tmp_path / "q", {f"lm_head.{k}": v for k, v in fields.items()})
+    config = config_object({scheme: ["Linear"]}, "int8", [])
+    with WeightSource(path, dtype=torch.bfloat16, quantization_config=config) as source:
+        y = source.head("lm_head", embed, tied=False)(X)
+        source.finish()
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, X.float() @ weight.dequantize().t(), rtol=0, atol=0.3)
     with (
-        WeightSource(path, dtype=torch.bfloat16) as source,
-        pytest.raises(ValueError, match="lm_head is quantized"),
+        WeightSource(path, dtype=torch.bfloat16, quantization_config=config, lm_head="int8") as source,
+        pytest.raises(ValueError, match="lm_head must be auto for this checkpoint, got 'int8'"),
     ):
         source.head("lm_head", embed, tied=False)
 
@@ -286,7 +298,7 @@ def test_a_quant_weight_is_what_the_file_said(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", quantized(tensors, schemes, "packed"))
     source = WeightSource(path, dtype=torch.bfloat16, quantization_config=ct(Scheme(4, 32, False)))
     for name, rows in zip(QKV, ROWS, strict=True):
-        got = source._shard(name, D, rows)
+        got, _ = source._shard(name, D, rows)
         assert isinstance(got, QuantWeight)
         assert torch.equal(
             got.dequantize(), quantize(tensors[f"{name}.weight"], schemes[name], torch.bfloat16).dequantize()

@@ -1,0 +1,14 @@
+"""Which KV format a model runs with, beside the one that its checkpoint declares.  No torch: pools are planned with it."""
+
+from typing import NamedTuple
+
+from quant.formats.kv_scheme import KvScheme
+
+
+class KvUse(NamedTuple):
+    """`fmt`: the KV format that runs.  `declared`: the checkpoint's, None where it says nothing.  `static`: its scales
+    are used."""
+
+    fmt: str
+    declared: KvScheme | None = None
+    static: bool = False
