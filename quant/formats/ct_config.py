@@ -56,19 +56,21 @@ class CtConfig:
     ignore: tuple[str, ...]
 
     def match(self, module: str) -> Group | None:
-        """The most specific group with weights for a linear module: its exact name, a regex, its class."""
+        """The group with weights of a linear module: by its exact name, else a regex, else its class.
+
+        Among regexes the first in the alphabet, of one target the last group that has it: so the package reads them.
+        """
         if self.ignores(module):
             return None
-        with_weights = (g for g in self.groups if g.scheme is not None)
-        best = max(with_weights, key=lambda g: _best(g, module), default=None)
-        return best if best is not None and _best(best, module) else None
+        found: dict[tuple[int, str], Group] = {}
+        for group in self.groups:
+            for target in group.targets if group.scheme is not None else ():
+                if rank := _specificity(target, module):
+                    found[-rank, target] = group
+        return found[min(found)] if found else None
 
     def ignores(self, module: str) -> bool:
         return any(_specificity(pattern, module) for pattern in self.ignore)
-
-
-def _best(group: Group, module: str) -> int:
-    return max((_specificity(t, module) for t in group.targets), default=0)
 
 
 def _specificity(target: str, module: str) -> int:

@@ -130,13 +130,21 @@ def test_matching_prefers_exact_then_regex_then_class_and_ignore_wins() -> None:
                 "mlp": w4 | {"targets": ["re:.*mlp.*"]},
                 "one": w8 | {"targets": ["model.layers.1.mlp.down_proj"]},
                 "kv": {"targets": [], "weights": None},
+                "also one": w4 | {"targets": ["re:model.*down_proj", "Linear"]},
+                "attention": w4 | {"targets": ["re:.*k_proj"]},
             },
             "ignore": ["lm_head", "re:model.layers.0.self_attn.*"],
         }
     )
     assert ct is not None
-    names = {"lm_head": None, "model.layers.0.self_attn.q_proj": None, "model.layers.1.self_attn.q_proj": "all",
-             "model.layers.0.mlp.down_proj": "mlp", "model.layers.1.mlp.down_proj": "one"}  # fmt: skip
+    names = {
+        "lm_head": None,
+        "model.layers.0.self_attn.q_proj": None,
+        "model.layers.1.self_attn.q_proj": "also one",
+        "model.layers.1.self_attn.k_proj": "attention",
+        "model.layers.0.mlp.down_proj": "mlp",
+        "model.layers.1.mlp.down_proj": "one",
+    }
     assert {n: getattr(ct.match(n), "name", None) for n in names} == names
     # anchored at the start only
     assert (
