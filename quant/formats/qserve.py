@@ -2,13 +2,13 @@
 
 Detected by tensors, since its files bring no config; `quant_method: qoq`, which people add by hand, is checked.
 Codes lie in tiles of 32 outputs x 32 inputs, second-level scales permuted among each 32 outputs.  Two writers permute
-them differently: `s2_NQ` takes the order in which every weight is an int8.
+them differently: `_second_level` finds out which it was.
 W = (code * s2 + zero) * s1, code 0..15 and the sum mod 256; per channel W = code * s1 - szero.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ LAYOUTS = {
     "channel": {"qweight", "s1_scales", "s1_szeros"},
     "w8a8": {"weight", "dequant_scale"},
 }
+# how many times better centred the groups of one order must be to be it: those of a wrong one are 20 times off
+CLEARLY = 2.0
 # how far a zero point may be from a whole one and still be that, in steps of the codes: fp16 rounds 15 by 1/128
 WHOLE = 1 / 64
 # how far the nearest legal zero point may be from the stored one: less than what rounding to 4 bits costs on average
@@ -146,17 +148,30 @@ def _by_packer(x_QN: Tensor) -> Tensor:
 ORDERS: dict[str, Callable[[Tensor], Tensor]] = {"the kernels'": _by_kernel, "deepcompressor's": _by_packer}
 
 
-def _second_level(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> tuple[Tensor, Tensor]:
-    """step int8 and offset int16 [N, Q], in the first order that makes every code * s2 + zero an int8.
+class Reading(NamedTuple):
+    """The second level in one order: how many groups leave int8, and how far from 0 their means are."""
 
-    Bytes of the other order leave int8 somewhere in every layer that is larger than a toy; a layer that both orders
-    suit is read in the kernels'.  ValueError with the counts where none suits.
+    order: str
+    step_NQ: Tensor
+    offset_NQ: Tensor
+    outside: int
+    off_centre: float
+
+
+def _second_level(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> tuple[Tensor, Tensor]:
+    """step int8 and offset int16 [N, Q], in the order that whoever wrote the layer used.
+
+    It is the one whose groups are centred, where one clearly is: a group's zero point lies by the mean of its codes, that
+    of another row does not.  Else it is the first in which every code * s2 + zero is an int8.  ValueError with the counts
+    where that does not hold: the range alone would mistake the order, as all groups of rotated weights use all codes.
     """
     if int(s2_QN.min()) < 0 or int(s2_QN.max()) > MAX_STEP:
         raise ValueError(f"s2_scales must be 0..{MAX_STEP}, got {int(s2_QN.min())}..{int(s2_QN.max())}")
     Q, N = s2_QN.shape
-    low_NQ, high_NQ = ((e + 8).int() for e in torch.aminmax(codes_NK.view(N, Q, -1), dim=-1))
-    failed = []
+    groups = codes_NK.view(N, Q, -1)
+    low_NQ, high_NQ = ((e + 8).int() for e in torch.aminmax(groups, dim=-1))
+    mean_NQ = groups.float().mean(-1) + 8
+    readings = []
     for name, natural in ORDERS.items():
         step_NQ = natural(s2_QN).int()
         # a byte stands for itself modulo 256: down to -255 in files of the paper's zero points, which are never above 0
@@ -164,13 +179,19 @@ def _second_level(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> tuple[Te
         fits_NQ = (low_NQ * step_NQ + zero_NQ >= -128) & (high_NQ * step_NQ + zero_NQ <= 127)
         above_NQ = (low_NQ * step_NQ + zero_NQ >= -384) & (high_NQ * step_NQ + zero_NQ <= -129)
         zero_NQ += 256 * (above_NQ & ~fits_NQ)
-        if not (bad := int((~fits_NQ & ~above_NQ).sum())):
-            return step_NQ.to(torch.int8), (-zero_NQ - 8 * step_NQ).to(torch.int16)
-        failed.append(f"in {name} {bad}")
-    raise ValueError(
-        f"neither known order of s2_scales and s2_zeros gives int8 weights: of {N * Q} groups leave int8 "
-        + ", ".join(failed)
-    )
+        off_centre = float((mean_NQ * step_NQ + zero_NQ).square().sum())
+        outside = int((~fits_NQ & ~above_NQ).sum())
+        readings.append(Reading(name, step_NQ, -zero_NQ - 8 * step_NQ, outside, off_centre))
+    centred, other = sorted(readings, key=lambda r: r.off_centre)
+    if centred.off_centre * CLEARLY >= other.off_centre:
+        # the sort is stable: min too takes the kernels' of two that are alike
+        centred = min(readings, key=lambda r: r.outside > 0)
+    if centred.outside:
+        counts = ", ".join(f"in {r.order} {r.outside}" for r in readings)
+        raise ValueError(
+            f"no known order of s2_scales and s2_zeros gives int8 weights: of {N * Q} groups leave int8 {counts}"
+        )
+    return centred.step_NQ.to(torch.int8), centred.offset_NQ.to(torch.int16)
 
 
 def _channel(codes_NK: Tensor, scale_N: Tensor, szero_N: Tensor) -> QuantWeight:

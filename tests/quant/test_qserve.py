@@ -54,12 +54,13 @@ class Groups(NamedTuple):
         return self.codes_NK.long() * step + zero
 
 
-def groups(seed: int = 0, n: int = N, k: int = K) -> Groups:
-    """As QoQ makes them: int8 of a channel within 119, groups of very different ranges."""
+def groups(seed: int = 0, n: int = N, k: int = K, alike: bool = False, top: int = 119) -> Groups:
+    """As QoQ makes them: int8 of a channel within `top`, groups of very different ranges or, as rotated, `alike`."""
     g = torch.Generator().manual_seed(seed)
-    w = torch.randn(n, k, generator=g).view(n, -1, 128) * torch.rand(n, k // 128, 1, generator=g)
-    scale = (w.abs().amax((1, 2)) / 119).half().float()
-    wide = (w / scale[:, None, None]).round().clamp(-119, 119)
+    w = torch.randn(n, k, generator=g).view(n, -1, 128)
+    w = w if alike else w * torch.rand(n, k // 128, 1, generator=g)
+    scale = (w.abs().amax((1, 2)) / top).half().float()
+    wide = (w / scale[:, None, None]).round().clamp(-top, top)
     step = ((wide.amax(2) - wide.amin(2)) / 15).round().clamp(min=1)
     zero = (-wide.amin(2) / step).round().clamp(0, 15)
     codes = (wide / step[..., None] + zero[..., None]).round().clamp(0, 15)
@@ -105,6 +106,19 @@ def test_groups_are_read_in_whichever_order_they_were_permuted(order: str) -> No
     assert torch.equal(accumulators(got, rows()), rows().long() @ w.integers().T)
 
 
+@pytest.mark.parametrize("order", ["kernel", "packer"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rotated_weights_tell_the_order_by_where_their_groups_lie(seed: int, order: str) -> None:
+    """Either order makes int8 of them, so the range alone would read one of the two files as another model."""
+    w = groups(seed, alike=True, k=512, top=104)
+    fields = written(w, order)
+    for natural in qserve.ORDERS.values():
+        step, zero = natural(fields["s2_scales"]).int(), natural(fields["s2_zeros"]).int()
+        values = w.codes_NK * step.repeat_interleave(128, 1) + zero.repeat_interleave(128, 1)
+        assert -128 <= int(values.min()) <= int(values.max()) <= 127
+    assert torch.equal(read(fields, k=512).integers().long(), w.integers())
+
+
 @pytest.mark.parametrize(("zero", "low"), [(-180, 6), (40, 0), (-128, 0)])
 def test_zeros_are_added_modulo_256(zero: int, low: int) -> None:
     """-180 is written as 76, and 40 is what it is: the codes of the group tell."""
@@ -129,7 +143,7 @@ def test_an_order_that_nobody_writes_is_refused_with_the_counts() -> None:
         "s2_zeros": written(w)["s2_zeros"].flip(1),
     }
     with pytest.raises(
-        ValueError, match=r"neither known order .* of 128 groups leave int8 in the kernels' \d+, in deep"
+        ValueError, match=r"no known order .* of 128 groups leave int8 in the kernels' \d+, in deep"
     ):
         read(fields)
 
