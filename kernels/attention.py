@@ -239,6 +239,12 @@ SPEC = KernelSpec(
         case(torch.float16, H=16, G=1, K=80, fmt="fp8"),
         case(torch.float32, H=2, G=1, K=32, fmt="fp8"),
         case(torch.bfloat16, H=2, G=1, K=32, fmt="fp32"),
+        # a chunk across the end of a piece: its first tokens see nothing of the second
+        *(
+            case(torch.float16, H=4, G=1, K=K, fmt=fmt, spans=((0, LEAST_SPLIT - 2, 4),))
+            for fmt, K in (("fp16", 64), ("fp8", 64), ("int8", 128), ("int4", 128), ("int4z", 32))
+        ),
+        case(torch.float32, H=4, G=1, K=16, fmt="int8", spans=((0, LEAST_SPLIT - 2, 4),)),
     ),
     compiles=(
         *(

@@ -2,7 +2,8 @@
 
 Operands are swapped: scores are [tokens, columns] = K q, the accumulator is [dims, columns] = V^T p, so that few columns
 waste little of a tensor core.  Softmax state is fp32 in base 2: p = 2^(base * (score - max)), base > 0 a number a column;
--1e30 stands for minus infinity.  The sum of p stays a tile until the end: adding its rows up costs shuffles.
+a masked score is -1e30, and the maximum begins far above it: fma(mask, base, -round(mask * base)) is no 0, but +-1e21.
+The sum of p stays a tile until the end: adding its rows up costs shuffles.
 Addresses are in units of 16 bytes.  A lane past the end holds anything, NaN too; scales are loaded as 0 there.
 
 Tuples: state (accumulator, max, sum of p, bias, zeros), queries (attn_queries), lanes (first key of the block, end of
@@ -45,7 +46,7 @@ def _attend(state, b_s, b_v, b_base):
     b_acc, b_max, b_sum, b_bias, b_zero = state
     b_new = tl.maximum(b_max, tl.max(b_s, 0))
     b_old = tl.exp2((b_max - b_new) * b_base)
-    b_p = tl.exp2(b_s * b_base[None, :] - (b_new * b_base)[None, :])
+    b_p = tl.exp2(tl.fma(b_s, b_base[None, :], -(b_new * b_base)[None, :]))
     b_sum = b_sum * b_old[None, :] + b_p
     b_acc = tl.dot(b_v, b_p.to(b_v.dtype), b_acc * b_old[None, :], input_precision="ieee")
     return b_acc, b_new, b_sum, b_bias, b_zero
@@ -114,7 +115,7 @@ def attend_bytes(
         b_v16 = bytes_to_fp16(b_v)
     b_new = tl.maximum(b_max, tl.max(b_s, 0))
     b_old = tl.exp2((b_max - b_new) * b_base)
-    b_p = tl.exp2(b_s * b_base[None, :] - (b_new * b_base - SHIFT)[None, :])
+    b_p = tl.exp2(tl.fma(b_s, b_base[None, :], (SHIFT - b_new * b_base)[None, :]))
     b_sum = b_sum * b_old[None, :] + b_p
     b_p16 = (b_p * b_vs[:, None]).to(tl.float16)
     b_acc = tl.dot(b_v16, b_p16, b_acc * b_old[None, :])
@@ -184,9 +185,9 @@ def attend_nibbles(
         b_hi += b_kzhi[:, None] * queries[5][None, :]
     b_new = tl.maximum(b_max, tl.max(tl.maximum(b_lo, b_hi), 0))
     b_old = tl.exp2((b_max - b_new) * b_base)
-    b_off = (b_new * b_base - SHIFT)[None, :]
-    b_lo = tl.exp2(b_lo * b_base[None, :] - b_off)
-    b_hi = tl.exp2(b_hi * b_base[None, :] - b_off)
+    b_off = (SHIFT - b_new * b_base)[None, :]
+    b_lo = tl.exp2(tl.fma(b_lo, b_base[None, :], b_off))
+    b_hi = tl.exp2(tl.fma(b_hi, b_base[None, :], b_off))
     b_sum = b_sum * b_old[None, :] + b_lo + b_hi
     if HAS_ZERO:
         b_zero = b_zero * b_old[None, :] + b_lo * b_vzlo[:, None] + b_hi * b_vzhi[:, None]

@@ -201,7 +201,7 @@ def _attn_decode_kernel(
         queries = _prepared(q, o_out * K, m_c, scale_log2, (K, BLOCK_D, P), FMT, DTYPE, DIGITS)
         state = (
             tl.zeros([BLOCK_D, COLUMNS], tl.float32),
-            tl.full([COLUMNS], -1.0e30, tl.float32),
+            tl.full([COLUMNS], -1.0e25, tl.float32),  # far above a masked score: attn_block
             tl.zeros([ROWS, COLUMNS], tl.float32),
             tl.zeros([16, COLUMNS], tl.float32),
             tl.zeros([ROWS, COLUMNS], tl.float32),

@@ -1,8 +1,8 @@
 """Makes Triton's interpreter compute what a GPU computes, so that kernels can be judged without one.
 
 Triton 3.6 keeps bf16 and fp8 values as bare bit patterns there: it adds and multiplies them as integers, truncates
-casts to them, and under numpy >= 2.4 cannot run a loop whose bound is known at run time only.  After `repair()` such
-values pass through float32 and torch's own casts (nearest even; fp8 saturates, as on sm_89 and later).
+casts to them, rounds an fma twice, and under numpy >= 2.4 cannot run a loop whose bound is known at run time only.
+After `repair()` such values pass through float32 and torch's own casts (nearest even; fp8 saturates, as from sm_89 on).
 Inline PTX is executed (tests/ptx.py); descriptors of host tensors are right as they are.  Not repaired, so not to
 be used in our kernels: libdevice, tl.dot_scaled, autotune.
 """
@@ -65,6 +65,22 @@ def held_as_bits(*handles: TensorHandle) -> bool:
     return any(handle.dtype.scalar in HELD_AS_BITS for handle in handles)
 
 
+def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x * y + z of float32, rounded once.
+
+    The product is exact in float64.  Their sum is rounded to odd there (Knuth's two-sum gives what it lost), so that
+    the rounding to float32 behind it sees which side of a tie it was on.
+    """
+    with np.errstate(all="ignore"):
+        a, b = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+        total = np.asarray(a + b)
+        back = total - a
+        lost = (a - (total - back)) + (b - back)
+        even = (total.view(np.int64) & 1) == 0
+        odd = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
+        return np.where(even & np.isfinite(lost) & (lost != 0), odd, total).astype(np.float32)
+
+
 class Repaired:
     """The builder methods to replace; each falls back to the stock one for the types numpy knows."""
 
@@ -87,9 +103,12 @@ class Repaired:
         return narrow(op(widen(arg)), arg.dtype.scalar)
 
     def create_fma(self, x, y, z):
-        if not held_as_bits(x):
+        kind = x.dtype.scalar
+        if held_as_bits(x):
+            return narrow(fused(widen(x), widen(y), widen(z)), kind)
+        if kind != tl.float32:
             return Repaired.stock_fma(self, x, y, z)
-        return narrow(widen(x) * widen(y) + widen(z), x.dtype.scalar)
+        return TensorHandle(fused(x.data, y.data, z.data), kind)
 
     def create_minnumf(self, lhs, rhs):
         return self.binary_op(lhs, rhs, np.fmin)

@@ -1,5 +1,7 @@
 """The repaired interpreter against torch, bit for bit; all but the plain float16 and int8 cases fail on the stock one."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 import triton
@@ -29,6 +31,12 @@ def _arithmetic_kernel(total, scaled, quotient, larger, less, x, y, N: tl.conste
     tl.store(quotient + o_n, b_x * b_y)
     tl.store(larger + o_n, tl.maximum(b_x, b_y))
     tl.store(less + o_n, (b_x < b_y).to(tl.int8))
+
+
+@triton.jit
+def _fma_kernel(out, x, y, z, N: tl.constexpr):
+    o_n = tl.arange(0, N)
+    tl.store(out + o_n, tl.fma(tl.load(x + o_n), tl.load(y + o_n), tl.load(z + o_n)))
 
 
 @triton.jit
@@ -132,6 +140,29 @@ def test_arithmetic_in_bf16():
     for got, expected in ((total, x + y), (scaled, x * 3.0), (product, x * y), (larger, torch.maximum(x, y))):
         assert torch.equal(bits(got), bits(expected))
     assert torch.equal(less.bool(), x < y)
+
+
+def test_an_fma_rounds_once():
+    """The product's own rounding error survives, and a tie that only a far smaller addend breaks goes its way."""
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(4096, generator=torch.Generator().manual_seed(1))
+    z = -(x * y)
+    x[0], y[0], z[0] = 1 + 2**-12, 1 + 2**-12, 2**-80  # the product is a tie of float32
+    x[1], y[1], z[1] = 1 + 2**-12, 1 + 2**-12, -(2**-80)
+    x[2], y[2], z[2] = 3e38, 3e38, float("-inf")
+    out = torch.empty(4096)
+    _fma_kernel[(1,)](out, x, y, z, N=4096)
+
+    def exact(i: int) -> float:
+        total = Fraction(x[i].item()) * Fraction(y[i].item()) + Fraction(z[i].item())
+        near = torch.tensor(float(total))  # of its neighbours, the nearest
+        both = [torch.nextafter(near, torch.tensor(end)).item() for end in (-1e38, 1e38)]
+        return min((near.item(), *both), key=lambda v: abs(Fraction(v) - total))
+
+    assert out[3:].tolist() == [exact(i) for i in range(3, 4096)]
+    assert out[:2].tolist() == [1 + 2**-11 + 2**-23, 1 + 2**-11]
+    assert out[2] == float("-inf")
+    assert (out[3:] != 0).any()
 
 
 def test_reductions_in_bf16():
