@@ -26,8 +26,8 @@ from kernels.kv_layout import SLOT_BITS, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
 from kernels.kv_work import CHUNK_TOKENS, chunk_items, scratch_tables
-from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
-from kernels.prefill_fp8 import prefill_fp8, takes_fp8
+from kernels.launch import GpuFacts, cdiv, default_device, gpu_facts, launch
+from kernels.prefill_fp8 import prefill_fp8, rounded_queries, takes_fp8
 from kernels.prefill_tile import (
     TL_DTYPES,
     UNIT_BYTES,
@@ -38,7 +38,7 @@ from kernels.prefill_tile import (
     tile_rows,
 )
 from kernels.rope_kv_write import rope_kv_write_cpu
-from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
+from kernels.spec import Bound, Case, Cost, KernelSpec, ModelShape, case
 from kernels.table import tuned
 
 
@@ -55,7 +55,9 @@ class AttnPrefillConfig:
     @classmethod
     def pick(cls, gpu: GpuFacts, head_dim: int, heads_per_kv: int, bits: int) -> "AttnPrefillConfig":
         """`bits`: of the operands of the products."""
-        found = tuned(cls, "attn_prefill", gpu, K=head_dim, heads=heads_per_kv, bits=bits)
+        # words: a tile of another head dim or type needs other room
+        dims = {"K": f"K{head_dim}", "heads": f"H{heads_per_kv}", "bits": f"b{bits}"}
+        found = tuned(cls, "attn_prefill", gpu, **dims)
         return found or cls.rule(gpu, padded(head_dim), bits)
 
     @classmethod
@@ -275,6 +277,19 @@ def _ref(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float, fp8: bool)
     return attention_ref(q_THK, paged.pool, paged.step(place_T2, triton=False), 1, scale)
 
 
+def _bound(c: Case, args: tuple[Any, ...]) -> Bound | None:
+    """Of products in e4m3: half an ulp of 3 mantissa bits is 2^-4 of a probability, so of the mean of |v|, which is below
+    its root mean square; the 2^-8 is the bf16 of the result, and 14-bit sums on a GPU.  The truth has the queries as
+    they are rounded; the errors of probabilities are independent, and far smaller in the mean."""
+    q_THK, place_T2, paged, scale, fp8 = args
+    if not (fp8 and takes_fp8(gpu_facts(default_device()), paged.layout)):
+        return None
+    step, q = paged.step(place_T2, triton=False), rounded_queries(q_THK)
+    truth, squares = (attention_ref(q, paged.pool, step, 1, scale, power) for power in (1, 2))
+    each = 2**-4 * squares.sqrt() + 2**-8 * truth.abs() + 1e-3
+    return Bound(truth, each, 0.03 * squares.mean().sqrt().item())
+
+
 def _cost(c: Case) -> Cost:
     """Keys and values are read once; causal: half of the chunk's own square."""
     layout = KvLayout(c["fmt"], c["G"], c["K"])
@@ -284,12 +299,17 @@ def _cost(c: Case) -> Cost:
     return Cost(read + 2 * rows * c["H"] * c["K"] * c.dtype.itemsize, 4 * pairs * c["H"] * c["K"])
 
 
-def _config(c: Case, gpu: GpuFacts) -> AttnPrefillConfig:
+def _config(c: Case, gpu: GpuFacts) -> AttnPrefillConfig | None:
+    """None: the kernel in fp8 has one shape."""
+    if c.dims.get("fp8") and takes_fp8(gpu, KvLayout(c["fmt"], c["G"], c["K"])):
+        return None
     bits = 8 * torch.promote_types(c.dtype, FLOAT_DTYPES.get(c["fmt"], c.dtype)).itemsize
     return AttnPrefillConfig.pick(gpu, c["K"], c["H"] // c["G"], bits)
 
 
 def _candidates(c: Case, gpu: GpuFacts) -> Iterator[AttnPrefillConfig]:
+    if _config(c, gpu) is None:
+        return
     for block_m, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
         for block_n, ahead, stages in itertools.product((32, 64, 128), (False, True), (2, 3, 4)):
             yield AttnPrefillConfig(block_m, block_n, ahead, warps, stages)
@@ -333,6 +353,9 @@ SPEC = KernelSpec(
         case(torch.bfloat16, spans=((0, 31, 1), (1, 100, 45)), fmt="int8", H=2, G=1, K=64),
         case(torch.float16, chunk=35, context=33, fmt="int4z", H=3, G=1, K=32),
         case(torch.bfloat16, chunk=33, context=5, fmt="fp8", H=2, G=2, K=64),
+        case(torch.bfloat16, chunk=70, context=0, fmt="fp8", H=4, G=1, K=128, fp8=True),
+        case(torch.bfloat16, spans=((0, 31, 3), (1, 130, 33)), fmt="fp8", H=3, G=1, K=64, fp8=True),
+        case(torch.float16, spans=((0, 40, 50), (1, 130, 33)), fmt="fp8", H=1, G=1, K=80, fp8=True),
     ),
     compiles=tuple(
         case(dtype, chunk=9, context=0, fmt=fmt, H=heads * 2, G=2, K=K)
@@ -355,5 +378,6 @@ SPEC = KernelSpec(
     config=_config,
     candidates=_candidates,
     small=lambda c: case(c.dtype, **{**c.dims, "chunk": 9, "context": 0}),
+    bound=_bound,
     streams={"_attn_prefill_kernel": _bytes_a_turn, "_prefill_fp8_kernel": _bytes_a_turn8},
 )

@@ -7,8 +7,10 @@ from kernels.kv_read import read_kv
 from kernels.kv_step import KvStep
 
 
-def attention_ref(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> Tensor:
-    """Sequence by sequence on the dequantized keys and values, in the type of q (fp64: the truth)."""
+def attention_ref(
+    q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float, power: int = 1
+) -> Tensor:
+    """Sequence by sequence on the dequantized keys and values, in the type of q (fp64: the truth).  `power` of values."""
     lay, spans, out_THK = step.layout, step.spans, torch.empty_like(q_THK)
     for start, count, row, blocks_N in zip(
         spans.start_B, spans.count_B, spans.row_B, spans.block_BN, strict=True
@@ -22,6 +24,6 @@ def attention_ref(q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: 
         past = torch.ones(int(count), end, dtype=torch.bool, device=q_THK.device).triu_(int(start) + 1)
         prob_HTT = score_HTT.masked_fill_(past, float("-inf")).softmax(-1)
         out_THK[row : row + count] = (
-            prob_HTT @ value_TGK.transpose(0, 1).repeat_interleave(heads, 0)
+            prob_HTT @ value_TGK.pow(power).transpose(0, 1).repeat_interleave(heads, 0)
         ).transpose(0, 1)
     return out_THK

@@ -68,6 +68,11 @@ def gpu_facts(device: torch.device) -> GpuFacts:
     return ASSUMED[getattr(DRIVER._active, "capability", 90)]
 
 
+def default_device() -> torch.device:
+    """The GPU, or the CPU where none is."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class _Started(NamedTuple):
     """A loaded kernel.  `tail` stands in for the constants, which its code already holds."""
 

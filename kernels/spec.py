@@ -14,6 +14,14 @@ import torch
 from kernels.launch import GpuFacts
 
 
+class Bound(NamedTuple):
+    """What a result may err by, where that follows from a rounding inside the op and not from what torch itself loses."""
+
+    truth: torch.Tensor
+    each: torch.Tensor  # of every element
+    rms: float
+
+
 class ModelShape(NamedTuple):
     """The dimensions of a Llama: width, query and KV heads, head dim, feed-forward width, vocabulary."""
 
@@ -66,6 +74,7 @@ class KernelSpec:
     `serving`: the cases that serving a model of this shape launches.  `config`: what the launcher picks for a case;
     `candidates`: what a tuner may try in its place; a Triton run takes either as `config=`.  `small`: a case with the
     same compile-time constants as this one, small in everything else.
+    `bound`: the error that a Triton run may make in a case, given its canonical arguments; None: that of torch.
     `streams`: for a kernel's name, the bytes that one turn of its hot loop reads from memory, given its constexprs.
     """
 
@@ -84,6 +93,7 @@ class KernelSpec:
     config: Callable[[Case, GpuFacts], Any] | None = None
     candidates: Callable[[Case, GpuFacts], Iterable[Any]] = lambda case, gpu: ()
     small: Callable[[Case], Case] = lambda case: case
+    bound: Callable[[Case, tuple[Any, ...]], Bound | None] = lambda case, args: None
     streams: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
 
     def bind(self, run: str, args: tuple[Any, ...], **options: Any) -> Callable[[], Any]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.spec import Bound
+
 
 class Errors(NamedTuple):
     rms: float
@@ -35,3 +37,14 @@ def assert_no_worse(out: Tensor, ref: Tensor, truth: Tensor, slack: float = 2.0,
     for norm, got, own in zip(Errors._fields, errors(out, truth), errors(ref, truth), strict=True):
         allowed = max(slack * own, floor)
         assert got <= allowed, f"{norm} error {got:.1e} > {allowed:.1e} (torch itself: {own:.1e})"
+
+
+def assert_within(out: Tensor, bound: Bound) -> None:
+    """For an op that rounds on purpose: no element and no root mean square beyond what that rounding does."""
+    assert out.shape == bound.truth.shape, f"{out.shape=} {bound.truth.shape=}"
+    off = (out.double() - bound.truth.double()).abs()
+    far = off / bound.each
+    # a NaN is not within anything
+    assert (off <= bound.each).all(), f"{far.max()} times the bound of an element"
+    rms = off.square().mean().sqrt().item()
+    assert not out.numel() or rms <= bound.rms, f"rms error {rms:.2e} > {bound.rms:.2e}"
