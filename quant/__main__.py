@@ -1,26 +1,30 @@
-"""`python -m quant convert SRC --out DST`; see quant/convert.py."""
+"""`python -m quant MODEL --scheme w4a8-fp8 --method gptq --calib text.txt --out DIR`: quantizes a Llama's checkpoint.
+
+`python -m quant convert SRC --out DST` brings a quantized checkpoint into a format that loads without pickles.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from quant import convert
-
-COMMANDS = {"convert": convert}
+from quant.ptq import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 2 for a caller's mistake, which is printed."""
-    parser = argparse.ArgumentParser(prog="python -m quant", description="Tools for quantized checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.__doc__))
-    args = parser.parse_args(argv)
+    """The exit status: 2 for a mistake of the user's, which is one line on stderr."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["convert"]:
+        parser = argparse.ArgumentParser(prog="python -m quant convert", description=convert.HELP)
+        convert.add_arguments(parser)
+        run, args = convert.run, parser.parse_args(given[1:])
+    else:
+        run, args = command.run, command.read_arguments(given)
     try:
-        status: int = COMMANDS[args.command].run(args)
-        return status
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        return run(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"python -m quant: {error}\n")
+        return 2
 
 
 if __name__ == "__main__":
