@@ -27,6 +27,7 @@ MOST_KL = 1e-6
 FP8 = torch.float8_e4m3fn
 Fields = dict[str, Tensor]
 LAYERS = 2
+KV_HEADS, HEAD_DIM = 2, 32
 
 
 class Written(NamedTuple):
@@ -211,3 +212,37 @@ def test_a_checkpoint_means_its_dequantized_weights(case: str, plain: Path, tmp_
     print(f"{case}: KL {near:.1e}, of the control {far:.2f}")
     assert near <= MOST_KL
     assert far > 0.1, "the control is read the same: the test cannot tell"
+
+
+def test_fireq_factors_after_rope_make_4_bit_keys_better(plain: Path, tmp_path: Path) -> None:
+    """Two channels of every head, a pair under RoPE, are far larger than the rest: keys times 1/16, queries times 16.
+
+    Read the wrong way round, the factors would make 4-bit keys worse; applied to one side only, all would be off.
+    """
+    good, _, _ = written(plain, CASES["fireq"])
+    large = [head * HEAD_DIM + i for head in range(KV_HEADS) for i in (3, 19)]
+    for name in [n for n in good if n.endswith("k_proj.bias")]:
+        inverse = good[name.replace(".bias", ".per_tensor_scale_inv")].float()
+        good[name] = good[name].index_add(0, torch.tensor(large), 30 / inverse.expand(len(large)))
+    base = our_logits(folder(tmp_path / "base", plain, good, None))
+    distance = {"none": kl(base, our_logits(tmp_path / "base", kv_dtype="int4"))}
+    for name, factor in (("right", 1 / 16), ("inverse", 16.0)):
+        for layer in range(LAYERS):
+            at = f"model.layers.{layer}.self_attn.post_k_smooth"
+            good[f"{at}.smooth"] = torch.full((len(large),), factor).bfloat16()
+            good[f"{at}.top_k_indices"] = torch.tensor(large, dtype=torch.int32)
+        distance[name] = kl(base, our_logits(folder(tmp_path / name, plain, good, None), kv_dtype="int4"))
+    print(f"KL of int4 KV by the factors of channels: {distance}")
+    assert distance["right"] < distance["none"] / 3
+    assert distance["inverse"] > distance["right"] * 3
+
+
+def test_int8_kv_scales_of_qserve(plain: Path, tmp_path: Path) -> None:
+    good, _, _ = written(plain, CASES["qserve-channel"])
+    base = our_logits(folder(tmp_path / "base", plain, good, None))
+    for layer in range(LAYERS):
+        good[f"model.layers.{layer}.self_attn.kv_scale_quant_orig"] = torch.tensor([0.06, 0.03])
+    path = folder(tmp_path / "kv", plain, good, None)
+    with LLM(str(path), device="cpu", dtype="fp32", pool_bytes=8 << 20, max_model_len=64) as llm:
+        near = kl(base, llm.logits(IDS))
+    assert 1e-7 < near < 5e-2
