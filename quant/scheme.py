@@ -101,7 +101,9 @@ class QuantWeight:
             raise ValueError(
                 f"steps must be {[N, K // self.scheme.group_size]}, got {list(self.step_NQ.shape)}"
             )
-        values = self.integers()
+        # the ends of a group tell, at a byte a weight
+        ends_2NQ = torch.stack(torch.aminmax(self.codes_NK.view(N, self.num_groups, -1), dim=-1))
+        values = ends_2NQ.int() * self.step_NQ.int() - self.offset_NQ.int()
         if int(values.min()) < -128 or int(values.max()) > 127:
             raise ValueError(
                 f"code * step - offset must be an int8, got {int(values.min())} to {int(values.max())}"
