@@ -170,7 +170,7 @@ def _second_level(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> tuple[Te
     Q, N = s2_QN.shape
     groups = codes_NK.view(N, Q, -1)
     low_NQ, high_NQ = ((e + 8).int() for e in torch.aminmax(groups, dim=-1))
-    mean_NQ = groups.float().mean(-1) + 8
+    mean_NQ = groups.sum(-1, dtype=torch.int32) / groups.shape[-1] + 8
     readings = []
     for name, natural in ORDERS.items():
         step_NQ = natural(s2_QN).int()
