@@ -12,7 +12,7 @@ import random
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,15 +239,26 @@ def test_the_bases_load(bases: list[Path]) -> None:
     assert [load(base) for base in bases] == ["loaded"] * len(bases)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors of a few hundred bytes gain nothing from a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_damage_is_a_clear_error_or_no_harm(bases: list[Path], tmp_path: Path) -> None:
-    outcomes = fuzz(bases, tmp_path, 150, seed=1)
+    outcomes = fuzz(bases, tmp_path, 1000, seed=1)
     print(outcomes)
-    assert outcomes["refused"] > 75, outcomes
-    assert outcomes["loaded"] > 5, outcomes
+    assert outcomes["refused"] > 500, outcomes
+    assert outcomes["loaded"] > 50, outcomes
 
 
 @pytest.mark.slow
-def test_damage_a_thousand_times(bases: list[Path], tmp_path: Path) -> None:
-    outcomes = fuzz(bases, tmp_path, 1000, seed=2)
+@pytest.mark.usefixtures("one_thread")
+def test_damage_many_times(bases: list[Path], tmp_path: Path) -> None:
+    outcomes = fuzz(bases, tmp_path, 10_000, seed=2)
     print(outcomes)
-    assert outcomes["refused"] > 500, outcomes
+    assert outcomes["refused"] > 5000, outcomes
