@@ -130,7 +130,6 @@ CASES = {
     "gptq-online-int8": Case(gptq, int8_rows, GPTQ, "w4a8-int8"),
     "gptq-online-fp8": Case(gptq, fp8_rows, GPTQ, "w4a8-fp8"),
     "awq": Case(awq, None, AWQ),
-    "awq-online": Case(awq, int8_rows, AWQ, "w4a8-int8"),
 }
 
 
