@@ -220,6 +220,8 @@ def _single_file(folder: Path) -> Path:
             f"{folder}: holds only pickled weights ({listed(pickled)}), which can run code when loaded; "
             f"minserve reads safetensors: `python -m quant convert {folder} --out DST` makes them of .bin files"
         )
+    if gguf := [f.name for f in sorted(folder.glob("*.gguf"))]:
+        raise ValueError(f"{folder}: holds only GGUF files ({listed(gguf)}); minserve reads safetensors")
     raise ValueError(f"{folder}: holds no *.safetensors file")
 
 

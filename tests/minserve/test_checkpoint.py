@@ -241,6 +241,7 @@ BAD_INDEX: list[tuple[str, Callable[[Path], Any], str]] = [
     ("pickle only", lambda p: (p / "pytorch_model.bin").write_bytes(b"\x80\x04"), "pickled weights ('pytorch_model.bin')"),
     ("pickled shards", lambda p: [(p / f"pytorch_model-{i}.bin").write_bytes(b"") for i in range(3)], "python -m quant convert"),
     ("a .pth", lambda p: (p / "consolidated.00.pth").write_bytes(b""), "pickled weights"),
+    ("GGUF only", lambda p: (p / "model-Q4_K_M.gguf").write_bytes(b"GGUF"), "holds only GGUF files ('model-Q4_K_M.gguf')"),
     ("shards without an index", lambda p: [(p / f"m-{i}.safetensors").write_bytes(b"") for i in range(2)], "index.json is missing"),
     ("a folder for a file", lambda p: (p / "model.safetensors").mkdir(), "regular file"),
     ("a dangling link", lambda p: (p / "model.safetensors").symlink_to("nowhere"), "missing"),
