@@ -24,10 +24,14 @@ Rows = Callable[[Tensor], Tensor]
 
 
 class Objective(NamedTuple):
-    """What the search is for: how weights are rounded, and rows of activations where they are."""
+    """What the search is for: how weights are rounded, and rows of activations where they are.
+
+    Of every matrix at most `outputs` rows, evenly spread, are looked at: enough to choose by, and much sooner done.
+    """
 
     weight: Quantizer
     rows: Rows | None = None
+    outputs: int = 1024
 
 
 class Choice(NamedTuple):
@@ -63,8 +67,9 @@ def awq(
         inputs = stats.inputs[pair.consumers[0]]
         before = _loss(layer, shape, name, inputs, objective, None)
         best, best_s = Choice(None, before, before), None
+        x_C, w_C = _sizes(layer, shape, name, inputs, kind)
         for i in range(grid + 1):
-            s_C = _candidate(layer, shape, name, inputs, kind, i / grid)
+            s_C = _candidate(x_C, w_C, i / grid)
             after = _loss(layer, shape, name, inputs, objective, s_C)
             if after < best.after:
                 best, best_s = Choice(i / grid, before, after), s_C
@@ -74,16 +79,21 @@ def awq(
     return chosen
 
 
-def _candidate(layer: Layer, shape: Shape, name: str, inputs: InputStats, kind: str, ratio: float) -> Tensor:
+def _sizes(layer: Layer, shape: Shape, name: str, inputs: InputStats, kind: str) -> tuple[Tensor, Tensor]:
+    """The magnitudes of the channels of inputs and of weights, of which a family's scales are made."""
     w_NK = consumers(layer, name).abs()
     if kind == "smooth":
         x_C, w_C = gather(shape, name, inputs.absmax_K), gather(shape, name, w_NK.amax(0))
     else:
         x_C = gather(shape, name, inputs.absmean_K, "mean")
         w_C = gather(shape, name, w_NK.mean(0), "mean")
-    s_C = x_C.clamp_min(LEAST) ** ratio
-    if kind != "plain":
-        s_C = s_C / w_C.to(s_C.dtype).clamp_min(LEAST) ** (1 - ratio)
+    if kind == "plain":
+        w_C = torch.ones_like(w_C)
+    return x_C.clamp_min(LEAST), w_C.to(x_C.dtype).clamp_min(LEAST)
+
+
+def _candidate(x_C: Tensor, w_C: Tensor, ratio: float) -> Tensor:
+    s_C = x_C**ratio / w_C ** (1 - ratio)
     return s_C / (s_C.amax() * s_C.amin()).sqrt()
 
 
@@ -95,11 +105,12 @@ def _loss(
     objective: Objective,
     s_C: Tensor | None,
 ) -> float:
-    """Squared error of the consumers' outputs, summed over rows (a sample of them with `rows`)."""
+    """Squared error of the consumers' outputs that are looked at, summed over rows (the sampled ones with `rows`)."""
     total = 0.0
     s_K = None if s_C is None else spread(shape, name, s_C)
     for consumer in pair_named(name).consumers:
         w_NK = layer[f"{consumer}.weight"]
+        w_NK = w_NK[:: -(-len(w_NK) // objective.outputs)]
         rounded_NK = objective.weight(consumer, w_NK if s_K is None else w_NK * s_K).to(w_NK.dtype)
         if objective.rows is not None:
             if inputs.sample_TK is None:

@@ -120,7 +120,9 @@ class _Largest:
         self.value: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        most = x.amax(0)
+        self.note(x.amax(0))
+
+    def note(self, most: Tensor) -> None:
         self.value = most if self.value is None else torch.maximum(self.value, most)
 
     def get(self) -> Tensor:
@@ -141,8 +143,9 @@ class _Input:
     def add(self, x_TK: Tensor) -> None:
         K = x_TK.shape[1]
         self.high.add(x_TK)
-        self.negated.add(-x_TK)
-        abssum_K = x_TK.abs().sum(0, dtype=torch.float64)
+        # of ways to the smallest value and to the sum, these are the fast ones on a CPU
+        self.negated.note(-x_TK.amin(0))
+        abssum_K = x_TK.abs().sum(0).double()
         self.abssum_K = abssum_K if self.abssum_K is None else self.abssum_K + abssum_K
         self.rows += len(x_TK)
         self.sample.add(x_TK)
