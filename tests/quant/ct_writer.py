@@ -17,7 +17,7 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 from torch.nn import Linear, Module
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 BLOCK = 128
 
@@ -118,9 +118,13 @@ def _ranges(model: Module, ids: list[int]) -> dict[tuple[str, bool], tuple[Tenso
     return seen
 
 
-def package_logits(path: Path, ids: list[int]) -> Tensor:
-    """What transformers and compressed-tensors make of a checkpoint."""
-    return _logits(AutoModelForCausalLM.from_pretrained(path), ids)
+def package_logits(path: Path, ids: list[int], dequantize: bool = False) -> Tensor:
+    """What transformers and compressed-tensors make of a checkpoint; `dequantize`: of its weights alone.
+
+    That is the one way in which transformers 5.23 reads packed zero points.
+    """
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    return _logits(AutoModelForCausalLM.from_pretrained(path, **options), ids)
 
 
 def _logits(model: Module, ids: list[int]) -> Tensor:
