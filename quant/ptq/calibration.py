@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_TEXT_BYTES = 4 << 30
+PIECE = 1 << 20  # characters
 JUDGED_SHARE = 5  # at most one window in five is held back
 
 
@@ -43,9 +44,10 @@ def from_text(path: Path, model: Path, length: int) -> Tensor:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     start = tokenizer.encode("").ids
-    # a line at a time keeps the tokenizer's memory small; what begins a text is put before every window instead
-    lines = tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
-    ids_N = torch.tensor([i for line in lines for i in line.ids])
+    # a piece at a time keeps the tokenizer's memory small; what begins a text is put before every window instead
+    pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+    encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
+    ids_N = torch.tensor([i for one in encoded for i in one.ids])
     return _cut(ids_N, start, length, path)
 
 

@@ -62,6 +62,10 @@ ROUNDING = {
         "progressive weights are multiples of the step",
         {"divisor": AUTO, "e4m3": False, "multiples": False},
     ),
+    "match": Kind(
+        "weights make up for what rounding before them did to their inputs (GPTAQ)",
+        {"damp": 0.01, "strength": 1.0},
+    ),
     "clip": Kind(
         "searches how far each group reaches; measure: error of the weight, or of the outputs (diagonal, output)",
         {"measure": "diagonal", "points": 40, "least": 0.5, "sides": False},
@@ -109,7 +113,7 @@ class Recipe:
         """Whether rounding looks at the inputs."""
         clip = self.find("clip")
         seeing = clip is not None and clip["measure"] != "weight"
-        return seeing or self.find("gptq") is not None or self.find("refine") is not None
+        return seeing or any(self.find(name) is not None for name in ("match", "gptq", "refine"))
 
     @property
     def wants_data(self) -> bool:

@@ -27,7 +27,7 @@ from quant.ptq.weight import Made, rounding_of
 from quant.ptq.write import Writer
 from quant.scheme import Scheme
 
-CALIB, PLAIN_JUDGED, JUDGED = "calib", "plain", "quantized"
+CALIB, REFERENCE, PLAIN_JUDGED, JUDGED = "calib", "reference", "plain", "quantized"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,8 @@ class Run:
         self.outcome = Outcome()
         self.judge = None if job.judged_ST is None else Judge(job.judged_ST, job.batch)
         self.streams: list[Tensor] = []
+        # of the model that is not rounded
+        self.references: list[Tensor] | None = None
         self.show = show
 
     @torch.no_grad()
@@ -119,7 +121,7 @@ class Run:
         if done:
             assert self.work is not None, "done without a folder"
             held, self.work.streams = self.work.streams, {}
-            self.streams = held.get(CALIB, [])
+            self.streams, self.references = held.get(CALIB, []), held.get(REFERENCE)
             if self.judge is not None:
                 self.judge.plain, self.judge.quantized = held[PLAIN_JUDGED], held[JUDGED]
             for i in range(done):
@@ -127,6 +129,7 @@ class Run:
             return done
         if self.job.calib_ST is not None and self.job.recipe.wants_data:
             self.streams = [embed(outer, ids) for ids in self.job.calib_ST.split(self.job.batch)]
+            self.references = list(self.streams) if self.job.recipe.find("match") is not None else None
         if self.judge is not None:
             self.judge.start(plain_outer, outer)
         return 0
@@ -144,7 +147,7 @@ class Run:
         bar.set_postfix_str("rounding")
         with timed("round"):
             made = LayerQuantizer(
-                layer, self.shape, self.target, self.job.recipe, self.streams, channel_GK
+                layer, self.shape, self.target, self.job.recipe, self.streams, self.references, channel_GK
             ).run()
         if self.judge is not None:
             with timed("report"):
@@ -200,6 +203,9 @@ class Run:
             self.outcome.schemes.setdefault(scheme, []).append(f"model.layers.{i}.{name}")
 
     def _all_streams(self) -> dict[str, list[Tensor]]:
-        if self.judge is None:
-            return {CALIB: self.streams}
-        return {CALIB: self.streams, PLAIN_JUDGED: self.judge.plain, JUDGED: self.judge.quantized}
+        streams = {CALIB: self.streams}
+        if self.references is not None:
+            streams[REFERENCE] = self.references
+        if self.judge is not None:
+            streams |= {PLAIN_JUDGED: self.judge.plain, JUDGED: self.judge.quantized}
+        return streams

@@ -1,7 +1,7 @@
 """One matrix to its QuantWeight by the rounding steps of a recipe: a grid, clipped or not, then codes on it."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ class Made(NamedTuple):
     note: str
 
 
+class Products(NamedTuple):
+    """Means over the rows x that a matrix multiplies: x x^T, and (r - x) x^T where r is what x was without rounding."""
+
+    hessian_KK: Tensor
+    drift_KK: Tensor | None = None
+
+
 def rounding_of(recipe: Recipe, rounding: Rounding) -> Rounding:
     """The rounding with what the recipe's `grid` step changes."""
     grid = recipe.find("grid")
@@ -31,24 +38,51 @@ def rounding_of(recipe: Recipe, rounding: Rounding) -> Rounding:
     return replace(rounding, divisor=divisor, fireq=grid["e4m3"], free_offset=not grid["multiples"])
 
 
-def quantize_weight(w_NK: Tensor, rounding: Rounding, recipe: Recipe, hessian_KK: Tensor | None) -> Made:
-    """`w_NK` in float32; `hessian_KK` is X^T X of its inputs, which gptq and refine need.
+def quantize_weight(w_NK: Tensor, rounding: Rounding, recipe: Recipe, products: Products | None) -> Made:
+    """`w_NK` in float32; `products` of its inputs, which match, gptq and refine need.
 
     The group size gives way to one that divides the inputs.
     """
     rounding = rounding.fit(w_NK.shape[1])
-    w_NK = w_NK.contiguous()
+    hessian_KK = None if products is None else products.hessian_KK
+    wanted_NK = w_NK.contiguous()
+    if (options := recipe.find("match")) is not None:
+        assert products is not None, "match without calibration"
+        wanted_NK = matched(wanted_NK, products, **options)
     clip = recipe.find("clip")
-    grid = plain_grid(w_NK, rounding) if clip is None else clipped_grid(w_NK, rounding, hessian_KK, **clip)
+    grid = (
+        plain_grid(wanted_NK, rounding)
+        if clip is None
+        else clipped_grid(wanted_NK, rounding, hessian_KK, **clip)
+    )
     if (options := recipe.find("gptq")) is not None:
-        rounded = gptq(w_NK, grid, _given(hessian_KK, "gptq"), **options)
+        rounded = gptq(wanted_NK, grid, _given(hessian_KK, "gptq"), **options)
     else:
-        rounded = Rounded(grid.nearest(w_NK), grid)
+        rounded = Rounded(grid.nearest(wanted_NK), grid)
     if (options := recipe.find("refine")) is not None:
-        rounded = refine(w_NK, rounded, _given(hessian_KK, "refine"), **options)
+        rounded = refine(wanted_NK, rounded, _given(hessian_KK, "refine"), **options)
     weight = rounded.grid.weight(rounded.codes_NK)
-    error_NK = weight.dequantize().sub_(w_NK)
-    return Made(weight, _ratio(error_NK, w_NK, None), _ratio(error_NK, w_NK, hessian_KK), rounded.fallback)
+    values_NK = weight.dequantize()
+    output_error = None if hessian_KK is None else _ratio(values_NK - wanted_NK, wanted_NK, hessian_KK)
+    return Made(weight, _ratio(values_NK - w_NK, w_NK, None), output_error, rounded.fallback)
+
+
+def matched(w_NK: Tensor, products: Products, *, damp: float, strength: float) -> Tensor:
+    """The matrix that makes of the inputs x what w makes of the inputs r that x should have been, in least squares.
+
+    w + strength * w D (H + damp mean)^-1 with D = (r - x) x^T: GPTAQ's asymmetric calibration (arXiv 2504.02692).
+    Unchanged where H has no factorization.
+    """
+    if not 0 < damp < 1 or not 0 <= strength <= 1:
+        raise ValueError(f"damp must be in (0, 1) and strength in [0, 1], got {damp} and {strength}")
+    hessian_KK, drift_KK = products
+    assert drift_KK is not None, "match without references"
+    damped_KK = hessian_KK.clone()
+    damped_KK.diagonal().add_(damp * hessian_KK.diagonal().mean())
+    lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
+    if info or not bool(torch.isfinite(lower_KK).all()):
+        return w_NK
+    return w_NK + strength * torch.cholesky_solve((w_NK @ drift_KK).T, lower_KK).T
 
 
 def _given(hessian_KK: Tensor | None, step: str) -> Tensor:
@@ -57,7 +91,7 @@ def _given(hessian_KK: Tensor | None, step: str) -> Tensor:
     return hessian_KK
 
 
-def _ratio(error_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> Any:
+def _ratio(error_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> float:
     """|error|^2 / |w|^2, both through the Hessian where there is one."""
     if hessian_KK is None:
         return (error_NK.square().sum() / w_NK.square().sum().clamp_min(1e-30)).item()

@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         "--scheme",
         "w4a8-int8",
         "--steps",
-        "smooth; clip; gptq",
+        "smooth; match; clip; gptq",
         "--calib",
         str(text),
         *SMALL,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quant.ptq.gptq import Rounded, gptq, refine
 from quant.ptq.grid import Grid, plain_grid
+from quant.ptq.weight import Products, matched
 from tests.quant.ptq.test_grid import ROUNDINGS
 
 N, K = 16, 192
@@ -123,3 +124,25 @@ def test_bad_damping() -> None:
     w_NK, h_KK = case()
     with pytest.raises(ValueError, match=r"damp must be in \(0, 1\), got 0"):
         gptq(w_NK, plain_grid(w_NK, ROUNDINGS["group"]), h_KK, damp=0)
+
+
+def test_matching_makes_up_for_changed_inputs() -> None:
+    """Inputs that lost a part of themselves: what can be had of it from the rest is taken up by the weights."""
+    g = torch.Generator().manual_seed(3)
+    r_TK = torch.randn(4000, 8, generator=g) @ torch.randn(8, 24, generator=g)
+    x_TK = r_TK * torch.linspace(0.5, 1.2, 24) + torch.randn(4000, 24, generator=g) * 0.3
+    w_NK = torch.randn(5, 24, generator=g)
+    products = Products(x_TK.T @ x_TK / 4000, (r_TK - x_TK).T @ x_TK / 4000)
+
+    def error(strength: float) -> float:
+        moved = matched(w_NK, products, damp=1e-4, strength=strength)
+        return float((x_TK @ moved.T - r_TK @ w_NK.T).square().mean())
+
+    assert torch.equal(matched(w_NK, products, damp=0.1, strength=0.0), w_NK)
+    assert error(1.0) < error(0.5) < 0.5 * error(0.0)
+    best = torch.linalg.lstsq(x_TK, r_TK @ w_NK.T).solution.T
+    assert error(1.0) == pytest.approx(float((x_TK @ best.T - r_TK @ w_NK.T).square().mean()), rel=0.01)
+    unchanged = Products(products.hessian_KK, torch.zeros(24, 24))
+    assert torch.equal(matched(w_NK, unchanged, damp=0.1, strength=1.0), w_NK)
+    with pytest.raises(ValueError, match=r"damp must be in \(0, 1\) and strength in \[0, 1\], got 0 and 2"):
+        matched(w_NK, products, damp=0, strength=2)
