@@ -127,6 +127,8 @@ class ModelEntry:
     quantization_overrides: tuple[tuple[str, str], ...] = key(OVERRIDES, ())
     lm_head: str = key(LM_HEAD, "auto")
     kv_dtype: str = key(KV_DTYPE, "auto")
+    int8_qk: bool = key(boolean(), False)
+    fp8_prefill: bool = key(boolean(), False)
     max_model_len: int | None = key(maybe(integer(1, 1 << 24), "auto"), None)
     max_num_seqs: int = key(integer(1, 65536), 256)
     max_num_batched_tokens: int = key(integer(1, 1 << 20), 2048)

@@ -3,11 +3,15 @@
 `start_engine` is what a worker process and the LLM class have in common; `LocalEngine` adds a pool of its own.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels import backend
+from kernels.launch import gpu_facts
+from kernels.prefill_fp8 import WIDEST, takes_fp8
 from minserve.config import Config
 from minserve.engine import Engine
 from minserve.graphs import batch_sizes, cuda_capture
@@ -46,23 +50,39 @@ def check_cuda(device: str) -> None:
         )
 
 
+def check_kernels(resolved: ResolvedModel, device: torch.device) -> None:
+    """ValueError where attention of the kind that was asked for has no kernel on this device."""
+    entry, on_gpu = resolved.entry, backend.runs_triton(device)
+    for name in ("int8_qk", "fp8_prefill"):
+        if getattr(entry, name) and not on_gpu:
+            raise ValueError(f"models[{entry.name}].{name} must be false on {device}: it is a GPU's")
+    if entry.fp8_prefill and not takes_fp8(gpu_facts(device), resolved.layout):
+        raise ValueError(
+            f"models[{entry.name}].fp8_prefill must be false: it needs sm_89 or later and a head_dim of at most {WIDEST}, "
+            f"got sm_{gpu_facts(device).capability} and {resolved.layout.head_dim}"
+        )
+
+
 def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
     """Reads and prepares all weights; ValueError names a tensor that is missing, left over or of the wrong shape."""
     if device.startswith("cuda"):
         check_cuda(device)
         torch.cuda.set_device(device)  # kernels launch on the current device
-    config = resolved.config
+    check_kernels(resolved, torch.device(device))
+    config, entry = resolved.config, resolved.entry
     rope = rope_tables(config, resolved.max_model_len, device)
     with WeightSource(
-        resolved.entry.path,
+        entry.path,
         dtype=TORCH_DTYPE[resolved.dtype],
         device=device,
         quantization=resolved.quantization,
-        overrides=Overrides(resolved.entry.quantization_overrides, resolved.entry.quantization_group_size),
+        overrides=Overrides(entry.quantization_overrides, entry.quantization_group_size),
         quantization_config=config.quantization,
-        lm_head=resolved.entry.lm_head,
+        lm_head=entry.lm_head,
     ) as source:
-        return LoadedModel(resolved, build_llama(config, source, rope, resolved.kv), source.report)
+        llama = build_llama(config, source, rope, resolved.kv)
+    llama = dataclasses.replace(llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill)
+    return LoadedModel(resolved, llama, source.report)
 
 
 def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None = None) -> Engine:

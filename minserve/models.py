@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Llama:
-    """A loaded model.  `rope` reaches to the longest position ever asked for."""
+    """A loaded model.  `rope` reaches to the longest position ever asked for; `int8_qk` and `fp8_prefill`: see attention."""
 
     config: LlamaConfig
     embed_VD: Tensor
@@ -49,6 +49,8 @@ class Llama:
     norm_D: Tensor
     head: Linear
     rope: RopeTables
+    int8_qk: bool = False
+    fp8_prefill: bool = False
 
     def hidden(
         self, ids_T: Tensor, step: KvStep, pool: Tensor, *, deterministic: bool = False
@@ -67,7 +69,7 @@ class Llama:
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
             cos_MK, sin_MK = self.rope.cos_MK, self.rope.sin_MK
             q_THK = rope_kv_write(qkv_TX, cos_MK, sin_MK, pool, step, layer, c.num_heads, b.kv)
-            o = attention(q_THK, pool, step, layer, scale, quant=b.o.wants)
+            o = attention(q_THK, pool, step, layer, scale, b.o.wants, self.int8_qk, self.fp8_prefill)
             o_TX, o_scale_T = (o.flatten(1), None) if isinstance(o, Tensor) else o
             x_TD = b.o(o_TX, o_scale_T, deterministic=deterministic)
             h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants)

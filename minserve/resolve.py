@@ -4,11 +4,13 @@ Reads config.json, no weights, and needs no torch: the agent plans the pool of a
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from kernels.kv_layout import CODE_BITS, KvLayout
 from minserve.config import GpuConfig, ModelEntry
 from minserve.kv_use import KvUse
 from minserve.model_config import LlamaConfig
+from minserve.schema import At, refuse, show
 from minserve.tensor_names import tensor_names
 from quant.formats.kv_scheme import declared
 from sched.slabs import MAX_SLAB_BYTES, ModelShape, PoolPlan, solve
@@ -57,6 +59,7 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
     if fmt in SHORT_DTYPE.values() and fmt != dtype:
         choices = ", ".join(("auto", dtype, *CODE_BITS))
         raise ValueError(f"models[{entry.name}].kv_dtype must be one of {choices}, got {fmt!r}")
+    check_attention(entry, dtype, fmt)
     window = longest_window(config)
     max_model_len = entry.max_model_len or config.max_position_embeddings
     if max_model_len > window:
@@ -73,6 +76,17 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
         kv=KvUse(fmt, own, static=auto and own is not None and own.static),
         max_model_len=max_model_len,
     )
+
+
+def check_attention(entry: ModelEntry, dtype: str, fmt: str) -> None:
+    """ValueError for kinds of attention that no device has a kernel for."""
+    at = At(f"models[{entry.name}]", Path())
+    if entry.int8_qk and (fmt not in ("int8", "int4", "int4z") or dtype == "fp32"):
+        says = f"false unless kv_dtype is int8, int4 or int4z, here {fmt}, and dtype not fp32, here {dtype}"
+        raise refuse(at.sub("int8_qk"), says, True)
+    if entry.fp8_prefill and (fmt != "fp8" or entry.deterministic):
+        says = f"false unless kv_dtype is fp8, here {fmt}, and deterministic false, here {show(entry.deterministic)}"
+        raise refuse(at.sub("fp8_prefill"), says, True)
 
 
 def plan_pool(models: list[ResolvedModel], gpu: GpuConfig, size: int) -> PoolPlan:

@@ -211,6 +211,8 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     ),
     (model("kv_dtype: fp9"), ("models[0].kv_dtype", "fp9", "fp8")),
     (model("kv_dtype: [int8]"), ("models[0].kv_dtype", "int8")),
+    (model("int8_qk: 8"), ("models[0].int8_qk", "8", "true or false")),
+    (model("fp8_prefill: on"), ("models[0].fp8_prefill", "on", "true or false")),
     (model("max_model_len: 0"), ("models[0].max_model_len", "0", "auto")),
     (model("max_model_len: 8kk"), ("models[0].max_model_len", "8kk")),
     (model("max_model_len: 1.0005k"), ("models[0].max_model_len", "1.0005k")),
@@ -246,6 +248,7 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("sm_share: 50%"), ("models[0].sm_share", "50%")),
     # defaults
     (defaults("kv_dtype: int2"), ("defaults.kv_dtype", "int2", "int4")),
+    (defaults("int8_qk: fast"), ("defaults.int8_qk", "fast", "true or false")),
     (defaults("max_num_seqs: many"), ("defaults.max_num_seqs", "many")),
     (defaults("max_num_batched_tokens: 1"), ("models[0].max_num_batched_tokens", "1", "max_num_seqs")),
     (defaults("placement: [gpu7]"), ("models[0].placement[0]", "gpu7", "gpu0")),
