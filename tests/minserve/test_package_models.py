@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minserve import LLM
 from quant.formats.compressed_tensors import config_object, save
+from quant.formats.kv_scheme import scheme_args
 from quant.rtn import quantize
 from quant.scheme import FP8_ROWS, Activations, Scheme
 from tests.minserve.test_quantized_models import IDS, kl
@@ -159,6 +160,7 @@ def test_a_fault_of_layout_is_far_beyond_the_limit(
 
 OURS: dict[str, tuple[Scheme, str]] = {
     "w8a8": (Scheme(8), "int8"),
+    "w8a8-kv": (Scheme(8), "int8"),
     "w8a8-asymmetric-rows": (Scheme(8, activations=Activations(symmetric=False)), "int8"),
     "w8a8-static": (Scheme(8, activations=Activations(dynamic=False, symmetric=False)), "int8"),
     "w8a8-fp8": (Scheme(8, activations=FP8_ROWS, values="fp8"), "packed"),
@@ -181,9 +183,14 @@ def test_the_package_answers_like_the_engine(case: str, plain: Path, tmp_path: P
             weight = replace(weight, input_scale=0.0625, input_zero=-3)
         for suffix, value in save(weight, container, torch.float32).items():
             stored[f"{name.removesuffix('.weight')}.{suffix}"] = value.contiguous()
+    kv = None
+    if case == "w8a8-kv":
+        kv = scheme_args("fp8")
+        names = [f"model.layers.{i}.self_attn.{kind}_scale" for i in range(2) for kind in "kv"]
+        stored |= {name: torch.tensor([0.02 + 0.005 * i]) for i, name in enumerate(names)}
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    config["quantization_config"] = config_object({scheme: ["Linear"]}, container, ["lm_head"])
+    config["quantization_config"] = config_object({scheme: ["Linear"]}, container, ["lm_head"], kv)
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs = package_logits(tmp_path, IDS, dequantize=case == "w4a8-zeros")
     distance = kl(theirs, our_logits(tmp_path))
