@@ -4,11 +4,13 @@
 2^-16 of its largest element (dims from K/2 on of 4 bit, whose codes count sixteen times, to 2^-12): two integer products
 cost less than turning every key into floats.  One digit: 2^-8, cheaper still.
 Every function returns (4 operands, start of the accumulator, sum of the column, base); a score times its base is in
-units of log 2.  Unused places repeat what is there.
+units of log 2.  Unused places repeat what is there.  NaN in a column makes its base NaN.
 """
 
 import triton
 import triton.language as tl
+
+from kernels.quant_rows import larger_or_nan, largest_or_nan
 
 
 @triton.jit
@@ -17,11 +19,6 @@ def load_columns(q, o_col, m_c, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK:
     o_d = tl.arange(0, BLOCK)
     p_q = q + o_col[None, :] + FIRST + o_d[:, None]
     return tl.load(p_q, mask=(o_d < COUNT)[:, None] & m_c[None, :], other=0.0)
-
-
-@triton.jit
-def _largest(b_q):
-    return tl.max(tl.abs(b_q), 0)
 
 
 @triton.jit
@@ -44,7 +41,7 @@ def byte_queries(q, o_col, m_c, scale_log2, SIZES: tl.constexpr, DIGITS: tl.cons
     b_q = load_columns(q, o_col, m_c, 0, SIZES[0], SIZES[1]).to(tl.float32)
     LARGEST: tl.constexpr = 127.0 if DIGITS == 1 else 127.0 * 256.0
     # a column of zeros keeps a base that -1e30 is far below zero with
-    b_unit = tl.maximum(_largest(b_q) / LARGEST, 1e-12)
+    b_unit = larger_or_nan(largest_or_nan(b_q, 0) / LARGEST, 1e-12)
     b_high, b_low, _ = _digits(b_q, b_unit, DIGITS)
     b_base = b_unit * scale_log2
     return b_high, b_low, b_high, b_low, b_base, b_base, b_base
@@ -60,15 +57,16 @@ def nibble_queries(
     b_q1 = load_columns(q, o_col, m_c, HALF, HALF, SIZES[1] // 2).to(tl.float32)
     if DIGITS == 1:
         # the kernel counts the first half sixteen times too
-        b_unit = tl.maximum(tl.maximum(_largest(b_q0), _largest(b_q1)) / 127.0, 1e-12)
+        b_largest = larger_or_nan(largest_or_nan(b_q0, 0), largest_or_nan(b_q1, 0))
+        b_unit = larger_or_nan(b_largest / 127.0, 1e-12)
         b_qh0, b_ql0, b_sum0 = _digits(b_q0, b_unit, 1)
         b_qh1, b_ql1, b_sum1 = _digits(b_q1, b_unit, 1)
         b_base = b_unit * (scale_log2 * 0.0625)
         b_start = 8 * b_sum1 if HAS_ZERO else -8 * b_sum0
         b_total = ((b_sum0 + b_sum1) * 16).to(tl.float32)
     else:
-        b_largest = tl.maximum(_largest(b_q0), _largest(b_q1) * 0.0625)
-        b_unit = tl.maximum(b_largest / (127.0 * 256.0), 1e-12)
+        b_largest = larger_or_nan(largest_or_nan(b_q0, 0), largest_or_nan(b_q1, 0) * 0.0625)
+        b_unit = larger_or_nan(b_largest / (127.0 * 256.0), 1e-12)
         b_qh0, b_ql0, b_sum0 = _digits(b_q0, b_unit, 2)
         b_qh1, b_ql1, b_sum1 = _digits(b_q1, b_unit * 16.0, 2)
         b_base = b_unit * scale_log2

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.kv_layout import MAX_SCALE, MIN_SCALE, SLOT_BITS, SLOT_MASK
+from kernels.quant_rows import larger_or_nan, smaller_or_nan
 
 _LEAST, _MOST = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
 _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr(SLOT_MASK)
@@ -55,27 +56,29 @@ def turned(b_x1, b_x2, b_cos, b_sin):
 def quantized(
     b_x1, b_x2, m_h, static, FMT: tl.constexpr, QMAX: tl.constexpr, BIAS: tl.constexpr, STATIC: tl.constexpr
 ):
-    """Of rows whose halves are b_x1 and b_x2: both halves' codes + BIAS in the low bits of int32; scales, zeros (fp16)."""
+    """Of rows whose halves are b_x1 and b_x2: both halves' codes + BIAS in the low bits of int32; scales, zeros (fp16).
+    A row that holds NaN has that as its scale; beyond what fp16 scales reach, codes saturate."""
     ZERO: tl.constexpr = FMT == "int4z"
     LOW: tl.constexpr = 0.0 if ZERO else -QMAX
     if ZERO:
-        b_low = tl.min(tl.where(m_h, tl.minimum(b_x1, b_x2), float("inf")), 1)
-        b_most = tl.max(tl.where(m_h, tl.maximum(b_x1, b_x2), float("-inf")), 1) - b_low
-        b_zero = tl.minimum(tl.maximum(b_low, -_MOST), _MOST).to(tl.float16)
+        b_low = tl.reduce(tl.where(m_h, smaller_or_nan(b_x1, b_x2), float("inf")), 1, smaller_or_nan)
+        b_high = tl.reduce(tl.where(m_h, larger_or_nan(b_x1, b_x2), float("-inf")), 1, larger_or_nan)
+        b_most = b_high - b_low
+        b_zero = smaller_or_nan(larger_or_nan(b_low, -_MOST), _MOST).to(tl.float16)
         b_x1 -= b_zero.to(tl.float32)[:, None]
         b_x2 -= b_zero.to(tl.float32)[:, None]
     else:
-        b_most = tl.max(tl.maximum(tl.abs(b_x1), tl.abs(b_x2)), 1)
+        b_most = tl.reduce(larger_or_nan(tl.abs(b_x1), tl.abs(b_x2)), 1, larger_or_nan)
         b_zero = tl.zeros(b_most.shape, tl.float16)
     b_one = tl.full(b_most.shape, 1.0, tl.float32)
     if STATIC:
         b_scale = (b_one * static).to(tl.float16)
     else:
         b_scale = tl.div_rn(b_most, b_one * QMAX)
-        b_scale = tl.minimum(tl.maximum(b_scale, _LEAST), _MOST).to(tl.float16)
+        b_scale = smaller_or_nan(larger_or_nan(b_scale, _LEAST), _MOST).to(tl.float16)
     b_inverse = tl.div_rn(b_one, b_scale.to(tl.float32))[:, None]
-    b_x1 = tl.minimum(tl.maximum(b_x1 * b_inverse, LOW), QMAX)
-    b_x2 = tl.minimum(tl.maximum(b_x2 * b_inverse, LOW), QMAX)
+    b_x1 = smaller_or_nan(larger_or_nan(b_x1 * b_inverse, LOW), QMAX)
+    b_x2 = smaller_or_nan(larger_or_nan(b_x2 * b_inverse, LOW), QMAX)
     if FMT == "fp8":
         b_q1 = b_x1.to(tl.float8e4nv).to(tl.int8, bitcast=True).to(tl.int32)
         b_q2 = b_x2.to(tl.float8e4nv).to(tl.int8, bitcast=True).to(tl.int32)

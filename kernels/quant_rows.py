@@ -2,7 +2,8 @@
 
 T rows, D columns; the limit is 127 or 448.  Reads T*D, writes T*D bytes: bandwidth-bound.  A row of zeros has codes 0
 and scale 0.  The arithmetic (the reciprocal of the scale once a row, one multiplication an element) is the same on
-every device and in every fused kernel, so codes do not depend on where they were computed.
+every device and in every fused kernel, so codes do not depend on where they were computed.  A row that holds NaN or inf
+has that as its scale, and codes that mean nothing.
 """
 
 import math
@@ -119,10 +120,26 @@ def round_to_int8(b_x):
 
 
 @triton.jit
+def larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller_or_nan(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_or_nan(b_x, AXIS: tl.constexpr):
+    """Of the absolute values; tl.max would drop a NaN, and finite codes would hide it."""
+    return tl.reduce(tl.abs(b_x), AXIS, larger_or_nan)
+
+
+@triton.jit
 def quantize_rows(b_x, DTYPE: tl.constexpr):
     """The codes and the scales of a [rows, columns] block of float32; lanes past a row must hold 0."""
     IS_INT8: tl.constexpr = tl.int8 == DTYPE
-    b_scale = tl.div_rn(tl.max(tl.abs(b_x), 1), 127.0 if IS_INT8 else 448.0)
+    b_scale = tl.div_rn(largest_or_nan(b_x, 1), 127.0 if IS_INT8 else 448.0)
     b_codes = b_x * tl.div_rn(1.0, tl.maximum(b_scale, 1e-30))[:, None]
     b_codes = round_to_int8(b_codes) if IS_INT8 else b_codes.to(DTYPE)
     return b_codes, b_scale

@@ -189,6 +189,20 @@ def through_float32(stock):
     return reduce
 
 
+# reductions by a function of ours that numpy has: the stock fallback goes through the elements one by one
+NUMPY_REDUCTIONS = {"larger_or_nan": np.max, "smaller_or_nan": np.min}
+
+
+def by_numpy(stock):
+    def apply_impl(self, operands):
+        reduction = NUMPY_REDUCTIONS.get(getattr(self.combine_fn, "__name__", ""))
+        if reduction is None:
+            return stock(self, operands)
+        return self.min_max(operands[0], val_reduce_op=reduction)
+
+    return apply_impl
+
+
 def repair() -> None:
     """Patches triton.runtime.interpreter in place; a second call changes nothing."""
     if interpreter._convert_float is convert_float:
@@ -198,6 +212,7 @@ def repair() -> None:
         setattr(InterpreterBuilder, name, Repaired.__dict__[name])
     ReduceOps.sum = through_float32(ReduceOps.sum)
     ReduceOps.min_max = through_float32(ReduceOps.min_max)
+    ReduceOps.apply_impl = by_numpy(ReduceOps.apply_impl)
     stock_patch = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):

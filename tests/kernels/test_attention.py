@@ -169,6 +169,21 @@ def test_queries_of_zeros_see_all_keys_alike():
 
 
 @pytest.mark.parametrize("triton", PATHS)
+@pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8", "int4", "int4z"])
+def test_a_query_with_nan_shows_in_its_row_alone(triton: bool, fmt: str):
+    lengths = (33, 20)
+    q_THK, paged, scale = filled(fmt, lengths, dtype=torch.float16)
+    place_T2 = places((0, 32, 1), (1, 19, 1))
+    q_THK = q_THK[rows_of(lengths, [(0, 32, 1), (1, 19, 1)])].clone()
+    whole = attend(triton, q_THK, paged, place_T2, scale)
+    q_THK[0, 1, 5] = float("nan")
+    out = attend(triton, q_THK, paged, place_T2, scale)
+    assert out[0, 1].isnan().all()
+    assert torch.equal(out[0, 0], whole[0, 0])
+    assert torch.equal(out[1], whole[1])
+
+
+@pytest.mark.parametrize("triton", PATHS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (5, 1), (7, 1), (16, 1), (6, 2)])
 def test_every_ratio_of_heads(triton: bool, heads: int, kv_heads: int):
     """A decode, and a chunk longer than a tile of the kernel, with context."""

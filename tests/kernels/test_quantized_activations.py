@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.catalog import SPECS
 from kernels.gemm_w4a8 import gemm_w4a8, prepare_w4a8
 from kernels.gemm_w8a8 import gemm_w8a8, prepare_w8a8
 from kernels.quant_rows import quant_rows
 from kernels.rmsnorm import rmsnorm
 from kernels.silu_mul import silu_mul
+from kernels.spec import case
 from tests.quantized import same_for_twins
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, K, Q = 24, 64, 2
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Operator = Callable[[Tensor], Tensor]
@@ -98,3 +101,43 @@ def test_true_means_int8_and_other_types_are_refused():
     assert silu_mul(x, quant=False).scale_T is None
     with pytest.raises(AssertionError, match="float8_e5m2"):
         silu_mul(x, quant=torch.float8_e5m2)
+
+
+RUNS = ["cpu", "triton"]
+QUANTS = [torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("quant", QUANTS, ids=str)
+@pytest.mark.parametrize("op", ["quant_rows", "rmsnorm", "silu_mul"])
+def test_rows_that_are_not_finite_have_scales_that_are_not(op: str, quant: torch.dtype, run: str):
+    """Finite codes would hide that a model has come apart; other rows are as they were."""
+    whole = torch.randn(5, 96, generator=torch.Generator().manual_seed(2)).half()
+    broken = whole.clone()
+    broken[1, 95], broken[3, 0] = float("nan"), float("-inf")
+    broken[3, 48] = float("inf")
+
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(DEVICE if run == "triton" else "cpu")
+        args = {"quant_rows": (quant,), "silu_mul": (quant,)}.get(op, (torch.ones_like(x[0]), 1e-5, x, quant))
+        out = next(s for s in SPECS if s.name == op).runs[run](x, *args)
+        return out[0].cpu().float(), out[-1].cpu()
+
+    (codes, scale_T), (wanted, wanted_T) = quantized(broken), quantized(whole)
+    assert torch.isfinite(scale_T).tolist() == [True, False, True, False, True]
+    assert torch.equal(codes[::2], wanted[::2])
+    assert torch.equal(scale_T[::2], wanted_T[::2])
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("fmt", ["fp8", "int8", "int4", "int4z"])
+def test_a_key_with_nan_is_stored_with_a_scale_of_nan(fmt: str, run: str):
+    spec = next(s for s in SPECS if s.name == "rope_kv_write")
+    qkv_TX, *rest = spec.make(case(torch.float32, H=1, G=1, K=32, fmt=fmt), torch.Generator().manual_seed(0))
+    whole = spec.runs[run](qkv_TX.to(DEVICE if run == "triton" else "cpu"), *rest)
+    qkv_TX = qkv_TX.clone()
+    qkv_TX[2, 40] = float("nan")
+    broken = spec.runs[run](qkv_TX.to(DEVICE if run == "triton" else "cpu"), *rest)
+    before_T, scale_T = (out[3].cpu().flatten().view(torch.float16) for out in (whole, broken))
+    assert torch.isfinite(before_T).all()
+    assert torch.isfinite(scale_T).logical_not().nonzero().flatten().tolist() == [2]
