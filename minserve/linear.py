@@ -2,7 +2,8 @@
 
 `wants` tells the op before it to hand over rows of codes (int8 or fp8) with one scale a row; float rows are accepted
 too and quantized here.  Where fused shards differ in scheme they run one by one and their outputs are joined.
-Layers whose rows are static, have zero points or come in another order are `Adjusted` parts.
+Layers whose rows are static, have zero points or come in another order are `Adjusted` parts; block-scaled ones quantize
+their rows by blocks of columns here.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.gemm_fp8_block import BlockWeight, gemm_fp8_block
 from kernels.gemm_w4a8 import W4Weight, gemm_w4a8
 from kernels.gemm_w8a8 import W8Weight, gemm_w8a8
 from kernels.linear import PreparedLinear, linear
+from kernels.quant_blocks import quant_blocks
 from kernels.quant_rows import QuantRows, quant_rows
 from minserve.rows import Rows, make_rows
 from quant.scheme import Activations
@@ -56,14 +59,14 @@ class Adjusted:
         return self.inner.nbytes + sums + sum(t.nbytes for t in own if t is not None)
 
 
-Prepared: TypeAlias = PreparedLinear | W8Weight | W4Weight | Adjusted
+Prepared: TypeAlias = PreparedLinear | W8Weight | W4Weight | BlockWeight | Adjusted
 
 
 def row_dtype(part: Prepared) -> torch.dtype | None:
     """The codes of symmetric rows with a scale each that a part multiplies; None where it makes its rows from floats."""
     if isinstance(part, Adjusted):
         return part.inner.row_dtype if part.rows.dynamic and part.rows.symmetric else None
-    return None if isinstance(part, PreparedLinear) else part.row_dtype
+    return None if isinstance(part, PreparedLinear | BlockWeight) else part.row_dtype
 
 
 class Linear:
@@ -101,6 +104,8 @@ class Linear:
     ) -> Tensor:
         if isinstance(part, PreparedLinear):
             return linear(x_TK, part, deterministic=deterministic)
+        if isinstance(part, BlockWeight):
+            return gemm_fp8_block(*quant_blocks(x_TK), part, self.out_dtype, deterministic=deterministic)
         dtype = row_dtype(part)
         if dtype is None:
             assert isinstance(part, Adjusted), f"{part}"

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.gemm_fp8_block import prepare_fp8_block
 from kernels.gemm_w4a8 import W4Weight, prepare_w4a8, prepare_w4a8_progressive
 from kernels.gemm_w8a8 import W8Weight, prepare_w8a8
 from kernels.launch import gpu_facts
 from kernels.linear import prepare_linear
 from minserve.linear import Adjusted, Codes, Prepared
-from quant.scheme import Activations, QuantWeight
+from quant.scheme import BLOCK, Activations, QuantWeight
 
 
 class Ready(NamedTuple):
@@ -47,9 +48,10 @@ def prepare_quantized(w: QuantWeight, bias_N: Tensor | None, dtype: torch.dtype)
         )
         return ready._replace(note=f"{why}: dequantized to {short(dtype)} at load")
     if w.scheme.block:
-        raise ValueError(
-            f"{w.scheme} has no kernel here; supported: one scale a channel or a tensor for fp8 weights"
-        )
+        if w.order_K is not None:
+            raise ValueError(f"{w.scheme} must have its columns in the order of x: no format stores another")
+        blocks = prepare_fp8_block(w.codes_NK, w.scale_NQ, bias_N)
+        return Ready(blocks, "gemm_fp8_block", arithmetic(w, rows))
     late_bias = not rows.symmetric or _taken_off(w) is not None
     inner, note = _codes(w, None if late_bias else bias_N)
     kernel = "gemm_w8a8" if isinstance(inner, W8Weight) else "gemm_w4a8"
@@ -134,5 +136,6 @@ def arithmetic(w: QuantWeight, rows: Activations) -> str:
     weights = "fp8" if w.scheme.values == "fp8" else f"int{w.scheme.bits}"
     exact = "int32 sums" if rows.dtype == "int8" else "float32 sums"
     if w.num_groups > 1 and (rows.dtype == "fp8" or not w.scheme.progressive):
-        exact += f" within groups of {w.scheme.group_size}, float32 over them"
+        groups = f"blocks of {BLOCK}" if w.scheme.block else f"groups of {w.scheme.group_size}"
+        exact += f" within {groups}, float32 over them"
     return f"{rows} rows x {weights} weights, {exact}"

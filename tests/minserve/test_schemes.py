@@ -20,11 +20,12 @@ from tests.close import errors
 from tests.quantized import MIN_ULPS, ulps_apart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-T, K, N, GROUP = 5, 128, 33, 32
+T, K, N, GROUP = 5, 128, 33, 32  # K is one block, and four groups
 ASYM = Activations("int8", symmetric=False)
 STATIC = Activations("int8", dynamic=False)
 STATIC_ASYM = Activations("int8", dynamic=False, symmetric=False)
 STATIC_FP8 = Activations("fp8", dynamic=False)
+FP8_BLOCKS = Activations("fp8", block=True)
 W8, FP8_W = Scheme(8), Scheme(8, activations=FP8_ROWS, values="fp8")
 G4 = Scheme(4, GROUP)
 QOQ = Scheme(4, GROUP, False, progressive=True)
@@ -38,6 +39,7 @@ SCHEMES: dict[str, tuple[Scheme, dict[str, bool]]] = {
     "w8a8-order": (W8, ORDER),
     "fp8": (FP8_W, {}),
     "fp8-static": (replace(FP8_W, activations=STATIC_FP8), {}),
+    "fp8-block": (Scheme(8, activations=FP8_BLOCKS, values="fp8", block=True), {}),
     "w4a8-channel": (Scheme(4), {}),
     "w4a8-channel-zeros": (Scheme(4, symmetric=False), {}),
     "w4a8-group": (G4, {}),
@@ -75,8 +77,8 @@ def drawn(scheme: Scheme, order: bool = False, wide: bool = False) -> QuantWeigh
         more = {"step_NQ": step_NQ, "offset_NQ": offset_NQ}
     elif not scheme.symmetric:
         more = {"zero_NQ": integers(-8, 8, N, Q)}
-    groups = 1 if scheme.progressive else Q
-    scale_NQ = 2.0 ** integers(-1, 2, N, groups).float()
+    shape = (1, 1) if scheme.block else (N, 1) if scheme.progressive else (N, Q)
+    scale_NQ = 2.0 ** integers(-1, 2, *shape).float()
     rows = scheme.activations
     static = rows is not None and not rows.dynamic
     weight = QuantWeight(
@@ -202,7 +204,7 @@ def test_wide_offsets_run_as_the_int8_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["w4a8-fp8-zeros", "w8a8-rows-with-zeros", "w8a8-static", "w4a8-group-order"]
+    "name", ["w4a8-fp8-zeros", "fp8-block", "w8a8-rows-with-zeros", "w8a8-static", "w4a8-group-order"]
 )
 def test_deterministic_rows_do_not_depend_on_their_neighbours(name: str) -> None:
     scheme, special = SCHEMES[name]
@@ -218,7 +220,7 @@ def test_who_hands_over_codes() -> None:
     """Orders and zeros of weights leave the rows to whoever normed them; static rows and zeros of rows do not."""
     wants = {name: on_device(drawn(scheme, **special)).wants for name, (scheme, special) in SCHEMES.items()}
     own = {name for name, dtype in wants.items() if dtype is None}
-    assert own == {name for name in SCHEMES if "static" in name or "rows-with" in name}
+    assert own == {name for name in SCHEMES if "static" in name or "rows-with" in name or "block" in name}
     assert wants["w8a8-order"] == wants["progressive-wide"] == torch.int8
     assert wants["w4a8-fp8-zeros"] == wants["progressive-fp8"] == FP8
     ordered = drawn(G4)
