@@ -5,6 +5,7 @@ layer in the type of the weights.  Between the two stand folds and quantizers, w
 A model whose `outer` tensors hold no head uses the embeddings as one (tied).
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -117,17 +118,18 @@ class Source:
             raise ValueError(f"{path} is not a readable safetensors file: {error!s:.200}") from error
 
     def _check_names(self) -> None:
-        wanted = _outer_sizes(self.shape)
-        for i in range(self.shape.layers):
-            wanted |= {f"model.layers.{i}.{name}": size for name, size in layer_sizes(self.shape).items()}
-        for name, size in wanted.items():
-            if name not in self.files:
-                raise ValueError(f"{self.folder}: tensor {name!r} is missing")
-            if self.sizes[name] != size:
-                raise ValueError(
-                    f"{self.folder}: {name!r} must be {list(size)}, got {list(self.sizes[name])}"
-                )
-        extra = [n for n in self.files if n not in wanted and not n.endswith(DERIVED)]
+        left = dict.fromkeys(n for n in self.files if not n.endswith(DERIVED))
+        for prefix in itertools.chain([""], (f"model.layers.{i}." for i in range(self.shape.layers))):
+            sizes = layer_sizes(self.shape) if prefix else _outer_sizes(self.shape)
+            for name, size in ((prefix + n, s) for n, s in sizes.items()):
+                if name not in left:
+                    raise ValueError(f"{self.folder}: tensor {name!r} is missing")
+                if self.sizes[name] != size:
+                    raise ValueError(
+                        f"{self.folder}: {name!r} must be {list(size)}, got {list(self.sizes[name])}"
+                    )
+                del left[name]
+        extra = list(left)
         if self.shape.tied and HEAD in extra:
             extra.remove(HEAD)
             stored = self._load([EMBED, HEAD], self.dtypes[EMBED])

@@ -209,10 +209,12 @@ def read_object(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is missing or not a regular file")
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
             raise ValueError(f"{path} holds {size} bytes, more than the {MAX_CONFIG_BYTES} allowed")
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error!s:.200}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")

@@ -9,13 +9,14 @@ from torch import Tensor
 from quant.ptq.attention_scales import search_attention, smooth_attention
 from quant.ptq.awq import Objective, awq
 from quant.ptq.fireq_scales import equalize, scale_keys_for_cache, scale_values
-from quant.ptq.model import HEAD, Hooks
+from quant.ptq.model import HEAD, Hooks, Source
 from quant.ptq.pairs import PAIRS, inject_outer_outliers, inject_outliers
 from quant.ptq.reorder import permute_layer, permute_outer, reorder
 from quant.ptq.rotate import rotate_layer, rotate_outer, rotation
 from quant.ptq.smooth import smooth
 from quant.ptq.stats import Stats
 from tests.quant.ptq.ground import SHAPES, Model, group_round, random_model, row_round, token_ids
+from tests.source import ROOT
 
 IDS = token_ids()
 CHANNELS = (2, 9, 30)
@@ -134,6 +135,18 @@ def test_statistics_follow_the_fold(name: str, case: str) -> None:
                 )
         for field in ("pair_GI", "before_GK", "after_GK", "value_GK", "query_gram_GKK", "keys_TGK"):
             assert_same(getattr(got.heads, field), getattr(want.heads, field), f"{i}.heads.{field}")
+
+
+@pytest.mark.parametrize("name", [*FOLDS, *WHOLE_MODEL])
+def test_logits_of_the_demo_model_stay(name: str) -> None:
+    """Trained weights, stored in fp16, with a tied head."""
+    source = Source(ROOT / "examples/demo")
+    layers = [source.layer(i, torch.float64) for i in range(source.shape.layers)]
+    model = Model(source.shape, layers, source.outer(torch.float64))
+    ids = token_ids(2, 24, source.shape.vocab)
+    want = model.run(ids)
+    (FOLDS | WHOLE_MODEL)[name](model, model.stats(ids))
+    assert (model.run(ids) - want).abs().max() < 1e-9
 
 
 def test_folds_can_follow_each_other() -> None:

@@ -1,6 +1,8 @@
 """The plain-torch Llama of quant.ptq against transformers' in float64, and the reading of its folder."""
 
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,68 @@ def test_what_does_not_fit_is_refused(change: dict, words: str, tmp_path: Path) 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         Source(folder)
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**24,
+    2**70,
+    0.5,
+    1e300,
+    "",
+    "64",
+    [],
+    [1],
+    {},
+    {"rope_type": ["x"]},
+    {"factor": {}},
+)
+
+
+def test_odd_values_of_every_key_give_an_error_that_names_the_file(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, rope_parameters=LLAMA3)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    places: list[tuple[str, ...]] = [(k,) for k in config] + [("rope_parameters", k) for k in LLAMA3]
+    refused = 0
+    for place, odd in itertools.product([*places, ("rope_scaling",), ("head_dim",), ("rope_theta",)], ODD):
+        changed = json.loads(json.dumps(config))
+        (changed["rope_parameters"] if len(place) > 1 else changed)[place[-1]] = odd
+        path.write_text(json.dumps(changed))
+        try:
+            Source(folder)
+        except ValueError as error:
+            assert str(folder) in str(error), (place, odd)  # noqa: PT017
+            refused += 1
+    assert refused > 200
+
+
+def test_damaged_weights_and_indices_give_an_error(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, max_shard_size="100KB")
+    r, index, shard = (
+        random.Random(3),
+        folder / "model.safetensors.index.json",
+        sorted(folder.glob("*.safetensors"))[0],
+    )
+    refused = 0
+    for file, reach in ((index, 3000), (shard, 1500)):
+        whole = file.read_bytes()
+        for _ in range(60):
+            data, at = bytearray(whole), r.randrange(min(reach, len(whole)))
+            data[at : at + r.choice((0, 1, 4))] = r.randbytes(r.choice((0, 1, 4)))
+            file.write_bytes(data if r.random() < 0.8 else data[:at])
+            try:
+                Source(folder).layer(0)
+            except ValueError as error:
+                assert str(folder) in str(error)  # noqa: PT017
+                refused += 1
+        file.write_bytes(whole)
+    assert refused > 60
 
 
 def test_broken_files_are_refused(tmp_path: Path) -> None:
