@@ -56,8 +56,10 @@ class AttnDecodeConfig:
     @classmethod
     def pick(cls, gpu: GpuFacts, layout: KvLayout, columns: int, q_bytes: int) -> "AttnDecodeConfig":
         """`columns` padded; `q_bytes` of an element of q: fp32 models multiply in fp32."""
-        dims = {"fmt": layout.fmt, "K": layout.head_dim, "P": layout.block_tokens, "C": columns}
-        found = tuned(cls, "attn_decode", gpu, **dims, q_bytes=q_bytes)
+        # words: a tile of another size needs other room
+        sizes = {"K": layout.head_dim, "P": layout.block_tokens, "C": columns, "q_bytes": q_bytes}
+        words = {name: f"{name}{size}" for name, size in sizes.items()}
+        found = tuned(cls, "attn_decode", gpu, fmt=layout.fmt, **words)
         if found is not None:
             return found
         block_d = padded_dim(layout)

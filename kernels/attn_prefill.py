@@ -299,16 +299,20 @@ def _cost(c: Case) -> Cost:
     return Cost(read + 2 * rows * c["H"] * c["K"] * c.dtype.itemsize, 4 * pairs * c["H"] * c["K"])
 
 
+def _in_fp8(c: Case, gpu: GpuFacts) -> bool:
+    return c.dims.get("fp8", False) and takes_fp8(gpu, KvLayout(c["fmt"], c["G"], c["K"]))
+
+
 def _config(c: Case, gpu: GpuFacts) -> AttnPrefillConfig | None:
     """None: the kernel in fp8 has one shape."""
-    if c.dims.get("fp8") and takes_fp8(gpu, KvLayout(c["fmt"], c["G"], c["K"])):
+    if _in_fp8(c, gpu):
         return None
     bits = 8 * torch.promote_types(c.dtype, FLOAT_DTYPES.get(c["fmt"], c.dtype)).itemsize
     return AttnPrefillConfig.pick(gpu, c["K"], c["H"] // c["G"], bits)
 
 
 def _candidates(c: Case, gpu: GpuFacts) -> Iterator[AttnPrefillConfig]:
-    if _config(c, gpu) is None:
+    if _in_fp8(c, gpu):
         return
     for block_m, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
         for block_n, ahead, stages in itertools.product((32, 64, 128), (False, True), (2, 3, 4)):

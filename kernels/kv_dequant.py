@@ -35,7 +35,7 @@ class KvDequantConfig:
     @classmethod
     def pick(cls, gpu: GpuFacts, layout: KvLayout) -> "KvDequantConfig":
         K, P = layout.head_dim, layout.block_tokens
-        found = tuned(cls, "kv_dequant", gpu, K=K, P=f"P{P}", fmt=layout.fmt)
+        found = tuned(cls, "kv_dequant", gpu, K=f"K{K}", P=f"P{P}", fmt=layout.fmt)
         # 16 or 8 bytes a load for each thread
         return found or cls(min(32, P), 4 if K > 64 or layout.bits == 8 else 2)
 

@@ -61,7 +61,7 @@ class RopeKvWriteConfig:
     def pick(cls, gpu: GpuFacts, num_heads: int, layout: KvLayout, single: bool) -> "RopeKvWriteConfig":
         """`single`: every block gets one token, as in a step of decodes only."""
         G, K = layout.num_kv_heads, layout.head_dim
-        found = tuned(cls, "rope_kv_write", gpu, H=num_heads, G=G, K=K, fmt=layout.fmt, single=single)
+        found = tuned(cls, "rope_kv_write", gpu, H=num_heads, G=G, K=f"K{K}", fmt=layout.fmt, single=single)
         if found or single:
             return found or cls(_up_to(4, num_heads), _up_to(4, G), 1, num_warps=1)
         tokens = min(32, layout.block_tokens)

@@ -46,10 +46,11 @@ class RowConfig:
 
     @classmethod
     def pick(cls, gpu: GpuFacts, op: str, **columns: int) -> "RowConfig":
-        found = tuned(cls, op, gpu, **columns)
+        block = row_block(*columns.values())
+        # a block of another size takes other registers
+        found = tuned(cls, op, gpu, **columns, block=f"B{block}")
         if found is not None:
             return found
-        block = row_block(*columns.values())
         # 32 elements a thread: four loads of 16 bytes in flight for each 16-bit operand
         return cls(rows=max(1, 1024 // block), num_warps=min(max(1, block // 1024), 16))
 

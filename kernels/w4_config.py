@@ -37,7 +37,8 @@ class W4Config:
         if kind == "fp8" and deterministic:
             # the order inside an fp8 product is the tile's
             return replace(cls._by_shape(gpu, 64, N, K, by_group, group), split_k=1)
-        c = tuned(cls, "gemm_w4a8", gpu, T=T, N=N, K=K, kind=kind, group=group)
+        # words: another K is split elsewhere, another group makes tiles of another size
+        c = tuned(cls, "gemm_w4a8", gpu, T=T, N=N, K=f"K{K}", kind=kind, group=f"g{group}")
         c = c or cls._by_shape(gpu, T, N, K, by_group, group)
         # another split adds the groups in another order
         return replace(c, split_k=1) if by_group and deterministic else c

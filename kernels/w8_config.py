@@ -45,7 +45,8 @@ class W8Config:
             # few outputs a program, or a decode step would have too few programs; many tokens, for the prefill
             return cls(True, 128, 64, 128, 1, num_warps=4, num_stages=4)
         T = max(16, 1 << (T - 1).bit_length())
-        found = tuned(cls, "gemm_w8a8", gpu, T=T, N=N, K=K, codes=codes)
+        # a word: another K is split elsewhere, and may not be what a descriptor takes
+        found = tuned(cls, "gemm_w8a8", gpu, T=T, N=N, K=f"K{K}", codes=codes)
         return found or cls._by_shape(gpu, T, N, K, codes)
 
     @classmethod

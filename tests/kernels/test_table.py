@@ -1,6 +1,7 @@
 """Tables of measured configs: what is near is found, what is far is not, and a broken table names its fault."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,16 @@ from typing import Any
 import pytest
 
 from kernels import table
+from kernels.attn_decode import AttnDecodeConfig
+from kernels.attn_prefill import AttnPrefillConfig
+from kernels.kv_dequant import KvDequantConfig
+from kernels.kv_layout import KvLayout
+from kernels.kv_write_triton import RopeKvWriteConfig
 from kernels.launch import ASSUMED, GpuFacts
+from kernels.quant_rows import RowConfig, row_block
 from kernels.table import family, read_table, tuned
+from kernels.w4_config import W4Config
+from kernels.w8_config import W8Config
 
 H200 = ASSUMED[90]
 MEASURED = {"us": 1.0, "by": "made up", "date": "2000-01-01", "torch": "0", "triton": "0", "driver": "0"}
@@ -58,6 +67,50 @@ def test_families() -> None:
         "none": "none",
     }
     assert {name: family(name) for name in names} == names
+
+
+# (op, its look-up, arguments near those: another head dim, block, type, group or depth needs other room)
+EXACT = [
+    (AttnPrefillConfig.pick, (128, 4, 16), [(256, 4, 16), (96, 4, 16), (128, 4, 32), (128, 8, 16)]),
+    (AttnDecodeConfig.pick, (KvLayout("bf16", 8, 128), 8, 2), [
+        (KvLayout("bf16", 8, 128), 8, 4), (KvLayout("bf16", 8, 128), 16, 2), (KvLayout("bf16", 8, 256), 8, 2),
+        (KvLayout("bf16", 8, 128, 64), 8, 2),
+    ]),
+    (KvDequantConfig.pick, (KvLayout("int8", 8, 64),), [(KvLayout("int8", 8, 128),), (KvLayout("int8", 8, 64, 64),)]),
+    (RopeKvWriteConfig.pick, (32, KvLayout("int8", 8, 64), True), [(32, KvLayout("int8", 8, 128), True)]),
+    (W4Config.pick, (64, 4096, 4096, "group", 64), [(64, 4096, 4096, "group", 128), (64, 4096, 2048, "group", 64)]),
+    (W8Config.pick, (64, 4096, 4096), [(64, 4096, 4100), (64, 4096, 2048)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pick", "measured", "near"), EXACT, ids=lambda x: getattr(x, "__qualname__", ""))
+def test_what_decides_on_room_is_never_only_near(
+    pick: Any, measured: Any, near: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile that was measured at one shape may spill, or not start, at twice its head dim."""
+    asked = []
+
+    def look_up(cls: Any, op: str, gpu: GpuFacts, dims: Any, folder: Path) -> None:
+        asked.append({name: value for name, value, _ in dims})
+
+    monkeypatch.setattr(table, "_nearest", look_up)
+    for arguments in (measured, *near):
+        pick(H200, *arguments)
+    first, *others = asked
+    assert len(others) == len(near)
+    for dims in others:
+        assert max(table._apart(dims[name], first[name]) for name in first) == math.inf
+
+
+def test_rows_in_a_block_of_another_size_are_not_near(write: Any) -> None:
+    def row_entry(D: int) -> dict[str, Any]:
+        dims = {"D": D, "block": f"B{row_block(D)}"}
+        config = {"rows": 1, "num_warps": 32}
+        return {"op": "rmsnorm", "sm_count": 132, "dims": dims, "config": config, "measured": dict(MEASURED)}
+
+    write(row_entry(4096))
+    assert RowConfig.pick(H200, "rmsnorm", D=3000) == RowConfig(1, 32)
+    assert RowConfig.pick(H200, "rmsnorm", D=5120) != RowConfig(1, 32)
 
 
 def test_no_table_is_a_valid_state(write: Any) -> None:
