@@ -25,10 +25,12 @@ from tests.minserve.test_quantized_models import IDS, kl
 from tests.quant.ct_writer import package_logits, write_model
 from tests.quant.test_ct_package import (
     ASYM,
+    BLOCK,
     BYTES,
     FLOAT,
     FLOATS,
     FP8,
+    GROUPS,
     INT4,
     INT8,
     PACKED,
@@ -52,6 +54,7 @@ CASES: dict[str, tuple[list[Group], dict[str, Any] | None]] = {
     "w8a8-asymmetric-rows": ([(ALL, INT8, TOKEN | ASYM, BYTES)], None),
     "w8a8-static-asymmetric": ([(ALL, INT8, STATIC | ASYM, BYTES)], None),
     "w8a8-fp8-static-kv": ([(ALL, FP8 | {"strategy": "tensor"}, STATIC | FLOAT, FLOATS)], KV_FP8),
+    "w8a8-fp8-block": ([(ALL, BLOCK, GROUPS, FLOATS)], None),
     "w4a8-zeros": ([(ALL, INT4 | ASYM, TOKEN, PACKED)], None),
     "mixed": (MIXED, None),
 }

@@ -56,9 +56,15 @@ def renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
 
 def native(raw: dict[str, Any]) -> dict[str, Any]:
     """The quantization_config of a native fp8 checkpoint."""
-    static = not raw["config_groups"]["group_0"]["input_activations"]["dynamic"]
-    scheme = "static" if static else "dynamic"
-    return {"quant_method": "fp8", "activation_scheme": scheme, "ignored_layers": ["lm_head"]}
+    group = raw["config_groups"]["group_0"]
+    scheme = "dynamic" if group["input_activations"]["dynamic"] else "static"
+    block = group["weights"].get("block_structure")
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": scheme,
+        "weight_block_size": block,
+        "ignored_layers": ["lm_head"],
+    }
 
 
 def frozen(raw: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +87,7 @@ OUTPUTS = {
 SPELLINGS: dict[str, tuple[str, str, Callable[[dict[str, Any]], dict[str, Any]], dict[str, str]]] = {
     "native static fp8 with KV scales": ("w8a8-fp8-static-kv", NEW, native, {}),
     "native dynamic fp8": ("w8a8-fp8", NEW, native, {}),
+    "native fp8 in blocks": ("w8a8-fp8-block", NEW, native, {".weight_scale": ".weight_scale_inv"}),
     "old key, frozen": ("w4a8-zeros", OLD, frozen, {}),
     "outputs of projections": ("w8a8-fp8-static-kv", OLD, cached_outputs, OUTPUTS),
 }
