@@ -65,6 +65,12 @@ class Source:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.shape = read_shape(self.folder)
+        config = self.folder / "config.json"
+        for key in ("quantization_config", "compression_config"):
+            if given := read_object(config).get(key):
+                raise ValueError(
+                    f"{config}: {key} must be absent, as quantization starts from plain weights, got {given!r:.120}"
+                )
         self.files: dict[str, Path] = {}  # tensor -> file
         self.dtypes: dict[str, torch.dtype] = {}
         self.sizes: dict[str, tuple[int, ...]] = {}

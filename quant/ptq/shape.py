@@ -1,7 +1,7 @@
 """Shape: what quantization needs of a Llama's config.json, and its rotary tables.
 
 Both spellings are read: `rope_parameters`, or `rope_theta` and `rope_scaling`.  Refused, with a ValueError that names
-the file, the key, the value and the choices: other architectures, other rope types, folders that are quantized already.
+the file, the key, the value and the choices: other architectures and other rope types.
 Tables are float32 as the engine and transformers have them; `dynamic` is the default within the trained length.
 """
 
@@ -132,7 +132,7 @@ class _Keys:
 
 
 def read_shape(folder: str | Path) -> Shape:
-    """The shape of the Llama in `folder`; its linear layers must be plain (not quantized)."""
+    """The shape of the Llama in `folder`, whatever its weights are stored in."""
     path = Path(folder) / "config.json"
     keys = _Keys(read_object(path), str(path))
     if keys.get("model_type", "llama") != "llama":
@@ -141,9 +141,6 @@ def read_shape(folder: str | Path) -> Shape:
         keys.fail("architectures", keys.get("architectures"), "['LlamaForCausalLM']")
     if keys.get("hidden_act", "silu") not in ("silu", "swish"):
         keys.fail("hidden_act", keys.get("hidden_act"), "'silu'")
-    for name in ("quantization_config", "compression_config"):
-        if keys.get(name):
-            keys.fail(name, keys.get(name), "absent: quantization starts from plain weights")
     hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     kv_heads = keys.integer("num_key_value_heads", heads)
     if heads % kv_heads:

@@ -132,6 +132,9 @@ def test_what_does_not_fit_is_refused(change: dict, words: str, tmp_path: Path) 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         Source(folder)
+    if "quantization_config" in change:
+        # whose shape is wanted all the same, to compare it with what it was made of
+        assert read_shape(folder).hidden == 64
 
 
 ODD = (
