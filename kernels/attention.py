@@ -26,7 +26,7 @@ from kernels.attn_ref import attention_ref
 from kernels.kv_case import Paged, places
 from kernels.kv_layout import KvLayout
 from kernels.kv_step import KvStep
-from kernels.kv_work import LEAST_SPLIT
+from kernels.kv_work import LEAST_SPLIT, WIDE_COLUMNS
 from kernels.launch import GpuFacts
 from kernels.quant_rows import Quant, QuantRows, code_dtype, quant_rows
 from kernels.rope_kv_write import rope_kv_write_cpu
@@ -198,14 +198,19 @@ def _small(c: Case) -> Case:
 
 
 def _serving(shape: ModelShape) -> tuple[Case, ...]:
-    """Decodes of every format that is served, and four tokens a sequence, as drafts that are to be checked have."""
+    """Decodes of every format that is served; four tokens a sequence, as drafts that are to be checked have; and as many
+    as the router gives to one work item."""
     dims = {"H": shape.H, "G": shape.G, "K": shape.K}
     decodes = {"decodes": 64, "context": 4096}
     formats = ("bf16", "fp8", "int8", "int4", "int4z")
     return (
         *(case(torch.bfloat16, **dims, fmt=fmt, **decodes) for fmt in formats),
         *(case(torch.bfloat16, **dims, fmt=fmt, **decodes, int8_qk=True) for fmt in formats[2:]),
-        *(case(torch.bfloat16, **dims, fmt=fmt, **decodes, tokens=4) for fmt in formats),
+        *(
+            case(torch.bfloat16, **dims, fmt=fmt, **decodes, tokens=tokens)
+            for tokens in (4, WIDE_COLUMNS * shape.G // shape.H)
+            for fmt in formats
+        ),
     )
 
 
@@ -252,6 +257,16 @@ SPEC = KernelSpec(
             for fmt in ("bf16", "int8", "int4")
         ),
         case(torch.float32, H=8, G=8, K=64, fmt="fp32", decodes=1, context=9, chunk=65),
+        # the widest tiles of the widest heads, and heads that fill no power of two
+        *(
+            case(torch.bfloat16, H=16, G=1, K=256, fmt=fmt, decodes=1, context=LEAST_SPLIT + 2, tokens=4)
+            for fmt in ("bf16", "fp8", "int8", "int4", "int4z")
+        ),
+        *(
+            case(torch.bfloat16, H=32, G=8, K=K, fmt=fmt, decodes=1, context=LEAST_SPLIT + 2)
+            for K in (80, 96)
+            for fmt in ("bf16", "fp8", "int8", "int4", "int4z")
+        ),
     ),
     benches=tuple(
         case(torch.bfloat16, **_WIDE, fmt=fmt, **spans)
