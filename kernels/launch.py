@@ -98,6 +98,9 @@ class KernelStarter:
     def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         driver = DRIVER.active
         device = driver.get_current_device()
+        if type(args[0]) is Tensor:
+            of = args[0].get_device()  # -1: on the host, when nothing is launched
+            assert of in (device, -1), f"{self.kernel.__name__}: tensors of device {of}, the current one is {device}"
         key, raw, address_bits = [device, *meta, *meta.values()], [], 0
         for a, free in zip(args, self._free):  # noqa: B905  the parameters of the constants are left over
             kind = type(a)
@@ -161,6 +164,11 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     Through pinned memory: a copy from pageable memory would wait for the step that still runs.
     """
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it that starts on 16 bytes, which a slice may not."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def cdiv(a: int, b: int) -> int:

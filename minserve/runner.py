@@ -6,6 +6,7 @@ while the one before it runs, and what it reads (token history, keys and values)
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -144,6 +145,10 @@ class Runner:
     def on_gpu(self) -> bool:
         return self._device.type != "cpu"
 
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton and events take the thread's current device, whatever their tensors are on."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
     @property
     def draining(self) -> bool:
         """Sets are on their way back to the pool: `poll` again soon."""
@@ -162,9 +167,10 @@ class Runner:
         """From now on, steps of single tokens replay graphs of these batch sizes.  Not for deterministic steps: the
         tables of theirs have no useful bound."""
         assert not self.deterministic, "graphs of deterministic steps"
-        self._graphs = DecodeGraphs(
-            self.model, self.layout, self._pool, self._slab_table_SL, self.rows, sizes, capture
-        )
+        with self._on_device():
+            self._graphs = DecodeGraphs(
+                self.model, self.layout, self._pool, self._slab_table_SL, self.rows, sizes, capture
+            )
         return self._graphs
 
     def execute(self, plan: StepPlan, joins: tuple[Join, ...]) -> StepHandle:
@@ -210,6 +216,10 @@ class Runner:
 
     @torch.inference_mode()
     def _run(self, prepared: _Prepared) -> _Pending:
+        with self._on_device():
+            return self._enqueue(prepared)
+
+    def _enqueue(self, prepared: _Prepared) -> _Pending:
         inputs = prepared.inputs
         x_TD, residual_TD = self._forward(prepared)
         prompts = tuple(self._prompt_logprobs(p, x_TD, residual_TD) for p in inputs.prompt_rows)
@@ -231,9 +241,10 @@ class Runner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan, joins: tuple[Join, ...]) -> Tensor:
         """fp32 logits [T, V] on the host for all rows of a plan.  Nothing is sampled; the runner must be idle."""
-        x_TD, residual_TD = self._forward(self._prepare(plan, joins), eager=True)
-        parts = zip(x_TD.split(HEAD_ROWS), residual_TD.split(HEAD_ROWS), strict=True)
-        return torch.cat([self._head(x, r).cpu() for x, r in parts])
+        with self._on_device():
+            x_TD, residual_TD = self._forward(self._prepare(plan, joins), eager=True)
+            parts = zip(x_TD.split(HEAD_ROWS), residual_TD.split(HEAD_ROWS), strict=True)
+            return torch.cat([self._head(x, r).cpu() for x, r in parts])
 
     def _to_host(
         self,

@@ -171,3 +171,16 @@ def test_a_driver_that_only_names_a_target_starts_nothing(
     for _ in range(3):
         launch(kernel, (1,), out, x, 5, 1, 1.0, SIZE=64)
     assert len(calls) == 3
+
+
+def test_tensors_of_another_device_than_the_current_one_are_refused(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = JITFunction(_scale, do_not_specialize=["n", "pitch"])
+    args = (torch.empty(64), torch.empty(64), 64, 1, 2.0)
+    launch(kernel, (1,), *args, SIZE=64)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 1)
+    with pytest.raises(AssertionError, match="tensors of device 1, the current one is 0"):
+        launch(kernel, (1,), *args, SIZE=64)
+    monkeypatch.setattr(recorder, "get_current_device", lambda: 1)
+    launch(kernel, (1,), *args, SIZE=64)
