@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.gemm_w4a8_tile import _gemm_w4a8_kernel
 from kernels.gemm_w8a8 import W8Weight, gemm_w8a8_cpu, gemm_w8a8_triton, prepare_w8a8
-from kernels.launch import cdiv, gpu_facts, launch
+from kernels.launch import aligned, cdiv, gpu_facts, launch
 from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
 from kernels.w4_config import W4Config
 from kernels.w4_cpu import CpuGroups, group_sum, prepare_groups
@@ -59,6 +59,7 @@ def _prepare(kind: str, w: Int4, bias_N: Tensor | None, form: str | None) -> W4W
     held: Packed4 | W8Weight | CpuGroups
     if form == "cuda":
         held = pack(kind, w)
+        bias_N = None if bias_N is None else aligned(bias_N)
     elif kind == "fp8":
         form = "float64"
         held = prepare_groups(w, form)

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import backend
 from kernels.gemm_w8a8_large import _gemm_w8a8_large_kernel, _gemm_w8a8_tma_kernel
 from kernels.gemm_w8a8_small import _gemm_w8a8_small_kernel
-from kernels.launch import cdiv, gpu_facts, launch
+from kernels.launch import aligned, cdiv, gpu_facts, launch
 from kernels.linear import TILE_ROWS, pad_rows
 from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
 from kernels.w8_config import W8Config
@@ -75,7 +75,8 @@ def prepare_w8a8(
     if form != "cuda":
         return W8Weight(form, prepack(form, codes), scale_N, bias_N, N, K, codes_NK.dtype)
     # kernels take tensors that start on 16 bytes, which a slice may not
-    codes, scale_N = (t.clone() if t.data_ptr() % 16 else t for t in (codes, scale_N))
+    codes, scale_N = aligned(codes), aligned(scale_N)
+    bias_N = None if bias_N is None else aligned(bias_N)
     arrivals = torch.zeros(8 * cdiv(N, 64), dtype=torch.int32, device=codes.device)
     return W8Weight(form, codes, scale_N, bias_N, N, K, codes_NK.dtype, arrivals, fast)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from kernels.gemm_w4a8 import prepare_w4a8
 from kernels.gemm_w8a8 import (
     FP8,
     SPEC,
@@ -112,10 +113,10 @@ def test_splits_have_equal_shares_and_none_is_empty():
 
 
 def test_what_is_picked_depends_on_the_next_power_of_two_alone():
-    for gpu, fp8, (N, K) in product(
-        ASSUMED.values(), (False, True), ((6144, 4096), (4096, 14336), (1000, 200))
+    for gpu, codes, (N, K) in product(
+        ASSUMED.values(), ("int8", "fp8"), ((6144, 4096), (4096, 14336), (1000, 200))
     ):
-        picked = {T: W8Config.pick(gpu, T, N, K, fp8) for T in (*range(1, 1100), 2048)}
+        picked = {T: W8Config.pick(gpu, T, N, K, codes) for T in (*range(1, 1100), 2048)}
         for T, config in picked.items():
             assert T > 1024 or config == picked[1 << (T - 1).bit_length()], T
 
@@ -204,3 +205,13 @@ def test_split_sums_never_race():
         graph.replay()
         assert all(torch.equal(y, truth.float()) for y in results)
     assert not weight.arrivals.any()
+
+
+def test_what_a_kernel_reads_starts_on_16_bytes():
+    """A slice of a fused bias may not, and would compile a variant of its own while serving."""
+    w, scale_N, bias = torch.ones(5, 64, dtype=torch.int8), torch.ones(6)[1:], torch.ones(6)[1:]
+    eight = prepare_w8a8(w, scale_N, bias, form="cuda")
+    four = prepare_w4a8(w, torch.ones(5, 2), bias_N=bias, form="cuda")
+    for tensor in (eight.codes, eight.scale_N, eight.bias_N, four.bias_N):
+        assert tensor is not None
+        assert tensor.data_ptr() % 16 == 0
