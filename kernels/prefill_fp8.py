@@ -99,10 +99,9 @@ def soften8(b_s, b_pair, b_max, b_sum, ref, b_scale, m_s, MASKED: tl.constexpr):
     b_s = b_s * b_ks[None, :]
     if MASKED:
         b_s = tl.where(m_s, b_s, -1.0e30)
-        b_w = tl.where(m_s, b_vs[None, :], 0.0)
-        new = tl.maximum(ref, tl.max(b_w, 1))
+        new = tl.maximum(ref, tl.max(tl.where(m_s, b_vs[None, :], 0.0), 1))
         inverse = 1.0 / new
-        b_w = b_w * inverse[:, None]
+        b_w = b_vs[None, :] * inverse[:, None]
     else:
         new = tl.maximum(ref, tl.max(b_vs, 0))
         inverse = 1.0 / new
@@ -286,4 +285,5 @@ def prefill_fp8(out_THK: Tensor, q_THK: Tensor, pool: Tensor, step: KvStep, laye
         PARTS=parts,
         STAGES=2 if gpu.capability == 89 else 3,
         num_warps=8,
+        maxnreg=128 if gpu.capability == 90 and K <= 64 else None,
     )
