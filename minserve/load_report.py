@@ -29,12 +29,16 @@ class ReportRow:
 
 @dataclass(slots=True)
 class LoadReport:
-    """For start-up to print and tests to read.  Fused projections are one layer; `notes` are about no layer."""
+    """For start-up to print and tests to read.  Fused projections are one layer; `notes` are about no layer.
+
+    `peak_bytes`: the most host memory that this process had by the end of the load, its libraries and mapped files too.
+    """
 
     rows: dict[tuple[str, ...], ReportRow] = field(default_factory=dict)
     other_bytes: int = 0
     derived: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    peak_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -61,4 +65,5 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         other = f"embeddings and norms: {self.other_bytes / 1e6:.1f} MB"
-        return [*map(str, self.rows.values()), other, *self.notes]
+        peak = f"host memory: at most {self.peak_bytes / 1e6:.1f} MB of this process by the end of the load"
+        return [*map(str, self.rows.values()), other, peak, *self.notes]

@@ -7,6 +7,7 @@ what has been taken is let go of in the mapped files too.
 """
 
 import difflib
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ ROWS_AT_ONCE = 4096
 class WeightSource:
     """Reads `folder`; everything it returns is in `dtype` on `device` and owns its memory.
 
-    `quantization` is auto (as stored), none (as stored, and that must be plain), or a scheme for plain layers; layers
+    `quantization` is auto (as stored), none (as stored, and that must be plain), or a scheme for a plain checkpoint; layers
     that `overrides` names are what it says.  Weight-only layers take the rows of a scheme with their bits.
     """
 
@@ -73,6 +74,9 @@ class WeightSource:
         self.report = LoadReport()
         self._checkpoint = Checkpoint(folder)
         self._reader = recognise(self._checkpoint.infos, quantization_config)
+        own = set(self._reader.format.SUFFIXES) - {"weight"}
+        # whoever quantized it left its plain layers plain on purpose
+        self._quantized = any(name.rpartition(".")[2] in own for name in self._checkpoint)
         self._left = dict.fromkeys(self._checkpoint)
         self._held: list[str] = []
         show = sys.stderr.isatty() if progress is None else progress
@@ -167,6 +171,7 @@ class WeightSource:
                 f"{listed(left, most=50)}"
             )
         self.overrides.check_used()
+        self.report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         self.report.derived = derived
         return self.report
 
@@ -221,7 +226,8 @@ class WeightSource:
         suffixes = self._reader.fields(module, self._checkpoint.infos)
         wanted = self.overrides.find(module) if online else None
         if wanted is None:
-            wanted = OnlineScheme("none" if not online else self.quantization, self.overrides.group)
+            as_stored = not online or (self._quantized and not suffixes)
+            wanted = OnlineScheme("none" if as_stored else self.quantization)
         if not suffixes:
             plain = self._plain(f"{module}.weight", (out_features, in_features))
             online = wanted.name not in AS_STORED

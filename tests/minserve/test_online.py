@@ -125,10 +125,10 @@ def test_each_layer_is_in_the_debug_log(plain: Path, caplog: pytest.LogCaptureFi
     )
 
 
-def weight_only(plain: Path, out: Path) -> Path:
+def weight_only(plain: Path, out: Path, ignored: str = "lm_head") -> Path:
     tensors, stored = load_file(plain / "model.safetensors"), {}
     for name, value in tensors.items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith("_proj.weight") or ignored in name:
             stored[name] = value
             continue
         fields = save(quantize(value, W4A16, torch.float32), "packed", torch.float32)
@@ -136,7 +136,7 @@ def weight_only(plain: Path, out: Path) -> Path:
     out.mkdir()
     save_file(stored, out / "model.safetensors")
     config = json.loads((plain / "config.json").read_text())
-    config["quantization_config"] = config_object({W4A16: ["Linear"]}, "packed", ["lm_head"])
+    config["quantization_config"] = config_object({W4A16: ["Linear"]}, "packed", [f"re:.*{ignored}"])
     (out / "config.json").write_text(json.dumps(config))
     return out
 
@@ -158,8 +158,19 @@ def test_a_weight_only_checkpoint_runs_as_it_is_or_with_rows_in_8_bits(plain: Pa
         match="must be auto or w4a16 or w4a8-int8 or w4a8-fp8 for this checkpoint, got 'w8a8-int8'",
     ):
         load(folder, quantization="w8a8")
-    with pytest.raises(ValueError, match=r"got 'none': model\.layers\.0\.self_attn\.q_proj is stored as w4a16"):
+    with pytest.raises(
+        ValueError, match=r"got 'none': model\.layers\.0\.self_attn\.q_proj is stored as w4a16"
+    ):
         load(folder, quantization_overrides={"*": "none"})
+
+
+def test_layers_that_a_quantized_checkpoint_left_plain_stay_plain(plain: Path, tmp_path: Path) -> None:
+    folder = weight_only(plain, tmp_path / "w4a16", "down_proj")
+    block = load(folder, quantization="w4a8").llama.blocks[0]
+    assert (block.qkv.wants, block.down.wants) == (torch.int8, None)
+    assert (
+        load(folder, quantization_overrides={"*.down_proj": "w8a8"}).llama.blocks[0].down.wants == torch.int8
+    )
 
 
 def with_kv(plain: Path, out: Path, k: Tensor, v: Tensor, leave_out: str = "", **config: Any) -> Path:

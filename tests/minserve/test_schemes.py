@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from minserve import prepare
 from minserve.linear import Adjusted, Linear
 from minserve.prepare import prepare_quantized
 from quant.rtn import quantize
@@ -194,6 +195,22 @@ def test_weight_only_layers_are_dense() -> None:
         assert ready.kernel == "linear"
         assert ready.note == "weight-only: dequantized to float32 at load"
         assert ready.part.nbytes == 4 * N * K
+
+
+@pytest.mark.parametrize("name", ["fp8-static", "fp8-block", "w4a8-fp8-zeros"])
+def test_a_gpu_without_fp8_runs_the_weights_and_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, special = SCHEMES[name]
+    weight = drawn(scheme, **special)
+    monkeypatch.setattr(prepare, "lacks_fp8", lambda device: True)
+    ready = prepare_quantized(weight, None, torch.float32)
+    assert (ready.kernel, ready.part.nbytes) == ("linear", 4 * N * K)
+    assert (
+        ready.note
+        == "a GPU before sm_89 has no fp8: activations are not quantized: dequantized to float32 at load"
+    )
+    x_TK = torch.randn(T, K)
+    want = x_TK @ weight.dequantize().t()
+    torch.testing.assert_close(Linear([ready.part], torch.float32)(x_TK), want, rtol=1e-5, atol=1e-4)
 
 
 def test_wide_offsets_run_as_the_int8_they_are() -> None:
