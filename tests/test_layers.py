@@ -27,7 +27,7 @@ ORDER = {
         formats.fireq formats.qserve formats.gptq formats.awq formats.catalog convert
         ptq ptq.shape ptq.model ptq.stats ptq.pairs ptq.smooth ptq.awq ptq.rotate ptq.attention_scales ptq.fireq_scales ptq.reorder
         ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake ptq.recipe ptq.folding ptq.weight ptq.layerwise
-        ptq.report ptq.state ptq.calibration ptq.write ptq.run ptq.command
+        ptq.report ptq.tensor_file ptq.state ptq.calibration ptq.write ptq.run ptq.command
         __main__
     """,
     "sched": """

@@ -21,14 +21,14 @@ from quant.ptq import calibration
 from quant.ptq.folding import Target
 from quant.ptq.grid import Rounding
 from quant.ptq.model import Shape, Source
-from quant.ptq.recipe import RECIPES, STEPS, Recipe, recipe
+from quant.ptq.recipe import BEST_STEPS, RECIPES, STEPS, Recipe, recipe
 from quant.ptq.report import figures, table
 from quant.ptq.run import Job, Outcome, Run
 from quant.ptq.state import Work, folder_key, key_of
 from quant.ptq.write import FORMATS, SCALE_TYPES, Writer, assemble, check_out
 from quant.scheme import GROUP_SIZES, ONLINE, Scheme
 
-SCHEMES = tuple(name for name in ONLINE if name.count("-"))
+SCHEMES = tuple(name for name in ONLINE if "-" in name)
 WEIGHTS = ("symmetric", "zeros", "progressive")
 REPORT_FILE = "quantization_report.json"
 VERSION = 1  # of the arithmetic: a resumed run must not mix two
@@ -36,7 +36,7 @@ VERSION = 1  # of the arithmetic: a resumed run must not mix two
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     steps = "\n".join(f"  {name}: {kind.help}" for name, kind in STEPS.items())
-    methods = "\n".join(f"  {name}: {text}" for name, text in RECIPES.items())
+    methods = "\n".join(f"  {name}: {text}" for name, text in {"best": BEST_STEPS, **RECIPES}.items())
     parser = argparse.ArgumentParser(
         prog="python -m quant",
         description=(__doc__ or "").split("\n\n")[0],
@@ -77,7 +77,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--format", metavar="NAME", help=f"{', '.join(FORMATS)} (default: the method's own)")
     add("--container", default="packed", help="of compressed-tensors: packed or int8 (default %(default)s)")
     add("--steps-report", action="store_true", help="KL and perplexity after each step too: a run for each")
-    add("--batch", type=int, default=8, help="windows that run at once (default %(default)s)")
+    add("--batch", type=int, default=4, help="windows that run at once (default %(default)s)")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
@@ -128,7 +128,7 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError("give --method or --steps, not both")
     method = "best" if args.method is None and args.steps is None else args.method
     channel = args.scheme.startswith("w4") and args.group_size == "channel"
-    return recipe(method, args.steps, args.scheme + "-channel" * channel)
+    return recipe(method, args.steps, args.scheme + "-channel" * channel, args.kv)
 
 
 def chosen_format(args: argparse.Namespace) -> str:

@@ -46,6 +46,7 @@ def gptq(
     order_K = hessian_KK.diagonal().argsort(descending=True, stable=True) if actorder else torch.arange(K)
     h_KK, w_KN = _prepared(w_NK, hessian_KK, order_K)
     factor_KK, why = _factor(h_KK, damp)
+    del h_KK  # of a wide matrix it is the largest thing here
     if factor_KK is None:
         return Rounded(grid.nearest(w_NK), grid, why)
     codes_KN = _round_columns(Columns(w_KN, _lattices(grid, order_K)), factor_KK)
@@ -80,6 +81,7 @@ def _factor(h_KK: Tensor, damp: float) -> tuple[Tensor | None, str]:
         del flipped
         if not info:
             upper = lower.flip(0, 1)
+            del lower
             return upper.div_(upper.diagonal().clone()), ""
     return None, f"the Hessian is not positive definite with damp {damp} nor {10 * damp}"
 

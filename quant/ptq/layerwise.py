@@ -87,13 +87,14 @@ class Passage:
         return [self._up_to_o(x_BTD) for x_BTD in self.streams]
 
     def add_attention(self, mixed: list[Tensor]) -> None:
-        for i, mixed_BTX in enumerate(mixed):
-            self.streams[i] = self.streams[i] + self._linear(O, mixed_BTX)
+        """Adds what o makes of them, and takes them away one by one."""
+        for i in range(len(self.streams)):
+            self.streams[i] = self.streams[i] + self._linear(O, mixed.pop(0))
 
     def gated(self) -> Iterator[Tensor]:
         """The inputs of down."""
         for h_BTD in self.normed(MLP_NORM):
-            yield F.silu(self._linear(GATE, h_BTD)) * self._linear(UP, h_BTD)
+            yield F.silu(self._linear(GATE, h_BTD), inplace=True).mul_(self._linear(UP, h_BTD))
 
     def add_mlp(self) -> None:
         for i, gated_BTF in enumerate(self.gated()):
@@ -144,8 +145,9 @@ class LayerQuantizer:
         self._round((Q, K, V), self._products(*(p.normed(ATTENTION_NORM) for p in passages)))
         mixed = [p.mixed() for p in passages]
         self._round((O,), self._products(*mixed))
-        for p in passages:
-            p.add_attention(mixed.pop(0))
+        for p, inputs in zip(passages, mixed, strict=True):
+            p.add_attention(inputs)
+        del mixed, inputs
         self._round((GATE, UP), self._products(*(p.normed(MLP_NORM) for p in passages)))
         self._round((DOWN,), self._products(*(p.gated() for p in passages)))
         for p in passages:

@@ -213,6 +213,13 @@ QOQ = (
     "rotate(signs=false); smooth_attention(alpha=0.5); smooth(pairs=down, alpha=0.1, beta=0.9); reorder(pairs=down); "
     "clip(measure=output, points=80, least=0.2); gptq"
 )
+# one for all schemes: on the demo models every step of it gains or costs nothing; see docs/quantization.md
+BEST_STEPS = "rotate; match; clip; gptq(actorder=true)"
+BEST = dict.fromkeys(
+    ("w8a8-int8", "w8a8-fp8", "w4a8-int8", "w4a8-int8-channel", "w4a8-fp8", "w4a8-fp8-channel"), BEST_STEPS
+)
+# and after the rotation where keys will have 4 bits
+BEST_KEYS = "smooth_attention(alpha=0.5)"
 RECIPES = {
     "rtn": "rtn",
     "clip": "clip",
@@ -224,26 +231,16 @@ RECIPES = {
 }
 
 
-BEST_INT4 = "rotate; clip; gptq(actorder=true); refine"
-BEST = {
-    "w8a8-int8": "clip; gptq(actorder=true)",
-    "w8a8-fp8": "clip; gptq(actorder=true)",
-    "w4a8-int8": BEST_INT4,
-    "w4a8-int8-channel": BEST_INT4,
-    "w4a8-fp8": BEST_INT4,
-    "w4a8-fp8-channel": BEST_INT4,
-}
-
-
-def recipe(method: str | None, steps: str | None, scheme: str) -> Recipe:
-    """The one that `method` names for a scheme (`best`: of ours), or that `steps` spells; one of them must be None."""
+def recipe(method: str | None, steps: str | None, scheme: str, kv: str | None = None) -> Recipe:
+    """The one that `method` names for a scheme (a key of BEST) and KV format, or that `steps` spells."""
     if (method is None) == (steps is None):
         raise ValueError("give either a method or steps")
     if steps is not None:
         return parse(steps)
-    assert method is not None, "one of the two is given"
     if method == "best":
-        return parse(BEST[scheme])
+        return parse(
+            BEST[scheme].replace(";", f"; {BEST_KEYS};", 1) if kv in ("int4", "int4z") else BEST[scheme]
+        )
     if method not in RECIPES:
         raise ValueError(f"method must be one of best, {', '.join(RECIPES)}, got {method!r}")
     return parse(RECIPES[method])

@@ -93,29 +93,31 @@ class Run:
 
     @torch.no_grad()
     def __call__(self) -> Outcome:
-        plain_outer = self.source.outer()
-        outer = self._outer(plain_outer)
-        first = self._start(plain_outer, outer)
+        first = self._start()
         bar = tqdm(
             range(first, self.shape.layers), desc=self.job.model.name, unit="layer", disable=not self.show
         )
         for i in bar:
             bar.set_postfix_str("reading")
             self._layer(i, bar)
+        self.streams, self.references = [], None
+        outer = self._outer()
         if self.judge is not None:
             with self.outcome.timed("report"):
-                self.outcome.quality = self.judge.finish(plain_outer, outer, self.shape)
-        self.outcome.outer = {name: x.to(self.target.stored) for name, x in outer.items()}
+                wide = {name: x.float() for name, x in outer.items()}
+                self.outcome.quality = self.judge.finish(self.source.outer(), wide, self.shape)
+        self.outcome.outer = outer
         return self.outcome
 
-    def _outer(self, plain_outer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings, last norm and head of the quantized model, as they will be stored."""
-        outer = {name: x.clone() for name, x in plain_outer.items()} if self.turn else dict(plain_outer)
+    def _outer(self) -> dict[str, Tensor]:
+        """Embeddings, last norm and head of the quantized model, as they will be stored.  Made anew when they are
+        wanted: with a large vocabulary they are larger than a layer."""
+        outer = self.source.outer()
         if self.turn is not None:
             rotate_outer(outer, self.turn)
-        return {name: x.to(self.target.stored).float() for name, x in outer.items()}
+        return {name: x.to(self.target.stored) for name, x in outer.items()}
 
-    def _start(self, plain_outer: dict[str, Tensor], outer: dict[str, Tensor]) -> int:
+    def _start(self) -> int:
         """The streams before the first layer that is to be done, and its number."""
         done = 0 if self.work is None else self.work.next_layer
         if done:
@@ -128,10 +130,11 @@ class Run:
                 self._book(i, self.work.figures(i))
             return done
         if self.job.calib_ST is not None and self.job.recipe.wants_data:
-            self.streams = [embed(outer, ids) for ids in self.job.calib_ST.split(self.job.batch)]
+            outer = self._outer()
+            self.streams = [embed(outer, ids).float() for ids in self.job.calib_ST.split(self.job.batch)]
             self.references = list(self.streams) if self.job.recipe.find("match") is not None else None
         if self.judge is not None:
-            self.judge.start(plain_outer, outer)
+            self.judge.start(self.source.outer(), {name: x.float() for name, x in self._outer().items()})
         return 0
 
     def _layer(self, i: int, bar: Any) -> None:

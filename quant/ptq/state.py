@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.ptq.tensor_file import save_tensors
+
 STATE = "streams.safetensors"
+PT = {"format": "pt"}  # which transformers asks for
 
 
 def key_of(**parts: Any) -> str:
@@ -62,11 +64,11 @@ class Work:
         self, i: int, tensors: Mapping[str, Tensor], figures: Any, streams: Mapping[str, list[Tensor]]
     ) -> None:
         """Layer `i` is done; `streams` are those before the next one."""
-        _save(dict(tensors), self.layer_path(i), {"format": "pt"})
+        save_tensors(self.layer_path(i), tensors, PT)
         _write(self.figures_path(i), json.dumps(figures).encode())
         flat = {f"{name}.{j}": x for name, xs in streams.items() for j, x in enumerate(xs)}
         # last: it says that the other two are whole
-        _save(flat, self.folder / STATE, {"next_layer": str(i + 1)})
+        save_tensors(self.folder / STATE, flat, {"next_layer": str(i + 1)})
         self.next_layer = i + 1
 
     def layer_path(self, i: int) -> Path:
@@ -78,7 +80,7 @@ class Work:
     def write_outer(self, tensors: Mapping[str, Tensor]) -> Path:
         """What lies outside the layers."""
         path = self.folder / "outer.safetensors"
-        _save(dict(tensors), path, {"format": "pt"})
+        save_tensors(path, tensors, PT)
         return path
 
     def figures(self, i: int) -> Any:
@@ -91,12 +93,6 @@ class Work:
         self.folder.rmdir()
         if not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    beside = path.with_suffix(".part")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, beside, metadata)
-    os.replace(beside, path)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.formats import ct_save, fireq, qserve
 from quant.ptq.model import HEAD, Layer, Shape
+from quant.ptq.state import PT
+from quant.ptq.tensor_file import Info, write_tensors
 from quant.ptq.weight import Made
 from quant.scheme import QuantWeight, Scheme
 
@@ -113,11 +114,20 @@ def assemble(out: Path, model: Path, files: list[Path], config: Mapping[str, Any
 
 
 def _merge(files: list[Path], to: Path) -> None:
-    tensors: dict[str, Tensor] = {}
+    infos: dict[str, Info] = {}
+    where: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  the handle is not a mapping
-    save_file(tensors, to, {"format": "pt"})
+            for name in file.keys():  # noqa: SIM118  the handle is not a mapping
+                tensor = file.get_tensor(name)
+                infos[name], where[name] = Info(tensor.dtype, tuple(tensor.shape)), path
+
+    def get(name: str) -> Tensor:
+        with safe_open(where[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    write_tensors(to, infos, get, PT)
 
 
 def _shards(files: list[Path], folder: Path) -> None:

@@ -18,11 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from minserve import LLM, SamplingParams
 from quant.__main__ import main
+from quant.formats import fireq
 from quant.formats.catalog import recognise
 from quant.ptq import fake
+from quant.ptq.folding import Target
+from quant.ptq.grid import Rounding
+from quant.ptq.layerwise import Runs
+from quant.ptq.model import EMBED, forward, logits, read_shape
 from quant.ptq.state import Work, key_of
-from quant.scheme import Activations
+from quant.scheme import ONLINE, Activations
 from tests.quant.test_foreign_models import IDS, kl, our_logits
 from tests.tiny import write_llama, write_tokenizer
 
@@ -162,6 +168,38 @@ def test_qserve_and_fireq_load_in_the_engine(
     assert 1e-7 < kl(logits_of(AutoModelForCausalLM.from_pretrained(plain)), want) < 0.5
     names = list(load_file(out / "model.safetensors"))
     assert any("post_k_smooth" in n for n in names) == (scheme == "w4a8-fp8")
+
+
+@pytest.mark.parametrize(("method", "kv"), [("fireq", "int4"), ("best", "int4z"), ("rtn", "fp8")])
+def test_keys_and_values_are_rounded_as_in_the_engine(
+    method: str, kv: str, plain: Path, text: Path, tmp_path: Path
+) -> None:
+    """Prefill and decode over a quantized cache: FireQ's factors after RoPE, and the tool's own picture of the engine."""
+    out = tmp_path / "out"
+    given = ["--scheme", "w4a8-fp8", "--method", method, "--calib", str(text), "--kv", kv, "--out", str(out)]
+    assert main([str(plain), *given, *SMALL]) == 0
+    tensors, shape = dequantized(out)[0].state_dict(), read_shape(plain)
+    stored = load_file(out / "model.safetensors")
+    target = Target(Rounding(ONLINE["w4a8-fp8"]), kv, torch.float32)
+    x_BTD = tensors[EMBED][torch.tensor([IDS])]
+    for i in range(shape.layers):
+        prefix = f"model.layers.{i}."
+        layer = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        attention = f"{prefix}self_attn."
+        fields = {s: stored[attention + s] for s in fireq.POST_ROPE if attention + s in stored}
+        channel_GK = fireq.load_post_rope(fields, shape.heads, shape.kv_heads, shape.head_dim)
+        assert (channel_GK is not None) == (method == "fireq")
+        with torch.no_grad():
+            x_BTD = forward(layer, shape, x_BTD, Runs(target, channel_GK))
+    with torch.no_grad():
+        want = logits(tensors, shape, x_BTD)[0]
+    assert kl(want, our_logits(out, kv_dtype=kv)) <= OUR_KL
+    assert kl(want, our_logits(out)) > 30 * OUR_KL
+    sampled = SamplingParams(temperature=0, max_tokens=4, logprobs=1, ignore_eos=True)
+    with LLM(str(out), device="cpu", dtype="fp32", kv_dtype=kv, pool_bytes=8 << 20, max_model_len=64) as llm:
+        decoded = llm.generate([IDS], sampled)[0].outputs[0]
+        again = llm.logits([*IDS, *decoded.token_ids])
+    assert list(decoded.token_ids) == again[len(IDS) - 1 : -1].argmax(-1).tolist()
 
 
 def test_report_has_every_step(
