@@ -4,6 +4,7 @@ Cases that every run shares (formats, dtypes, head sizes, lengths around a block
 more than one step to say.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from kernels.kv_case import Paged, places
 from kernels.kv_layout import KV_FORMATS
 from kernels.kv_read import read_kv
 from kernels.quant_rows import quant_rows
+from kernels.rope_kv_write import rope_kv_write_triton
 from kernels.spec import case
 from tests.close import assert_no_worse
 
@@ -280,3 +282,28 @@ def test_keys_of_the_future_do_not_matter():
     after = attend(False, q_THK, paged, places((0, 0, 20)), scale)
     assert torch.equal(before[:12], after[:12])
     assert not torch.equal(before[12:], after[12:])
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int4z"])
+def test_blocks_beyond_4_gib_are_those_before(fmt: str):
+    """Unit addresses fit 32 bits far longer than bytes do.  Of the larger pool only what is touched is mapped."""
+    lengths, spans = (90, 67, 70), [(0, 89, 1), (1, 64, 3), (2, 30, 40)]
+    q_THK, paged, scale = filled(fmt, lengths, dtype=torch.float16)
+    q_THK, place_T2 = q_THK[rows_of(lengths, spans)].to(DEVICE), places(*spans)
+    near = paged.to(DEVICE)
+    far_bytes = 5 << 30
+    pool = torch.empty(far_bytes + near.pool.numel(), dtype=torch.uint8, device=DEVICE)
+    pool[far_bytes:] = near.pool
+    far = replace(near, pool=pool, slab_table_SL=near.slab_table_SL + far_bytes)
+    qkv_TX = torch.randn(len(place_T2), 8 * 16, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    one_MK = torch.ones(max(lengths), 16, device=DEVICE)
+    outs = []
+    for p in (near, far):
+        step = p.step(place_T2, triton=True, heads_per_kv=2)
+        assert all(len(table) for table in (step.work.piece_X8, step.work.wide_X8, step.work.chunk_X4))
+        q_written = rope_kv_write_triton(qkv_TX, one_MK, torch.zeros_like(one_MK), p.pool, step, 1)
+        outs.append((q_written.cpu(), attention(q_THK, p.pool, step, 1, scale).cpu()))
+    assert torch.isfinite(outs[0][1]).all()
+    for before, beyond in zip(*outs, strict=True):
+        assert torch.equal(before, beyond)
+    assert torch.equal(near.pool, pool[far_bytes:])
