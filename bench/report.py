@@ -84,6 +84,7 @@ class Variant(NamedTuple):
     without: str = ""
 
 
+BLOCKS = "_gemm_fp8_block_kernel"
 DECODE, W8, W4 = "_attn_decode_kernel", "_gemm_w8a8_small_kernel", "_gemm_w4a8_kernel"
 VARIANTS = (
     Variant("rmsnorm + residual", "_rmsnorm_kernel", "residual", "quant quantfp8"),
@@ -118,6 +119,9 @@ VARIANTS = (
     Variant("w8a8 fp8, T = 64", W8, "T64 fp8"),
     Variant("w8a8 int8, T = 2048", "_gemm_w8a8_tma_kernel", "T2048", "fp8 kindprogressive kindchannel"),
     Variant("w8a8 fp8, T = 2048", "_gemm_w8a8_tma_kernel", "T2048 fp8"),
+    Variant("fp8 by blocks, T = 16", BLOCKS, "T16"),
+    Variant("fp8 by blocks, T = 64", BLOCKS, "T64"),
+    Variant("fp8 by blocks, T = 2048", BLOCKS, "T2048"),
     Variant("w4a8 group, T = 16", W4, "T16 kindgroup", "zero"),
     Variant("w4a8 group, T = 64", W4, "T64 kindgroup", "zero"),
     Variant("w4a8 group with zeros, T = 16", W4, "T16 kindgroup zero"),
