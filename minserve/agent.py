@@ -107,6 +107,7 @@ class Agent:
         self.hosts: dict[str, Host] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._rids = itertools.count(1)
+        self._debug = config.server.log_level == "debug"
         broken = dict(broken)
         for gpu in config.gpus:
             entries = [m for m in config.models if config.gpu_of(m) == gpu and m.name not in broken]
@@ -130,7 +131,8 @@ class Agent:
         self.pools.append(pool)
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
-            start = Start(dataclasses.asdict(m.entry), device, owner, pool.table.fd, pool.fds, pool.handle)
+            keys = dataclasses.asdict(m.entry)
+            start = Start(keys, device, owner, pool.table.fd, pool.fds, pool.handle, self._debug)
             self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner))
 
     def start(self) -> None:

@@ -25,7 +25,8 @@ class WireError(ValueError):
 class Start(msgspec.Struct, tag=True, frozen=True):
     """The first message to a worker: a ModelEntry as plain values, and where its share of the pool is.
 
-    `pool_fds` is the memfd of a pool in host memory, or goes with `pool_handle`, a PoolHandle of a GPU's.
+    `pool_fds` is the memfd of a pool in host memory, or goes with `pool_handle`, a PoolHandle of a GPU's.  `debug`: log
+    what only that level shows, each layer of the model among it.
     """
 
     entry: dict[str, Any]
@@ -34,6 +35,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     table_fd: int
     pool_fds: tuple[int, ...]
     pool_handle: str = ""
+    debug: bool = False
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

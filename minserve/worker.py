@@ -4,6 +4,7 @@ Started by the agent only: `... worker NAME SOCKET_FD PARENT_PID`.  A model that
 line; any other end is a crash, which the agent sees by waitpid and answers with a new process.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ def attach_pool(start: Start) -> SlabPool:
 
 def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
     """Weights, then this model's share of the pool.  ValueError says what is wrong with the model's files."""
+    logging.getLogger("minserve").setLevel(logging.DEBUG if start.debug else logging.NOTSET)
     began = time.monotonic()
     resolved = resolve_model(ModelEntry.read(start.entry), start.device)
     model = load_model(resolved, start.device)
