@@ -113,6 +113,10 @@ class RandomWeights:
             self._made[shape] = self._prepare(w_NK)
         return Linear([copy.deepcopy(self._made[shape])], torch.bfloat16)
 
+    def fields(self, module: str, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """There is nothing beside a module: no scales of keys and values."""
+        return {}
+
     def head(self, name: str, embed_VD: Tensor, tied: bool) -> Linear:
         return Linear([prepare_linear(embed_VD / embed_VD.shape[1] ** 0.5)], torch.float32)
 
