@@ -314,11 +314,11 @@ def _read_models(value: Any, defaults: Any, top: At) -> tuple[ModelEntry, ...]:
 
 
 def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A model's own keys over the defaults; `slo` and `lengths` key by key."""
+    """A model's own keys over the defaults; `slo`, `lengths` and overrides key by key, its own first."""
     merged = shared | own
     for name in shared.keys() & own.keys():
         if isinstance(shared[name], dict) and isinstance(own[name], dict):
-            merged[name] = shared[name] | own[name]
+            merged[name] = own[name] | {k: v for k, v in shared[name].items() if k not in own[name]}
     return merged
 
 

@@ -114,6 +114,24 @@ def test_defaults_merge_and_own_keys_win(tmp_path: Path) -> None:
     assert (a.path, b.path) == (str(tmp_path / "m"), str(tmp_path.parent / "k"))
 
 
+def test_overrides_of_a_model_come_before_the_default_ones(tmp_path: Path) -> None:
+    text = """
+    defaults: {quantization_overrides: {"*.down_proj": w8a8, "model.layers.0.*": none}}
+    models:
+      - {name: a, path: m, quantization_overrides: {"*mlp*": w4a8-g64, "model.layers.0.*": w8a8-fp8}}
+      - {name: b, path: m, quantization: w4a8, quantization_group_size: -1}
+    """
+    a, b = load_config(write(tmp_path, text)).models
+    assert a.quantization_overrides == (
+        ("*mlp*", "w4a8-g64"),
+        ("model.layers.0.*", "w8a8-fp8"),
+        ("*.down_proj", "w8a8"),
+    )
+    assert b.quantization_overrides == (("*.down_proj", "w8a8"), ("model.layers.0.*", "none"))
+    assert b.quantization_group_size == "channel"
+    assert ModelEntry.read(json.loads(json.dumps(dataclasses.asdict(a)))) == a
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
