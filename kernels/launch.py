@@ -100,7 +100,9 @@ class KernelStarter:
         device = driver.get_current_device()
         if type(args[0]) is Tensor:
             of = args[0].get_device()  # -1: on the host, when nothing is launched
-            assert of in (device, -1), f"{self.kernel.__name__}: tensors of device {of}, the current one is {device}"
+            assert of in (device, -1), (
+                f"{self.kernel.__name__}: tensors of device {of}, the current one is {device}"
+            )
         key, raw, address_bits = [device, *meta, *meta.values()], [], 0
         for a, free in zip(args, self._free):  # noqa: B905  the parameters of the constants are left over
             kind = type(a)

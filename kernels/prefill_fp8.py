@@ -46,7 +46,9 @@ def in_key_order(b_p, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def load_keys8(codes, unit, i_first, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_keys8(
+    codes, unit, i_first, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BLOCK_D: tl.constexpr
+):
     o_d = tl.arange(0, BLOCK_D)[:, None]
     o_row = unit * 16 + (i_first % P + key_lanes(BN)) * K
     if K == BLOCK_D:
@@ -76,7 +78,9 @@ def load_values8(
 
 
 @triton.jit
-def load_scales8(words, unit, i_first, i_end, MASKED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr):
+def load_scales8(
+    words, unit, i_first, i_end, MASKED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr
+):
     """Packed scales of the scores' columns; of a key that is not there 1, of its value 0."""
     o_lane = key_lanes(BN)
     p_s = words + unit * 4 + P * K // 2 + (i_first % P + o_lane)
