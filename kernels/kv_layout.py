@@ -21,6 +21,10 @@ KV_FORMATS = (*FLOAT_BYTES, *CODE_BITS)
 # what the decode kernel takes in a turn; with 32 tokens of 4 bit its softmax costs a sixth more instructions a byte
 DEFAULT_BLOCK_TOKENS = dict.fromkeys(KV_FORMATS, 32) | {"fp32": 16, "int4": 64, "int4z": 64}
 MAX_BLOCK_TOKENS = 256  # decode pieces are whole blocks
+SPLIT_TOKENS = 512  # keys of a piece in a deterministic step
+WIDE_COLUMNS = 64  # (token, query head) pairs of a KV head in one work item of the decode kernel
+# of keys and values of one layer in 16 bit that prefill may have dequantized: 64k tokens of Llama-3-8B
+SCRATCH_BYTES = 256 << 20
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # what fp16 can hold, and never 0: codes are x / scale
 
 

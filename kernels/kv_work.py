@@ -11,19 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.kv_layout import KvLayout
+from kernels.kv_layout import SCRATCH_BYTES, SPLIT_TOKENS, WIDE_COLUMNS, KvLayout
 from kernels.kv_rows import Spans
 from kernels.launch import gpu_facts, upload
 
-SPLIT_TOKENS = 512  # of a deterministic step
 LEAST_SPLIT = 256  # a piece costs about ten blocks of keys besides its own
 # int32 in 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to that, which would be a stall
 ALIGN = 4
 CHUNK_TOKENS = 256  # tokens of a chunk item; the prefill kernel cuts it further to fit its tile
-SCRATCH_BYTES = (
-    256 << 20
-)  # of keys and values of one layer that prefill may have dequantized: 64k tokens of Llama-3-8B
-WIDE_COLUMNS = 64  # (token, query head) pairs of a KV head in one work item of the decode kernel
 # decode programs on an SM that the length of pieces is chosen for; counted from registers and shared memory at K = 128
 PROGRAMS = {"fp32": 2, "bf16": 6, "fp16": 6, "fp8": 8, "int8": 8, "int4": 8, "int4z": 8}
 

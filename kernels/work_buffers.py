@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.kv_layout import KvLayout
+from kernels.kv_layout import SPLIT_TOKENS, KvLayout
 from kernels.kv_step import KvStep, make_spans
-from kernels.kv_work import SPLIT_TOKENS, Routing, aligned_sizes, full_grid, plan_tables, split_tables
+from kernels.kv_work import Routing, aligned_sizes, full_grid, plan_tables, split_tables
 from kernels.launch import cdiv
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
+from minserve.memory import workspace
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
 from minserve.shared_memory import create_memfd
 from minserve.slab_table import PoolCounts, SlabTable
@@ -29,8 +30,6 @@ log = logging.getLogger("minserve")
 
 # a stopped worker may sit on the table's lock: nobody waits for it longer than this at a time
 LOCK_TIMEOUT_S = 2.0
-# of one worker: CUDA context, workspaces and activations
-GPU_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> Pool:
 
 
 def gpu_pool_bytes(device: str, gpu: GpuConfig, models: list[ResolvedModel]) -> int:
-    """What is left of the GPU's fraction after the weights, as large as their files, and a margin for each process."""
+    """What is left of the GPU's fraction after the weights, as large as their files, and what each worker works in."""
     # asked in a child: this process must not open CUDA
     ask = f"import torch; print(*torch.cuda.mem_get_info({device!r}))"
     found = subprocess.run(
@@ -88,7 +87,7 @@ def gpu_pool_bytes(device: str, gpu: GpuConfig, models: list[ResolvedModel]) -> 
         raise RuntimeError(f"{device} cannot be used: {found.stderr.strip().splitlines()[-1:]}")
     free, total = map(int, found.stdout.split())
     weights = sum(f.stat().st_size for m in models for f in Path(m.entry.path).glob("*.safetensors"))
-    taken = weights + len(models) * max(GPU_MARGIN_BYTES, total // 50)
+    taken = weights + sum(workspace(m).total for m in models)
     left = free - int(total * (1 - gpu.memory_fraction)) - taken
     if left <= 0:
         raise ValueError(

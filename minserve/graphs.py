@@ -20,23 +20,14 @@ from kernels.kv_layout import KvLayout
 from kernels.launch import upload
 from kernels.work_buffers import WorkBuffers
 from minserve.inputs import RowTable, StepInputs
+from minserve.memory import TABLE_ENTRIES
 from minserve.models import Llama
 
 log = logging.getLogger(__name__)
-SMALL_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-LARGE_STEP = 32
-MOST_ROWS = 512  # larger steps keep a GPU busy for longer than a host takes to launch them
-TABLE_ENTRIES = 1 << 18  # of a block table: 1 MiB to copy in a step
 
 Hidden = tuple[Tensor, Tensor]
 # runs a step once and returns its results and what runs it again into them
 Capture = Callable[[Callable[[], Hidden]], tuple[Hidden, Callable[[], None]]]
-
-
-def batch_sizes(max_running: int) -> list[int]:
-    most = min(max_running, MOST_ROWS)
-    sizes = [n for n in SMALL_BATCHES if n < most]
-    return [*sizes, *range(SMALL_BATCHES[-1] + LARGE_STEP, most, LARGE_STEP), most]
 
 
 def cuda_capture() -> Capture:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from kernels import backend
 from kernels.launch import gpu_facts
 from kernels.prefill_fp8 import WIDEST, takes_fp8
-from minserve.config import Config
+from minserve.config import Config, GpuConfig
 from minserve.engine import Engine
-from minserve.graphs import batch_sizes, cuda_capture
+from minserve.graphs import cuda_capture
 from minserve.inputs import Join
 from minserve.load_report import LoadReport
+from minserve.memory import GiB, batch_sizes, workspace
 from minserve.models import Llama, build_llama
 from minserve.overrides import Overrides
 from minserve.pool import LeasedSets, SlabPool
@@ -31,6 +33,7 @@ from sched.blocks import BlockPool
 from sched.limits import Limits
 from sched.step import Chunk, Grant, StepPlan
 
+log = logging.getLogger(__name__)
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,8 +88,22 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
     return LoadedModel(resolved, llama, source.report)
 
 
+def warm(model: LoadedModel, device: str) -> int:
+    """Before the pool is there: on a GPU, compiles and takes the memory that the largest steps need.  Returns the bytes
+    that torch held before, the weights."""
+    if not device.startswith("cuda"):
+        return 0
+    r = model.resolved
+    torch.cuda.empty_cache()  # of what loading alone needed
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    sizes = Sizes(r.entry.max_num_seqs, r.entry.max_num_batched_tokens, r.max_model_len)
+    warm_up(model.llama, r.layout, sizes, torch.device(device), deterministic=r.entry.deterministic)
+    return before
+
+
 def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None = None) -> Engine:
-    """An engine that takes its blocks from `sets`.
+    """An engine that takes its blocks from `sets`, of a model that is warm.
 
     `overlap` None: on a GPU.  A CPU has nothing to hide, and a second thread with OpenMP's behind it makes libgomp
     throttle all of them: decode at batch 1 fell from 56 to 36 tokens/s (docs/log.md).
@@ -101,10 +118,6 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
         max_model_len=r.max_model_len,
         max_waiting=r.entry.max_queued_requests,
     )
-    device = sets.pool.bytes.device
-    if device.type == "cuda":
-        sizes = Sizes(limits.max_running, limits.max_step_tokens, limits.max_model_len)
-        warm_up(model.llama, r.layout, sizes, device, deterministic=r.entry.deterministic)
     runner = Runner(
         model.llama,
         r.layout,
@@ -115,7 +128,7 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
         deterministic=r.entry.deterministic,
         overlap=overlap,
     )
-    if device.type == "cuda":
+    if runner.on_gpu:
         if r.entry.cuda_graphs and not r.entry.deterministic:
             runner.capture(batch_sizes(limits.max_running), cuda_capture())
         compile_monitor().serving = True
@@ -130,14 +143,29 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
     )
 
 
-def device_pool_bytes(device: str, memory_fraction: float) -> int:
-    """What a pool may take on this device now, after the weights: of a GPU what is free within its fraction, less a
-    margin for activations; of a host a quarter of what is available."""
-    if not device.startswith("cuda"):
+def device_pool_bytes(model: LoadedModel, gpu: GpuConfig, before: int) -> int:
+    """What a pool may take now that the model is warm: of a GPU what is free within its fraction, less what the model
+    may still take of its workspace; of a host a quarter of what is available."""
+    if not gpu.device.startswith("cuda"):
         return host_pool_bytes()
-    free, total = torch.cuda.mem_get_info(device)
-    margin = max(512 << 20, total // 50)
-    return max(0, free - int(total * (1 - memory_fraction)) - margin)
+    free, total = torch.cuda.mem_get_info(gpu.device)
+    held = torch.cuda.memory_reserved(gpu.device) - before
+    left = max(0, workspace(model.resolved).torch_bytes - held)
+    return max(0, free - int(total * (1 - gpu.memory_fraction)) - left)
+
+
+def memory_line(model: LoadedModel, device: str, before: int) -> str:
+    """What was planned on a GPU beside weights and pool, and what the started engine has held so far; torch held `before`
+    without it."""
+    planned = workspace(model.resolved)
+    held = torch.cuda.max_memory_reserved(device) - before
+    line = (
+        f"GPU memory beside weights, pool and CUDA's own: {held / GiB:.2f} GiB held after warm-up and capture, "
+        f"{planned.torch_bytes / GiB:.2f} planned ({planned} GiB)"
+    )
+    if held > planned.torch_bytes:
+        log.warning("%s: more than was planned; a lower memory_fraction leaves room for it", line)
+    return line
 
 
 @dataclass(slots=True)
@@ -155,11 +183,15 @@ class LocalEngine:
         entry, gpu = config.models[0], config.gpus[0]
         resolved = resolve_model(entry, gpu.device)
         model = load_model(resolved, gpu.device)
-        size = gpu.pool_bytes or device_pool_bytes(gpu.device, gpu.memory_fraction)
+        before = warm(model, gpu.device)
+        size = gpu.pool_bytes or device_pool_bytes(model, gpu, before)
         plan = plan_pool([resolved], gpu, size)
         pool = SlabPool.create(plan, gpu.device)
         sets = LeasedSets(pool, entry.name)
-        return cls(resolved, start_engine(model, sets, overlap=overlap), pool, sets, model.report)
+        engine = start_engine(model, sets, overlap=overlap)
+        if engine.runner.on_gpu:
+            log.info(memory_line(model, gpu.device, before + pool.bytes.nbytes))
+        return cls(resolved, engine, pool, sets, model.report)
 
     def logits(self, token_ids: tuple[int, ...]) -> Tensor:
         """fp32 logits [T, V] of one sequence, in chunks of the size the engine itself would take."""

@@ -23,8 +23,6 @@ from minserve.model_config import LlamaConfig
 from minserve.rope import RopeTables
 from minserve.weights import WeightSource
 
-HEAD_ROWS = 512  # rows of a prompt whose logits are held at once: 512 x 128k fp32 = 256 MiB
-
 
 @dataclass(frozen=True, slots=True)
 class Block:

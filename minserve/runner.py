@@ -18,7 +18,8 @@ from kernels.kv_step import KvStep
 from kernels.launch import upload
 from minserve.graphs import Capture, DecodeGraphs
 from minserve.inputs import Join, PromptRows, RowTable, StepInputs
-from minserve.models import HEAD_ROWS, Llama
+from minserve.memory import HEAD_ROWS
+from minserve.models import Llama
 from minserve.sampler import TokenLogprobs, gather_logprobs, sample
 from sched.step import StepPlan
 

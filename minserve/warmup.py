@@ -18,7 +18,8 @@ from triton import knobs
 from kernels.kv_layout import KvLayout
 from minserve.inputs import Join
 from minserve.linear import Linear
-from minserve.models import HEAD_ROWS, Block, Llama
+from minserve.memory import HEAD_ROWS
+from minserve.models import Block, Llama
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
 from sched.step import Chunk, Grant, StepPlan
@@ -151,6 +152,10 @@ def _shapes(sizes: Sizes, head_rows: int) -> Iterator[Shape]:
         for decodes in ((), (last,), (last, 1), (last, *(1,) * 3), (last, *(1,) * 7)):
             yield Shape(decodes, ((last - n, n),))
             yield Shape(decodes, ((last - n, n), (0, min(last, MORE_THAN_SHORT))))
+    # as many long chunks as there are: their keys and values fill the scratch, so that warm-up holds the most it can
+    many = min(sizes.max_running, sizes.max_step_tokens // MORE_THAN_SHORT)
+    longest = min(last, sizes.max_step_tokens // max(many, 1))
+    yield Shape((), ((last - longest, longest),) * many)
     for params in (*((p,) for p in SAMPLINGS), SAMPLINGS):
         yield Shape((min(8, last),) * min(max(3, len(params)), sizes.max_running), (), params)
 

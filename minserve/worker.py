@@ -14,7 +14,7 @@ import torch
 from minserve.config import ModelEntry
 from minserve.cuda_memory import PoolHandle
 from minserve.engine import Engine, EngineRequest, TokenEvent
-from minserve.loading import load_model, start_engine
+from minserve.loading import load_model, memory_line, start_engine, warm
 from minserve.loop import ServedEngine, serve
 from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import resolve_model
@@ -64,6 +64,7 @@ def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
     resolved = resolve_model(ModelEntry.read(start.entry), start.device)
     model = load_model(resolved, start.device)
     loaded_s = time.monotonic() - began
+    before = warm(model, start.device)
     pool = attach_pool(start)
     sets = LeasedSets(pool, resolved.entry.name)
     engine = start_engine(model, sets)
@@ -73,6 +74,7 @@ def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
         f"weights: {model.report.nbytes / 1e6:.1f} MB in {resolved.dtype}, loaded in {loaded_s:.1f} s",
         f"KV cache: {resolved.layout.fmt}, at most {tokens:,} tokens of the shared pool, "
         f"{tokens / resolved.max_model_len:.1f} requests of {resolved.max_model_len:,} tokens",
+        *([memory_line(model, start.device, before)] if engine.runner.on_gpu else []),
     )
     return EngineServed(engine), Loaded(resolved.max_model_len, resolved.config.vocab_size, report)
 

@@ -141,6 +141,9 @@ DRIVER: dict[str, Any] = {
     "Stream": Stream,
     "current_stream": lambda device=None: Stream(),
     "stream": lambda stream: nullcontext(),
+    "device": lambda device: nullcontext(),
+    "memory_reserved": lambda device=None: 0,
+    "max_memory_reserved": lambda device=None: 0,
 }
 
 

@@ -36,7 +36,7 @@ ORDER = {
     """,
     "minserve": """
         sampling schema overrides config
-        model_config rope checkpoint tensor_names kv_use resolve rows linear prepare load_report weights kv_scales
+        model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
         slab_words shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine loading
         text outputs llm

@@ -19,8 +19,8 @@ from triton.runtime.driver import driver
 from kernels import backend
 from kernels.launch import KernelStarter
 from minserve.config import Config
-from minserve.graphs import batch_sizes
 from minserve.loading import load_model
+from minserve.memory import batch_sizes
 from minserve.resolve import resolve_model
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams

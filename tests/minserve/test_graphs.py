@@ -11,7 +11,8 @@ import torch
 
 from kernels import backend, launch
 from minserve import LLM, SamplingParams
-from minserve.graphs import MOST_ROWS, Capture, batch_sizes, cuda_capture
+from minserve.graphs import Capture, cuda_capture
+from minserve.memory import MOST_ROWS, batch_sizes
 from tests.minserve import rerun
 from tests.tiny import write_llama
 
