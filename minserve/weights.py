@@ -26,6 +26,7 @@ from minserve.linear import Linear, Prepared
 from minserve.load_report import LoadReport
 from minserve.overrides import CHANNEL, OnlineScheme, Overrides
 from minserve.prepare import Ready, lacks_fp8, prepare_plain, prepare_quantized, short
+from quant.formats import fireq
 from quant.formats.catalog import PLAIN, recognise
 from quant.rtn import quantize
 from quant.scheme import ONLINE, QuantWeight, Scheme, fuse
@@ -33,6 +34,8 @@ from quant.scheme import ONLINE, QuantWeight, Scheme, fuse
 # buffers that old exporters saved beside the weights; they follow from the config
 DERIVED = (".rotary_emb.inv_freq",)
 AS_STORED = ("auto", "none")
+# what FireQ's checkpoints are asked to be, for products that are rounded as FireQ rounds them
+AS_FIREQ = "w8a8-fp8"
 # what the head may be quantized to, one scale a token and one an entry of the vocabulary
 HEAD_DTYPES = {"int8": torch.int8, "fp8": FP8}
 # rows of it that are quantized at once: their float32 copy is small beside the head
@@ -245,15 +248,22 @@ class WeightSource:
         return scheme.fit(in_features)
 
     def _as_wanted(self, module: str, weight: QuantWeight, wanted: str) -> QuantWeight:
-        """The stored weight, with activations where it has none and they are asked for."""
+        """The stored weight, with activations where it has none and they are asked for.
+
+        w8a8-fp8 of FireQ's weights is FireQ's own arithmetic, at twice the memory.
+        """
         stored, asked = weight.scheme, ONLINE.get(wanted)
         if wanted == "auto" or (asked and asked.name == stored.name):
             return weight
+        as_published = self._reader.format is fireq and weight.scheme == fireq.SCHEME
+        if as_published and wanted == AS_FIREQ:
+            return fireq.rounded_products(weight)
         alike = asked and (asked.bits, asked.values) == (stored.bits, stored.values)
         if asked and alike and stored.activations is None and not stored.block:
             return replace(weight, scheme=replace(stored, activations=asked.activations))
         rows = {4: ("w4a8-int8", "w4a8-fp8"), 8: (f"w8a8-{'fp8' if stored.values == 'fp8' else 'int8'}",)}
         more = () if stored.activations or stored.block else rows[stored.bits]
+        more = (AS_FIREQ,) if as_published else more
         raise ValueError(
             f"quantization must be {' or '.join(('auto', stored.name, *more))} for this checkpoint, got {wanted!r}: "
             f"{module} is stored as {stored}"

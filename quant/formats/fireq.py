@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.w4_pack import fireq_products
 from quant.scheme import FP8, FP8_ROWS, QuantWeight, Scheme
 
 NAME = "fireq"
@@ -25,6 +26,7 @@ POST_ROPE: tuple[str, ...] = tuple(
     for what in ("smooth", "top_k_indices")
 )
 GROUP = 128
+SCHEME = Scheme(4, GROUP, activations=FP8_ROWS)
 E4M3_MAX = 448.0
 # bf16 rounds a factor and its inverse: 2^-8 each
 INVERSE_TOLERANCE = 2.0**-6
@@ -66,7 +68,7 @@ def load(
             f"weight_scale must be {names} {[N, K // GROUP]}, got {scale.dtype} {list(scale.shape)}"
         )
     scale_NQ = scale.float() * bias_factor(fields)
-    return QuantWeight(Scheme(4, GROUP, activations=FP8_ROWS), _unpack(words), scale_NQ).check()
+    return QuantWeight(SCHEME, _unpack(words), scale_NQ).check()
 
 
 def bias_factor(fields: Mapping[str, Tensor]) -> float:
@@ -153,7 +155,7 @@ def save(weight: QuantWeight, factor: float | None = None) -> dict[str, Tensor]:
     with the codes too.  ValueError where there is none: scales must be e4m3 numbers times a power of two.
     """
     scheme = weight.scheme
-    if scheme != Scheme(4, GROUP, activations=FP8_ROWS) or weight.order_K is not None:
+    if scheme != SCHEME or weight.order_K is not None:
         raise ValueError(f"FireQ holds symmetric 4-bit groups of {GROUP} for fp8 rows, got {scheme}")
     scale_NQ = weight.scale_NQ
     most = float(scale_NQ.max())
@@ -174,6 +176,19 @@ def save(weight: QuantWeight, factor: float | None = None) -> dict[str, Tensor]:
     raise ValueError(
         f"scales are not e4m3 numbers times a power of two (tried 1 / {', 1 / '.join(f'{p:g}' for p in choices)})"
     )
+
+
+def rounded_products(weight: QuantWeight) -> QuantWeight:
+    """What FireQ's own kernels multiply: code * scale rounded to e4m3, as an fp8 weight under one scale of the matrix.
+
+    8 bits a weight; the kernels here multiply the codes themselves, which rounds once less.  Rounding does not depend
+    on the power of two, so the largest is taken.  ValueError where `weight` is none that FireQ holds, or where 8 of its
+    largest scale are no e4m3.  Source: arXiv 2505.20839, section 3, the variant with e4m3 scales.
+    """
+    fields = save(weight)
+    codes_NK = fireq_products(weight.codes_NK, fields["weight_scale"])
+    scale_N1 = fields["per_tensor_scale_inv"].float().expand(len(codes_NK), 1).contiguous()
+    return QuantWeight(Scheme(8, activations=FP8_ROWS, values="fp8"), codes_NK, scale_N1).check()
 
 
 def save_post_rope(channel_GK: Tensor, num_heads: int) -> dict[str, Tensor]:

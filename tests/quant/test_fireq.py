@@ -221,3 +221,21 @@ def test_bad_factors_after_rope_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fireq.load_post_rope(fields, H, G, D)
+
+
+def test_products_are_rounded_as_fireq_rounds_them() -> None:
+    """Whatever the matrix's power of two is, subnormal scales included; but not where 8 scales are no e4m3."""
+    g = torch.Generator().manual_seed(4)
+    codes_NK = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
+    stored_NQ = torch.tensor([2.0**-9, 7 * 2.0**-9, 0.9375, 1.375])[
+        torch.randint(0, 4, (N, K // 128), generator=g)
+    ]
+    wide_NK = stored_NQ.repeat_interleave(128, 1)
+    want = (codes_NK * wide_NK).to(FP8).float()
+    assert not torch.equal(want, codes_NK * wide_NK)
+    for factor in (1.0, 64.0):
+        made = fireq.rounded_products(QuantWeight(SCHEME, codes_NK, stored_NQ / factor))
+        assert made.scheme == Scheme(8, activations=FP8_ROWS, values="fp8")
+        assert torch.equal(made.dequantize(), want / factor)
+    with pytest.raises(ValueError, match="at most 56"):
+        fireq.rounded_products(QuantWeight(SCHEME, codes_NK, torch.tensor([[448.0, 2.0**-9]]).repeat(N, 1)))

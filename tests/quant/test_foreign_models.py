@@ -86,6 +86,12 @@ def fireq(w: Tensor) -> Written:
     return Written(good, fireq_bytes.written(codes, scale, factor, offset=8), codes * spread)
 
 
+def fireq_rounded(w: Tensor) -> Written:
+    """What FireQ multiplies: the products, rounded to e4m3, under the inverse of the matrix's factor."""
+    made, factor = fireq(w), 64.0
+    return made._replace(weight=(made.weight * factor).to(FP8).float() / factor)
+
+
 def gptq(w: Tensor) -> Written:
     order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(w.shape[1]))
     codes, zero, scale = asymmetric(w[:, order], 32)
@@ -126,6 +132,7 @@ CASES = {
     "qserve-channel": Case(qoq_channel, int8_rows),
     "qserve-w8a8": Case(qoq_w8a8, int8_rows),
     "fireq": Case(fireq, fp8_rows),
+    "fireq-products": Case(fireq_rounded, fp8_rows, None, "w8a8-fp8"),
     "gptq-desc-act": Case(gptq, None, GPTQ),
     "gptq-online-int8": Case(gptq, int8_rows, GPTQ, "w4a8-int8"),
     "gptq-online-fp8": Case(gptq, fp8_rows, GPTQ, "w4a8-fp8"),
@@ -165,7 +172,7 @@ def written(plain: Path, case: Case) -> tuple[Fields, Fields, Fields]:
         good |= {f"{module}.{s}": t for s, t in layer.fields.items()}
         wrong |= {f"{module}.{s}": t for s, t in layer.wrong.items()}
         weights[name] = layer.weight.float()
-    if case.write is fireq:
+    if case.write in (fireq, fireq_rounded):
         for stored in (good, wrong):
             for name in [n for n in stored if n.endswith(".bias")]:
                 stored[name] = stored[name] / stored[name.replace(".bias", ".per_tensor_scale_inv")].float()
