@@ -4,11 +4,14 @@
 """
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Sequence
 
 from quant import convert
 from quant.ptq import command
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,5 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def give_back_large_blocks() -> None:
+    """Memory of 4 MB and more goes back to the system as soon as it is free (glibc's malloc).
+
+    Left to itself the heap keeps tensors of many sizes apart by holes: 577 MB in place of 398 for a layer of 1024
+    columns and 32,768 tokens, for a fifth less time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+
+
 if __name__ == "__main__":
+    give_back_large_blocks()
     sys.exit(main())

@@ -89,7 +89,7 @@ class Passage:
     def add_attention(self, mixed: list[Tensor]) -> None:
         """Adds what o makes of them, and takes them away one by one."""
         for i in range(len(self.streams)):
-            self.streams[i] = self.streams[i] + self._linear(O, mixed.pop(0))
+            self.streams[i] += self._linear(O, mixed.pop(0))
 
     def gated(self) -> Iterator[Tensor]:
         """The inputs of down."""
@@ -98,7 +98,7 @@ class Passage:
 
     def add_mlp(self) -> None:
         for i, gated_BTF in enumerate(self.gated()):
-            self.streams[i] = self.streams[i] + self._linear(DOWN, gated_BTF)
+            self.streams[i] += self._linear(DOWN, gated_BTF)
 
     def _up_to_o(self, x_BTD: Tensor) -> Tensor:
         try:

@@ -132,7 +132,9 @@ class Run:
         if self.job.calib_ST is not None and self.job.recipe.wants_data:
             outer = self._outer()
             self.streams = [embed(outer, ids).float() for ids in self.job.calib_ST.split(self.job.batch)]
-            self.references = list(self.streams) if self.job.recipe.find("match") is not None else None
+            if self.job.recipe.find("match") is not None:
+                # of its own memory: both are added to in place
+                self.references = [x.clone() for x in self.streams]
         if self.judge is not None:
             self.judge.start(self.source.outer(), {name: x.float() for name, x in self._outer().items()})
         return 0
