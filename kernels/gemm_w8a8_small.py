@@ -2,12 +2,13 @@
 
 The operands are swapped (weights are the rows of the tensor core's tile, tokens its 16 to 128 columns): a tile of
 weights is multiplied as it lies, and fp8 keeps the native instruction, which Hopper has for 64 rows and more only.
-Where N gives too few programs, K is split over several: each writes its sum, and the last to arrive at a tile adds them
-in their order, so fp8 sums do not depend on who was last.  `arrivals` counts to the number of splits and back to 0.
+Where N gives too few programs, K is split over several (split_sums).
 """
 
 import triton
 import triton.language as tl
+
+from kernels.split_sums import arrive, sum_parts
 
 
 @triton.jit
@@ -94,21 +95,11 @@ def _gemm_w8a8_small_kernel(
     if not HAS_SPLITS:
         _store_rows(y, b_acc, scale_t, scale_n, bias, o_t, o_n, T, N, HAS_BIAS)
     else:
-        # [tile, split, token, output]; of the tokens only those there are
+        SIZE: tl.constexpr = BLOCK_T * BLOCK_N
+        AT_ONCE: tl.constexpr = max(1, 64 // BLOCK_T)
         o_part = tl.arange(0, BLOCK_T)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        p_tile = partials + i_tile.to(tl.int64) * splits * (BLOCK_T * BLOCK_N) + o_part
         m_part = (o_t < T)[None, :] & (o_n < N)[:, None]
-        tl.store(p_tile + i_s * (BLOCK_T * BLOCK_N), b_acc, mask=m_part)
-        # every thread's part is written before this program counts as arrived
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + i_tile, 1, sem="acq_rel") == splits - 1:
-            tl.store(arrivals + i_tile, 0)
-            b_sum = tl.zeros([BLOCK_N, BLOCK_T], b_acc.dtype)
-            # several at once hide the latency of L2, as many as stay in registers
-            AT_ONCE: tl.constexpr = max(1, 64 // BLOCK_T)
-            for i in range(0, splits, AT_ONCE):
-                for j in tl.static_range(AT_ONCE):
-                    m_there = m_part & (i + j < splits)
-                    p_part = p_tile + (i + j) * (BLOCK_T * BLOCK_N)
-                    b_sum += tl.load(p_part, mask=m_there, other=0.0, cache_modifier=".cg")
+        p_tile, is_last = arrive(partials, arrivals, b_acc, o_part, m_part, i_tile, i_s, splits, SIZE)
+        if is_last:
+            b_sum = sum_parts(p_tile, arrivals + i_tile, m_part, splits, b_acc.dtype, SIZE, AT_ONCE)
             _store_rows(y, b_sum, scale_t, scale_n, bias, o_t, o_n, T, N, HAS_BIAS)

@@ -14,9 +14,9 @@ ORDER = {
     "kernels": """
         backend launch spec table
         quant_rows rmsnorm silu_mul sample_triton sample linear
-        w8_cpu w8_config gemm_w8a8_small gemm_w8a8_large gemm_w8a8
+        w8_cpu w8_config split_sums gemm_w8a8_small gemm_w8a8_large gemm_w8a8
         w4_decode w4_pack w4_cpu w4_config w4_to_w8 gemm_w4a8_tile gemm_w4a8
-        quant_blocks split_sums gemm_fp8_block_tile gemm_fp8_block
+        quant_blocks gemm_fp8_block_tile gemm_fp8_block
         kv_layout kv_read kv_rows kv_work kv_step work_buffers kv_case kv_write_tile kv_write_triton rope_kv_write kv_dequant
         attn_cpu attn_unpack attn_queries attn_block attn_decode attn_merge attn_ref prefill_tile prefill_fp8 attn_prefill attention
         catalog
