@@ -6,6 +6,7 @@ Llama tokenizers have (byte level, and byte fallback with a word mark); another 
 """
 
 import codecs
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-import msgspec
 import tokenizers
 
 from minserve.model_config import read_json_object
@@ -50,7 +50,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        kinds = decoder_kinds(msgspec.json.decode(inner.decoder.__getstate__()) if inner.decoder else None)
+        kinds = decoder_kinds(json.loads(inner.decoder.__getstate__()) if inner.decoder else None)
         self._byte_level = "ByteLevel" in kinds
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise ValueError(
@@ -325,9 +325,17 @@ def cut_after(text: str, content: str) -> str:
     return text[: at + len(content.strip())]
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    text = msgspec.json.encode(value)
-    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter that templates are written for: transformers'."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def raise_exception(message: str) -> None:

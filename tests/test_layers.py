@@ -81,6 +81,9 @@ TORCH_FREE = (
     "serve",
 )
 
+# what the server alone needs: a machine that only measures, or runs LLM, does without
+SERVER_ONLY = {"msgspec", "orjson", "starlette", "uvicorn", "httptools", "uvloop"}
+
 
 def ours(package: str) -> list[str]:
     names = [module(path).removeprefix(package).removeprefix(".") for path in files(package)]
@@ -169,6 +172,12 @@ def test_front_end_never_imports_torch(name: str) -> None:
     found = reaches(f"minserve.{name}", set())
     assert f"minserve.{name}" in found
     assert not {n for n in found if n.split(".")[0] in ("torch", "triton", "transformers")}
+
+
+def test_the_server_alone_needs_its_packages() -> None:
+    found = reaches("minserve.llm", set())
+    assert {"minserve.text", "minserve.engine"} <= found
+    assert not {n for n in found if n.split(".")[0] in SERVER_ONLY}
 
 
 def test_the_checks_see_what_they_should() -> None:

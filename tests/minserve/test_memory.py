@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kernels import backend
 from kernels.kv_layout import SCRATCH_BYTES
-from minserve import agent, loading
+from minserve import loading
 from minserve.config import Config, GpuConfig
 from minserve.loading import device_pool_bytes, load_model, memory_line
 from minserve.memory import GRAPH_BYTES, LOGIT_BYTES, GiB, MiB, activations, prefill_scratch, workspace
@@ -116,6 +116,8 @@ def test_what_the_bound_counts(folder: Path) -> None:
 def test_a_servers_pool_leaves_each_worker_its_workspace(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from minserve import agent  # the server's, like all that it imports
+
     answer = SimpleNamespace(returncode=0, stdout=f"{100 * GiB} {TOTAL}", stderr="")
     monkeypatch.setattr(agent.subprocess, "run", lambda *args, **kwargs: answer)
     models = [

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Inner
 
-from minserve.text import WORD_MARK, ChatTemplate, IncrementalDetokenizer, StopStrings, Tokenizer
+from minserve.text import WORD_MARK, ChatTemplate, IncrementalDetokenizer, StopStrings, Tokenizer, to_json
 from tests.tiny import write_tokenizer
 
 SAMPLES = [
@@ -195,3 +195,8 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, says:
 def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_tojson_spells_as_transformers_does() -> None:
+    assert to_json({"b": [1, "ü"], "a": None}) == '{"b": [1, "ü"], "a": null}'
+    assert to_json({"b": 1, "a": 2}, indent=1, sort_keys=True) == '{\n "a": 2,\n "b": 1\n}'

@@ -2,11 +2,13 @@
 
 import random
 import socket
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
-from minserve import engine, sampler
+from minserve import engine, sampler, worker
 from minserve.sampling import SamplingParams
 from minserve.wire import (
     HEAD,
@@ -111,3 +113,11 @@ def test_a_channel_waits_and_sees_the_end() -> None:
     ours.close()
     with pytest.raises(EOFError):
         channel.receive(wait_s=None)
+
+
+def test_a_worker_reports_late_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "compile_monitor", lambda: SimpleNamespace(late=3))
+    own: Any = SimpleNamespace(
+        batcher=SimpleNamespace(num_running=1, num_waiting=2), counters=engine.Counters()
+    )
+    assert worker.EngineServed(own).stats() == Stats(running=1, waiting=2, late_compiles=3)
