@@ -13,9 +13,9 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from torch import Tensor
 from bench.baselines import BASELINES, big_attention, sequence_lengths
 from bench.shapes import MODELS
 from bench.target import recorded
-from bench.timing import Ceilings, Stopwatch, ceilings, clocks
+from bench.timing import Ceilings, Stopwatch, ceilings, clocks, said_by
 from kernels.catalog import SPECS
 from kernels.launch import ASSUMED
 from kernels.spec import Case, KernelSpec
-from tests.close import assert_no_worse, assert_within
+from tests.close import assert_no_worse, assert_within, in_float64, is_float, ordered
 
 CHECKED_ROWS = 6
+# their arguments hold a pool, which is built on the host where it is small; others are drawn where they are used
+PAGED = ("attention", "attn_prefill", "rope_kv_write", "kv_dequant")
+READ_BACK = ("rope_kv_write", "kv_dequant")  # their references go through the pool byte by byte
 # contexts beyond this are written to the pool on the device
 HOST_TOKENS = 4096
 NEAR_CODES = 0.01  # share of codes that may differ by one: values on the border of two
@@ -40,13 +43,7 @@ NEAR_CODES = 0.01  # share of codes that may differ by one: values on the border
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What every row says of where and when it was taken."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    commit = said_by(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"])
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device)
@@ -66,44 +63,38 @@ def on(device: torch.device, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def arguments(spec: KernelSpec, case: Case, device: torch.device) -> tuple[Any, ...]:
     """Canonical arguments on the device; places of rows stay on the host, where steps are built."""
-    if spec.name == "attention":
+    if spec.name in ("attention", "attn_prefill"):
         if sum(sequence_lengths(case)) > HOST_TOKENS:
-            return big_attention(case, device)
+            return big_attention(spec, case, device)
         q_THK, place_T2, paged, *rest = spec.make(case, torch.Generator().manual_seed(0))
         return q_THK.to(device), place_T2, paged.to(device), *rest
-    return on(device, spec.make(case, torch.Generator().manual_seed(0)))
+    if spec.name in PAGED or device.type == "cpu":
+        return on(device, spec.make(case, torch.Generator().manual_seed(0)))
+    # a host would draw the head of an 8B model for seconds
+    with device:
+        return spec.make(case, torch.Generator(device).manual_seed(0))
 
 
 def some_rows(spec: KernelSpec, args: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-    """(rows, the arguments of those rows alone, on the host): a row's result depends on that row alone."""
+    """(rows, the arguments of those rows alone): a row's result depends on that row alone."""
     T = len(args[spec.row_args[0]])
-    rows = torch.linspace(0, T - 1, min(T, CHECKED_ROWS)).round().long().unique()
+    rows = torch.linspace(0, T - 1, min(T, CHECKED_ROWS), device="cpu").round().long().unique()
     picked = [a[rows.to(a.device)] if i in spec.row_args and a is not None else a for i, a in enumerate(args)]
-    return rows, on(torch.device("cpu"), tuple(picked))
-
-
-def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """In float64, but for codes."""
-
-    def wide(a: Any) -> Any:
-        if isinstance(a, Tensor):
-            return a.double() if a.dtype in (torch.float32, torch.bfloat16, torch.float16) else a
-        return torch.float64 if a in (torch.float32, torch.bfloat16, torch.float16) else a
-
-    return tuple(map(wide, args))
+    return rows, on(torch.device("cpu"), tuple(picked)) if spec.name in READ_BACK else tuple(picked)
 
 
 def parts(result: Any) -> list[Tensor]:
     return [r for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
 
 
-def steps(codes: Tensor) -> Tensor:
-    """Codes as places on their own scale: neighbours differ by one, fp8's two zeros not at all."""
-    raw = codes.view(torch.int8).int()
-    return torch.where(raw < 0, -(raw & 127), raw) if codes.dtype == torch.float8_e4m3fn else raw
-
-
 def verify(spec: KernelSpec, case: Case, args: tuple[Any, ...], result: Any) -> None:
+    """`compare`, where the arguments are: what a reference makes for itself lies beside them."""
+    device = parts(result)[0].device
+    with nullcontext() if spec.name in PAGED or device.type == "cpu" else device:
+        compare(spec, case, args, result)
+
+
+def compare(spec: KernelSpec, case: Case, args: tuple[Any, ...], result: Any) -> None:
     """Raises where rows of the result are not as close to the truth as torch itself comes, or the op's own bound says.
 
     Tensor cores of Hopper keep about 14 bits while they add fp8 products, so those may be 2e-3 off on a GPU; queries
@@ -115,13 +106,13 @@ def verify(spec: KernelSpec, case: Case, args: tuple[Any, ...], result: Any) -> 
     rows, picked = some_rows(spec, args)
     bound = spec.bound(case, picked)
     if bound is not None:
-        assert_within(result[rows.to(result.device)].cpu(), bound)
+        assert_within(result[rows.to(result.device)], bound)
         return
-    owns, truths = parts(spec.ref(*picked)), parts(spec.ref(*widened(picked)))
+    owns, truths = parts(spec.ref(*picked)), parts(spec.ref(*in_float64(picked)))
     for out, own, truth in zip(parts(result), owns, truths, strict=True):
-        got = out[rows.to(out.device)].cpu()
-        if own.dtype in (torch.int8, torch.float8_e4m3fn):
-            off = (steps(got) - steps(own)).abs()
+        got = out[rows.to(out.device)].to(own.device)
+        if not is_float(own.dtype):
+            off = (ordered(got) - ordered(own)).abs()
             worst, share = int(off.max()), float((off > 0).float().mean())
             assert worst <= 1, f"codes differ by {worst}"
             assert share <= NEAR_CODES, f"{share:.2%} of the codes differ"
@@ -140,14 +131,10 @@ def measure(spec: KernelSpec, case: Case, watch: Stopwatch, top: Ceilings) -> di
     device = watch.device
     args = arguments(spec, case, device)
     run = "triton" if device.type == "cuda" and "triton" in spec.runs else "cpu"
-    call = spec.bind(run, args)
-    verify(spec, case, args, call())
-    own, cost = watch.time(call), spec.cost(case)
+    verify(spec, case, args, spec.bind(run, args)())
+    own, cost = watch.time(spec.launch(run, args)), spec.cost(case)
     seconds = own.us / 1e6
-    others = {
-        name: watch.time(other).us
-        for name, other in BASELINES.get(spec.name, lambda *_: {})(case, args).items()
-    }
+    others, failed = compared(spec, case, args, watch)
     return {
         "bench": "kernels",
         "op": spec.name,
@@ -160,8 +147,25 @@ def measure(spec: KernelSpec, case: Case, watch: Stopwatch, top: Ceilings) -> di
         "of_matmul": round(cost.flops / seconds / peak_of(spec, case, top), 4),
         "baseline_us": others,
         "x": {name: round(us / own.us, 3) for name, us in others.items()},
+        **({"baseline_errors": failed} if failed else {}),
         "tag": "measured",
     }
+
+
+def compared(
+    spec: KernelSpec, case: Case, args: tuple[Any, ...], watch: Stopwatch
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds of the baselines, and why there are none of the others: what a library refuses is no fault of ours."""
+    found: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, make in BASELINES.get(spec.name, {}).items():
+        try:
+            call = make(case, args)
+            if call is not None:
+                found[name] = watch.time(call).us
+        except (RuntimeError, ValueError, TypeError, ImportError) as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+    return found, failed
 
 
 def rehearse(spec: KernelSpec, case: Case, target: int = 90) -> dict[str, Any]:
@@ -174,9 +178,10 @@ def rehearse(spec: KernelSpec, case: Case, target: int = 90) -> dict[str, Any]:
     if "triton" in spec.runs:
         with recorded(target) as launches:
             options = {"config": spec.config(case, ASSUMED[target])} if spec.config else {}
+            spec.launch("triton", args, **options)()
             spec.bind("triton", args, **options)()
         kernels = [launch.name for launch in launches]
-    calls = BASELINES.get(spec.name, lambda *_: {})(small, args)
+    calls = {n: c for n, make in BASELINES.get(spec.name, {}).items() if (c := make(small, args))}
     for call in calls.values():
         call()
     row = {"bench": "kernels", "op": spec.name, "case": case.id, "small": small.id, "kernels": kernels}

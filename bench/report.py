@@ -1,4 +1,4 @@
-"""Tables of README and docs/kernels.md from the results in bench/results, so that no number in it is typed.
+"""Tables of README and of docs from the results in bench/results, so that no number in them is typed.
 
     python -m bench.report            # prints the tables
     python -m bench.report --write    # puts them between their markers in those files
@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 TAGS = ("measured", "static", "simulated")
 GPU = RESULTS / "gpu"
-DOCUMENTS = (README, ROOT / "docs" / "kernels.md")
+DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "quantization.md")
 
 
 def checked(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -73,6 +73,36 @@ def demo_table(result: dict[str, Any]) -> str:
     ]
     lines += [f"| {w} | " + " | ".join(f"{shares[w, kv]:.1%}" for kv in formats) + " |" for w in weights]
     return "\n".join(lines)
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """What each recipe costs, a table a model; a row as it is and with outliers put in."""
+    tables = []
+    for model in dict.fromkeys(r["model"] for r in result["rows"]):
+        rows = [r for r in result["rows"] if r["model"] == model]
+        base = next(r for r in rows if r["weights"] == "none" and not r["method"])
+        spread = {(r["weights"], r["method"], r["kv"]): r for r in rows if r["outliers"]}
+        lines = [
+            f"`{model}`: perplexity {base['perplexity']:.4f} as stored, {base['tokens']} tokens, windows of {result['window']} every "
+            f"{result['stride']}; calibrated on {base['samples']} x {result['window']} tokens of another text; "
+            f"{tags(rows)} with torch {result['torch']}, {result['date']} (`python -m bench.recipes`). KL to the model as stored, in "
+            "1e-3 nats a token:",
+            "",
+            "| weights | recipe | KV | perplexity | KL | of weights alone | same top-1 | outliers: perplexity | KL |",
+            "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for r in rows:
+            if r["outliers"] or not r["method"]:
+                continue
+            alone = "-" if r["kl_weights"] is None else f"{r['kl_weights'] * 1e3:.3g}"
+            other = spread.get((r["weights"], r["method"], r["kv"]))
+            more = "- | -" if other is None else f"{other['above']:+.2%} | {other['kl'] * 1e3:.3g}"
+            lines.append(
+                f"| {r['weights']} | {r['method']} | {r['kv']} | {r['above']:+.2%} | {r['kl'] * 1e3:.3g} | {alone} "
+                f"| {r['top1']:.1%} | {more} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 class Variant(NamedTuple):
@@ -213,6 +243,7 @@ def gpu_table(result: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "offline": offline_table,
     "demo_accuracy": demo_table,
+    "quality": quality_table,
     "aot": aot_table,
     "gpu": gpu_table,
 }
@@ -247,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="change README.md and docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="change README.md and the pages of docs")
     if parser.parse_args().write:
         for document in DOCUMENTS:
             if document.exists():

@@ -31,6 +31,8 @@ MODELS = {
     "llama-3.2-1b": Model(ModelShape(D=2048, H=32, G=8, K=64, F=8192, V=128256), 16, tied=True),
     "llama-3-8b": Model(ModelShape(D=4096, H=32, G=8, K=128, F=14336, V=128256), 32),
 }
+# what a dry run puts in their place
+TINY = Model(ModelShape(D=256, H=4, G=2, K=64, F=512, V=512), layers=2)
 
 
 class Rates(NamedTuple):

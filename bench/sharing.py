@@ -1,72 +1,110 @@
 """Several processes that decode on one GPU at once: what each gets, and what all get together.
 
-Each runs the graph of one decode step of a random Llama-3.2-1B over and over between two moments on the common clock.
-Whether the driver cuts time or MPS cuts SMs between them is the machine's setting; rows say which.
+Each runs the graph of one decode step of a random Llama-3.2-1B over and over between two moments on the common clock,
+which are named once all have compiled and captured.  Whether the driver cuts time or MPS cuts SMs between them is the
+machine's setting; rows say which.  In a dry run the processes step a tiny model on a CPU, whose kernels they compile.
 """
 
-import json
 import os
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
-from bench.shapes import MODELS
+from bench.shapes import MODELS, TINY
+from bench.target import recorded
 from bench.timing import captured
 from bench.whole_model import Cell, Engine, empty_pool, random_llama
+from kernels import backend
 from kernels.kv_layout import KvLayout
 
 MODEL, BATCH, CONTEXT = "llama-3.2-1b", 16, 1024
-READY_S, RUN_S = 40.0, 4.0  # until all have compiled and captured; then the run
+READY = "ready"
+READY_S, RUN_S = 110.0, 4.0  # until all have compiled and captured; then the run
+TARGET = 90
 
 
-def decode_between(cell: Cell, begin: float, end: float) -> int:
-    """Steps that ended between the two times."""
-    device, model = torch.device("cuda:0"), MODELS[MODEL]
+def stepping(cell: Cell, *, dry: bool) -> Callable[[], object]:
+    """One decode step of the whole batch, ready to run."""
+    device, model = torch.device("cpu" if dry else "cuda:0"), TINY if dry else MODELS[MODEL]
+    batch, context = (2, 32) if dry else (BATCH, CONTEXT)
     layout = KvLayout(cell.kv, model.shape.G, model.shape.K)
-    llama = random_llama(model, cell.weights, CONTEXT + 1, device)
-    engine = Engine(llama, empty_pool(model, layout, BATCH, CONTEXT + 1, device))
-    engine.fill(BATCH, CONTEXT)
-    replay = captured(engine.step(*((b, CONTEXT - 1, 1) for b in range(BATCH))))
-    torch.cuda.synchronize()
-    assert time.time() < begin, f"{time.time() - begin:.1f} s late: raise READY_S"
-    time.sleep(begin - time.time())
-    steps = 0
-    while time.time() < end:
-        for _ in range(4):
-            replay()
-        torch.cuda.synchronize()
-        steps += 4
-    return steps
+    llama = random_llama(model, cell.weights, context + 1, device)
+    engine = Engine(llama, empty_pool(model, layout, batch, context + 1, device))
+    engine.fill(batch, context)
+    call = engine.step(*((b, context - 1, 1) for b in range(batch)))
+    call()
+    return call if dry else captured(call)
+
+
+def decode(cell: Cell, *, dry: bool) -> int:
+    """Steps that ended between the two times that the parent names once it has been told that this process is ready."""
+    compiling = recorded(TARGET) if dry else nullcontext()
+    with compiling, mock.patch.object(backend, "runs_triton", return_value=True):
+        run = stepping(cell, dry=dry)
+        wait = (lambda: None) if dry else torch.cuda.synchronize
+        wait()
+        print(READY, flush=True)
+        begin, end = map(float, sys.stdin.readline().split())
+        time.sleep(max(0.0, begin - time.time()))
+        steps = 0
+        while time.time() < end:
+            for _ in range(1 if dry else 4):
+                run()
+                steps += 1
+            wait()
+        return steps
 
 
 def rows(processes: int, cell: Cell, *, dry: bool) -> Iterator[dict[str, Any]]:
-    begin = time.time() + READY_S
-    command = [sys.executable, "-m", "bench.sharing", *cell, str(begin), str(begin + RUN_S)]
     row = {"bench": "sharing", "model": MODEL, **cell._asdict(), "processes": processes, "batch": BATCH}
     row["mps"] = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
-    if dry:
-        yield {**row, "command": command[1:5], "tag": "static"}
-        return
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-    printed = [child.communicate()[0] for child in children]
-    if any(child.returncode for child in children):
-        raise RuntimeError(f"of {processes} processes, {sum(bool(c.returncode) for c in children)} failed")
-    rates = [json.loads(text.splitlines()[-1])["steps"] * BATCH / RUN_S for text in printed]
-    yield {
-        **row,
-        "tok_s": round(sum(rates), 1),
-        "each_tok_s": [round(r, 1) for r in rates],
-        "tag": "measured",
-    }
+    run_s = 0.5 if dry else RUN_S
+    command = [sys.executable, "-m", "bench.sharing", *cell, *(["--dry-run"] if dry else [])]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, **pipes) for _ in range(processes)]
+    try:
+        await_all(children)
+        begin = time.time() + 1.0
+        for child in children:
+            child.stdin.write(f"{begin} {begin + run_s}\n")
+            child.stdin.flush()
+        steps = [int(child.communicate(timeout=run_s + 60)[0].split()[-1]) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    rates = [n * BATCH / run_s for n in steps]
+    each = [round(r, 1) for r in rates]
+    rates_row = {"tok_s": round(sum(rates), 1), "each_tok_s": each}
+    yield {**row, **rates_row, "tag": "static" if dry else "measured"}
+
+
+def await_all(children: list[Any]) -> None:
+    """RuntimeError where one ends before it is ready, or all are not within READY_S."""
+    end = time.time() + READY_S
+    for i, child in enumerate(children):
+        who = f"process {i} of {len(children)}"
+        poll = select.poll()
+        poll.register(child.stdout, select.POLLIN)
+        line = ""
+        while line.strip() != READY:
+            if not poll.poll(max(0.0, end - time.time()) * 1000):
+                raise RuntimeError(f"{who} was not ready within {READY_S:.0f} s")
+            line = child.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{who} ended with {child.wait()} before it was ready")
 
 
 def main() -> None:
-    weights, kv, begin, end = sys.argv[1:]
-    print(json.dumps({"steps": decode_between(Cell(weights, kv), float(begin), float(end))}))
+    weights, kv, *dry = sys.argv[1:]
+    print(decode(Cell(weights, kv), dry=bool(dry)))
 
 
 if __name__ == "__main__":

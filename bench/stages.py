@@ -20,17 +20,16 @@ import torch
 
 from bench import sharing, whole_model
 from bench.kernels import machine, measure, rehearse
-from bench.shapes import MODELS, Model
+from bench.shapes import MODELS, TINY
 from bench.target import recorded
 from bench.timing import Ceilings, Stopwatch, ceilings
 from bench.whole_model import CELLS, MORE_CELLS, Cell
 from kernels import backend
 from kernels.catalog import SPECS
 from kernels.launch import ASSUMED
-from kernels.spec import Case, KernelSpec, ModelShape, case
+from kernels.spec import Case, KernelSpec, case
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = Model(ModelShape(D=256, H=4, G=2, K=64, F=512, V=512), layers=2)
 TARGET = 90
 ELEMENT_WISE = ("rmsnorm", "silu_mul", "quant_rows", "rope_kv_write", "kv_dequant", "sample", "linear")
 MATMUL = ("gemm_w4a8", "gemm_w8a8", "w4_to_w8")
@@ -218,8 +217,10 @@ def cell_rows(shop: Workshop, deadline: float, name: str, cell: Cell) -> Rows:
     loads = [(1, 32), (3, 32)] if shop.dry else LOADS
     lengths = [48] if shop.dry else [2048, 8192]
     with compiling(shop):
-        yield from whole_model.decode_rows(name, model, cell, loads, shop.watch, shop.top)
-        yield from whole_model.prefill_rows(name, model, cell, lengths, shop.watch, shop.top)
+        longest = max(*lengths, *(context + 1 for _, context in loads))
+        llama = whole_model.random_llama(model, cell.weights, longest, shop.device)
+        yield from whole_model.decode_rows(name, model, llama, cell, loads, shop.watch, shop.top)
+        yield from whole_model.prefill_rows(name, model, llama, cell, lengths, shop.watch, shop.top)
 
 
 def hf_rows(shop: Workshop, deadline: float, name: str) -> Rows:

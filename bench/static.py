@@ -156,6 +156,8 @@ def figures(
     row = {
         "kernel": launch.name,
         "target": target,
+        # launches of one build were compiled once
+        "build": kernel.hash[:16],
         "warps": warps,
         **used,
         "shared": shared,

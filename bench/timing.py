@@ -81,7 +81,12 @@ class Stopwatch:
         first_us = statistics.median(self._events(call, 5))
         launch = "eager"
         if graph or (graph is None and first_us < GRAPH_BELOW_US):
-            call, launch = captured(call), "graph"
+            try:
+                call, launch = captured(call), "graph"
+            except RuntimeError:
+                if graph:
+                    raise
+                torch.cuda.synchronize(self.device)  # a fault that is no matter of capturing shows here
         repeats = min(max(int(self.budget_s * 1e6 / (first_us + 100)), REPEATS[0]), REPEATS[1])
         return summary(self._events(call, repeats), launch)
 
@@ -148,13 +153,22 @@ def ceilings(watch: Stopwatch, side: int | None = None) -> Ceilings:
     return Ceilings(
         copy=rate(2 * source.numel(), lambda: target.copy_(source)),
         bf16=rate(flops, lambda: a @ a),
-        int8=rate(flops, lambda: torch._int_mm(codes, codes)),
+        int8=rate(flops, lambda: torch._int_mm(codes, codes.t())),
         fp8=fp8,
     )
 
 
+def said_by(command: list[str]) -> str:
+    """What a command prints; nothing where it is not there or fails, as a figure less must not end a run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def clocks(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi says of the GPU's clocks; empty without one."""
+    """What nvidia-smi says of the GPU's clocks; empty without one, or where it says nothing."""
     if device.type != "cuda":
         return {}
     command = [
@@ -163,5 +177,5 @@ def clocks(device: torch.device) -> dict[str, str]:
         "--format=csv,noheader",
         f"--id={device.index or 0}",
     ]
-    values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    return dict(zip(CLOCK_FIELDS, values, strict=True))
+    values = said_by(command).split(", ")
+    return dict(zip(CLOCK_FIELDS, values, strict=True)) if len(values) == len(CLOCK_FIELDS) else {}

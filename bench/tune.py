@@ -153,11 +153,11 @@ def timed(q: Question, configs: list[Any], device: torch.device) -> list[float]:
     logs: list[list[float]] = [[] for _ in configs]
     for case in q.cases:
         args = arguments(q.spec, case, device)
-        calls = [q.spec.bind("triton", args, config=c) for c in configs]
+        calls = [q.spec.launch("triton", args, config=c) for c in configs]
         rounds: list[list[float]] = [[] for _ in configs]
-        for call, times in zip(calls, rounds, strict=True):
+        for c, times in zip(configs, rounds, strict=True):
             try:
-                verify(q.spec, case, args, call())
+                verify(q.spec, case, args, q.spec.bind("triton", args, config=c)())
             except OutOfResources:
                 times.append(math.inf)
         for _ in range(ROUNDS):

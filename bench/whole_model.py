@@ -24,7 +24,6 @@ from kernels.kv_case import Paged, places
 from kernels.kv_layout import SLOT_BITS, KvLayout
 from kernels.linear import prepare_linear
 from kernels.quant_rows import quant_rows
-from minserve import LLM, SamplingParams
 from minserve.linear import Linear, Prepared
 from minserve.model_config import LlamaConfig
 from minserve.models import Llama, build_llama
@@ -224,11 +223,16 @@ def step_row(cell: Cell, phase: str, load: tuple[int, int], ms: float, limit_s: 
 
 
 def decode_rows(
-    name: str, model: Model, cell: Cell, loads: list[tuple[int, int]], watch: Stopwatch, top: Ceilings
+    name: str,
+    model: Model,
+    llama: Llama,
+    cell: Cell,
+    loads: list[tuple[int, int]],
+    watch: Stopwatch,
+    top: Ceilings,
 ) -> Iterator[dict[str, Any]]:
     """One row for each (batch, context)."""
     most, longest = max(b for b, _ in loads), max(c for _, c in loads)
-    llama = random_llama(model, cell.weights, longest + 1, watch.device)
     layout = KvLayout(cell.kv, model.shape.G, model.shape.K)
     engine = Engine(llama, empty_pool(model, layout, most, longest + 1, watch.device))
     engine.fill(most, longest)
@@ -241,9 +245,9 @@ def decode_rows(
 
 
 def prefill_rows(
-    name: str, model: Model, cell: Cell, lengths: list[int], watch: Stopwatch, top: Ceilings
+    name: str, model: Model, llama: Llama, cell: Cell, lengths: list[int], watch: Stopwatch, top: Ceilings
 ) -> Iterator[dict[str, Any]]:
-    llama = random_llama(model, cell.weights, max(lengths), watch.device)
+    """One row for each fresh prompt."""
     layout = KvLayout(cell.kv, model.shape.G, model.shape.K)
     engine = Engine(llama, empty_pool(model, layout, 1, max(lengths), watch.device))
     for length in lengths:
@@ -278,6 +282,8 @@ def engine_rows(
     name: str, model: Model, loads: list[tuple[int, int]], new: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """The whole engine on a random checkpoint: scheduler, sampling and graphs as they serve."""
+    from minserve import LLM  # with all that reads a checkpoint: the other items do without
+
     batch, prompt = max(b for b, _ in loads), max(p for _, p in loads)
     with tempfile.TemporaryDirectory() as folder:
         random_hf(model, prompt + new + 1, device).save_pretrained(folder)
@@ -295,7 +301,9 @@ def engine_rows(
                     yield {"model": name, **row, "arm": "minserve engine", "prefill_ms": round(first, 3)}
 
 
-def _generate(llm: LLM, prompts: list[list[int]], count: int) -> None:
+def _generate(llm: Any, prompts: list[list[int]], count: int) -> None:
+    from minserve import SamplingParams
+
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
     made = llm.generate(prompts, params, use_tqdm=False)
     assert all(len(o.outputs[0].token_ids) == count for o in made), "minserve stopped early"
@@ -328,12 +336,13 @@ def hf_rows(
             "continuous batching stopped early"
         )
 
+    # continuous batching changes how the model attends, for good: last
     arms = {"transformers generate": generate}
     if device.type == "cuda":
         arms["transformers continuous"] = continuous
-    for load in loads:
-        ids_BT = torch.randint(2, model.shape.V, load, device=device)
-        for arm, run in arms.items():
+    for arm, run in arms.items():
+        for load in loads:
+            ids_BT = torch.randint(2, model.shape.V, load, device=device)
             with torch.inference_mode():
                 first, ms = decode_ms(partial(run, ids_BT), new)
             row = step_row(Cell("bf16", "bf16"), "decode", load, ms, 0.0)

@@ -274,7 +274,7 @@ def _run(
 
 
 def _ref(q_THK: Tensor, place_T2: Tensor, paged: Paged, scale: float, fp8: bool) -> Tensor:
-    return attention_ref(q_THK, paged.pool, paged.step(place_T2, triton=False), 1, scale)
+    return attention_ref(q_THK, paged.pool, paged.step(place_T2), 1, scale)
 
 
 def _bound(c: Case, args: tuple[Any, ...]) -> Bound | None:
@@ -284,7 +284,7 @@ def _bound(c: Case, args: tuple[Any, ...]) -> Bound | None:
     q_THK, place_T2, paged, scale, fp8 = args
     if not (fp8 and takes_fp8(gpu_facts(default_device()), paged.layout)):
         return None
-    step, q = paged.step(place_T2, triton=False), rounded_queries(q_THK)
+    step, q = paged.step(place_T2), rounded_queries(q_THK)
     truth, squares = (attention_ref(q, paged.pool, step, 1, scale, power) for power in (1, 2))
     each = 2**-4 * squares.sqrt() + 2**-8 * truth.abs() + 1e-3
     return Bound(truth, each, 0.03 * squares.mean().sqrt().item())

@@ -35,7 +35,9 @@ class Paged:
         generator: torch.Generator,
         num_layers: int = 2,
         slots: int = 3,
+        device: torch.device | str = "cpu",
     ) -> "Paged":
+        """`device`: of the pool and the slab table."""
         blocks_B = [layout.blocks_for(n) for n in lengths]
         num_sets = -(-sum(blocks_B) // slots) + 1
         slab_bytes = -(-slots * layout.block_bytes // 4096) * 4096
@@ -46,8 +48,9 @@ class Paged:
         for b, blocks in enumerate(blocks_B):
             place, places = places[:blocks], places[blocks:]
             table[b, :blocks] = (place // slots << SLOT_BITS | place % slots).int()
-        pool = torch.full((num_slabs * slab_bytes,), 255, dtype=torch.uint8)
-        return cls(layout, tuple(lengths), pool, slabs.view(num_sets, num_layers) * slab_bytes, table)
+        pool = torch.full((num_slabs * slab_bytes,), 255, dtype=torch.uint8, device=device)
+        offsets_SL = (slabs.view(num_sets, num_layers) * slab_bytes).to(device)
+        return cls(layout, tuple(lengths), pool, offsets_SL, table)
 
     def to(self, device: torch.device | str) -> "Paged":
         """A copy on `device`; the block table stays on the host."""

@@ -5,7 +5,7 @@ many bytes: bound by bandwidth.  Block i of the list becomes block i of `scratch
 same heads, head dim and block tokens: K and V both [P, K], so V is transposed on the way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -247,6 +247,16 @@ def _run(
     return scratch.view(dtype).view(-1, lay.num_kv_heads, 2, lay.block_tokens, lay.head_dim)
 
 
+def _timed(
+    run: Any, paged: Paged, blocks_X2: Tensor, dtype: torch.dtype, **options: Any
+) -> Callable[[], None]:
+    lay = paged.layout
+    out_fmt = next(fmt for fmt, held in FLOAT_DTYPES.items() if held == dtype)
+    size = KvLayout(out_fmt, lay.num_kv_heads, lay.head_dim, lay.block_tokens).block_bytes
+    scratch = torch.empty(len(blocks_X2) * size, dtype=torch.uint8, device=blocks_X2.device)
+    return lambda: run(scratch, paged.pool, lay, paged.slab_table_SL, blocks_X2, 1, out_fmt, **options)
+
+
 def _cost(c: Case) -> Cost:
     layout = KvLayout(c["fmt"], c["G"], c["K"])
     elements = 2 * layout.num_kv_heads * layout.head_dim * layout.block_tokens
@@ -265,6 +275,7 @@ def _serving(shape: ModelShape) -> tuple[Case, ...]:
 SPEC = KernelSpec(
     name="kv_dequant",
     runs={"cpu": partial(_run, kv_dequant_cpu), "triton": partial(_run, kv_dequant_triton)},
+    timed={"cpu": partial(_timed, kv_dequant_cpu), "triton": partial(_timed, kv_dequant_triton)},
     ref=kv_dequant_ref,
     make=_make,
     cost=_cost,

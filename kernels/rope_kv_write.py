@@ -6,6 +6,7 @@ as a product with the inverse (fp8: rounded to e4m3).  int4z: zero = min, scale 
 A nibble of V shares its byte with another token of the block.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -265,7 +266,22 @@ def _write(
     step = paged.step(place_T2, triton=triton)
     options = {"config": config} if triton else {}
     q_THK = run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1, KvScales(channel), **options)
-    return q_THK, *(None if x is None else _bits(x) for x in paged.stored(place_T2, 1))
+    # read row by row: a GPU's answer would cost a wait for each
+    return q_THK, *(None if x is None else _bits(x) for x in paged.to("cpu").stored(place_T2, 1))
+
+
+def _timed(
+    run: Any,
+    qkv_TX: Tensor,
+    place_T2: Tensor,
+    cos_MK: Tensor,
+    sin_MK: Tensor,
+    paged: Paged,
+    channel: Tensor | None,
+    **options: Any,
+) -> Callable[[], Tensor]:
+    step, scales = paged.step(place_T2, triton=run is rope_kv_write_triton), KvScales(channel)
+    return lambda: run(qkv_TX, cos_MK, sin_MK, paged.pool, step, 1, scales, **options)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -300,6 +316,7 @@ _WIDE = {"H": 32, "G": 8, "K": 128}
 SPEC = KernelSpec(
     name="rope_kv_write",
     runs={"cpu": partial(_write, rope_kv_write_cpu), "triton": partial(_write, rope_kv_write_triton)},
+    timed={"cpu": partial(_timed, rope_kv_write_cpu), "triton": partial(_timed, rope_kv_write_triton)},
     ref=partial(_write, rope_kv_write_ref),
     make=_make,
     cost=_cost,

@@ -75,6 +75,7 @@ class KernelSpec:
     `candidates`: what a tuner may try in its place; a Triton run takes either as `config=`.  `small`: a case with the
     same compile-time constants as this one, small in everything else.
     `bound`: the error that a Triton run may make in a case, given its canonical arguments; None: that of torch.
+    `timed`: of runs that do more than launch (build steps, read back what was written), the launch alone.
     `streams`: for a kernel's name, the bytes that one turn of its hot loop reads from memory, given its constexprs.
     """
 
@@ -94,9 +95,16 @@ class KernelSpec:
     candidates: Callable[[Case, GpuFacts], Iterable[Any]] = lambda case, gpu: ()
     small: Callable[[Case], Case] = lambda case: case
     bound: Callable[[Case, tuple[Any, ...]], Bound | None] = lambda case, args: None
+    timed: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
     streams: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
 
     def bind(self, run: str, args: tuple[Any, ...], **options: Any) -> Callable[[], Any]:
         """The run as a call without arguments: what is done once (packing) is done here, outside any timing."""
         prepared = self.prepare[run](*args) if run in self.prepare else args
         return lambda: self.runs[run](*prepared, **options)
+
+    def launch(self, run: str, args: tuple[Any, ...], **options: Any) -> Callable[[], Any]:
+        """What is to be timed of a run, as `bind` has it."""
+        if run in self.timed:
+            return self.timed[run](*args, **options)
+        return self.bind(run, args, **options)

@@ -4,12 +4,36 @@ Truth is the reference run in float64.  Two norms: the rms catches a fault sprea
 bf16), the worst element catches a fault in one place (a stale column).  There is no table of tolerances.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.spec import Bound
+
+
+def is_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of canonical arguments, what a reference makes the truth of: codes that are floats become wide floats too."""
+
+    def widened(a: Any) -> Any:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            return a.double()
+        # the dtype of a result, but not that of codes
+        return torch.float64 if isinstance(a, torch.dtype) and is_float(a) else a
+
+    return tuple(map(widened, args))
+
+
+def ordered(codes: Tensor) -> Tensor:
+    """Integers in the order of the codes, neighbours one apart; both zeros of fp8 are 0."""
+    if not codes.is_floating_point():
+        return codes.int()
+    raw = codes.view(torch.int8).int()
+    return torch.where(raw < 0, -(raw & 127), raw)
 
 
 class Errors(NamedTuple):

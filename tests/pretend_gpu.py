@@ -143,6 +143,7 @@ DRIVER: dict[str, Any] = {
     "stream": lambda stream: nullcontext(),
     "device": lambda device: nullcontext(),
     "memory_reserved": lambda device=None: 0,
+    "reset_peak_memory_stats": lambda device=None: None,
     "max_memory_reserved": lambda device=None: 0,
 }
 

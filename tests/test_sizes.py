@@ -23,7 +23,10 @@ BAD_CALLS = {
 }  # fmt: skip
 # where one of them is allowed, and why
 ALLOWED_CALLS = {
-    ("quant/convert.py", "torch.load"): "the command that turns .bin files into safetensors, with weights_only",
+    (
+        "quant/convert.py",
+        "torch.load",
+    ): "the command that turns .bin files into safetensors, with weights_only",
     ("tests/quant/test_convert.py", "torch.save"): "writes the .bin files for it",
 }
 BAD_KEYWORDS = {"shell": True, "trust_remote_code": True}

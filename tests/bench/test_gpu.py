@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench import gpu, stages
-from bench.kernels import steps
 from bench.stages import STAGES, Item, Workshop, items_of
 from bench.whole_model import CELLS
+from tests.close import ordered
 from tests.source import ROOT
 
 
@@ -84,5 +84,5 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_neighbouring_codes_are_one_apart() -> None:
     codes = torch.tensor([-0.0, 0.0, 2.0**-9, -(2.0**-9)]).to(torch.float8_e4m3fn)
-    assert steps(codes).tolist() == [0, 0, 1, -1]
-    assert steps(torch.tensor([-3, 4], dtype=torch.int8)).tolist() == [-3, 4]
+    assert ordered(codes).tolist() == [0, 0, 1, -1]
+    assert ordered(torch.tensor([-3, 4], dtype=torch.int8)).tolist() == [-3, 4]

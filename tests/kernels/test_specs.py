@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.catalog import SPECS
 from kernels.spec import Case, KernelSpec
-from tests.close import assert_no_worse, assert_within
+from tests.close import assert_no_worse, assert_within, in_float64, is_float, ordered
 from tests.kernels.covering import FLOATS, all_cases, covering_cases, has_axes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,20 +31,6 @@ def moved(args: tuple[Any, ...], run: str) -> tuple[Any, ...]:
     return tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)
 
 
-def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    def widened(a: Any) -> Any:
-        if isinstance(a, Tensor) and a.is_floating_point():
-            return a.double()
-        # the dtype of a result, but not that of codes
-        return torch.float64 if isinstance(a, torch.dtype) and is_float(a) else a
-
-    return tuple(map(widened, args))
-
-
-def is_float(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > 1
-
-
 def parts(result: Any) -> list[Tensor]:
     results = result if isinstance(result, tuple) else (result,)
     return [r.cpu() for r in results if r is not None]
@@ -53,14 +39,6 @@ def parts(result: Any) -> list[Tensor]:
 def as_bits(x: Tensor) -> Tensor:
     """torch cannot compare fp8."""
     return x.view(torch.uint8) if x.is_floating_point() and x.dtype.itemsize == 1 else x
-
-
-def ordered(codes: Tensor) -> Tensor:
-    """Integers in the order of the codes, neighbours one apart; both zeros of fp8 are 0."""
-    if not codes.is_floating_point():
-        return codes.int()
-    raw = codes.view(torch.int8).int()
-    return torch.where(raw < 0, -(raw & 127), raw)
 
 
 def assert_same_codes(got: Tensor, expected: Tensor) -> None:
