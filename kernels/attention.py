@@ -24,9 +24,9 @@ from kernels.attn_merge import attn_merge, attn_merge_quant
 from kernels.attn_prefill import attn_prefill
 from kernels.attn_ref import attention_ref
 from kernels.kv_case import Paged, places
-from kernels.kv_layout import KvLayout
+from kernels.kv_layout import KvLayout, wide_tokens
 from kernels.kv_step import KvStep
-from kernels.kv_work import LEAST_SPLIT, WIDE_COLUMNS
+from kernels.kv_work import LEAST_SPLIT
 from kernels.launch import GpuFacts
 from kernels.quant_rows import Quant, QuantRows, code_dtype, quant_rows
 from kernels.rope_kv_write import rope_kv_write_cpu
@@ -208,7 +208,7 @@ def _serving(shape: ModelShape) -> tuple[Case, ...]:
         *(case(torch.bfloat16, **dims, fmt=fmt, **decodes, int8_qk=True) for fmt in formats[2:]),
         *(
             case(torch.bfloat16, **dims, fmt=fmt, **decodes, tokens=tokens)
-            for tokens in (4, WIDE_COLUMNS * shape.G // shape.H)
+            for tokens in (4, wide_tokens(shape.K, shape.H // shape.G))
             for fmt in formats
         ),
     )
@@ -259,7 +259,7 @@ SPEC = KernelSpec(
         case(torch.float32, H=8, G=8, K=64, fmt="fp32", decodes=1, context=9, chunk=65),
         # the widest tiles of the widest heads, and heads that fill no power of two
         *(
-            case(torch.bfloat16, H=16, G=1, K=256, fmt=fmt, decodes=1, context=LEAST_SPLIT + 2, tokens=4)
+            case(torch.bfloat16, H=16, G=1, K=256, fmt=fmt, decodes=1, context=LEAST_SPLIT + 2, tokens=2)
             for fmt in ("bf16", "fp8", "int8", "int4", "int4z")
         ),
         *(

@@ -69,10 +69,10 @@ class AttnDecodeConfig:
         # a warp on its own needs no barrier and repeats no softmax, as long as its accumulator fits beside the codes
         room = block_d * columns * (2 if layout.bits == 4 else 1)
         if layout.bits == 4 and block_d > layout.head_dim:
-            room *= 2  # masks
+            room *= 4 if layout.fmt == "int4z" else 2  # masks
         num_warps = 1 if room <= 2048 else 2 if room <= 4096 else 4
         if columns >= 64:
-            num_warps = 8 if block_d > 128 else 4
+            num_warps = 8 if block_d > 64 else 4
         tile_bytes = 2 * layout.row_bytes * layout.block_tokens
         programs = min(8, gpu.shared_bytes // (2 * tile_bytes + 4096), 8 // num_warps)
         return cls(num_warps, 3, max(1, programs))

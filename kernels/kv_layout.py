@@ -22,10 +22,17 @@ KV_FORMATS = (*FLOAT_BYTES, *CODE_BITS)
 DEFAULT_BLOCK_TOKENS = dict.fromkeys(KV_FORMATS, 32) | {"fp32": 16, "int4": 64, "int4z": 64}
 MAX_BLOCK_TOKENS = 256  # decode pieces are whole blocks
 SPLIT_TOKENS = 512  # keys of a piece in a deterministic step
-WIDE_COLUMNS = 64  # (token, query head) pairs of a KV head in one work item of the decode kernel
 # of keys and values of one layer in 16 bit that prefill may have dequantized: 64k tokens of Llama-3-8B
 SCRATCH_BYTES = 256 << 20
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # what fp16 can hold, and never 0: codes are x / scale
+
+
+def wide_tokens(head_dim: int, heads_per_kv: int) -> int:
+    """Tokens of a sequence in one work item of the decode kernel; their (token, head) pairs are its columns.
+
+    Accumulators of 64 columns fill the registers up to 128 dims.
+    """
+    return max(1, (64 if head_dim <= 128 else 32) // heads_per_kv)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.kv_layout import SCRATCH_BYTES, SPLIT_TOKENS, WIDE_COLUMNS, KvLayout
+from kernels.kv_layout import SCRATCH_BYTES, SPLIT_TOKENS, KvLayout, wide_tokens
 from kernels.kv_rows import Spans
 from kernels.launch import gpu_facts, upload
 
@@ -148,7 +148,7 @@ def _route(layout: KvLayout, spans: Spans, routing: Routing) -> tuple[_Groups, n
     if routing.deterministic:
         return _Groups(none, none, none, none), none
     seqs = np.arange(spans.num_decodes, len(spans.count_B))
-    tokens = max(1, WIDE_COLUMNS // routing.heads_per_kv)
+    tokens = wide_tokens(layout.head_dim, routing.heads_per_kv)
     here = spans.count_B[seqs] <= tokens
     room = scratch_room(layout) if routing.scratch_blocks is None else routing.scratch_blocks
     if layout.quantized or routing.scratch_blocks is not None:

@@ -6,7 +6,7 @@ has warmed up and captured its graphs it says beside the bound what it really ho
 
 from typing import NamedTuple
 
-from kernels.kv_layout import FLOAT_BYTES, SCRATCH_BYTES, SPLIT_TOKENS, WIDE_COLUMNS
+from kernels.kv_layout import FLOAT_BYTES, SCRATCH_BYTES, SPLIT_TOKENS, wide_tokens
 from minserve.resolve import ResolvedModel
 
 GiB, MiB = 1 << 30, 1 << 20
@@ -74,7 +74,7 @@ def activations(r: ResolvedModel, tokens: int) -> int:
     """Of a step of so many rows, up to the logits: all tensors of a layer at once, and the parts of attention."""
     c, width = r.config, FLOAT_BYTES[r.dtype]
     row = 4 * c.hidden_size + 3 * c.intermediate_size + 3 * c.q_size + 2 * c.kv_size
-    slots = DECODE_ITEMS // c.num_kv_heads * max(1, WIDE_COLUMNS * c.num_kv_heads // c.num_heads)
+    slots = DECODE_ITEMS // c.num_kv_heads * wide_tokens(c.head_dim, c.num_heads // c.num_kv_heads)
     if r.entry.deterministic:
         slots = tokens * -(-r.max_model_len // SPLIT_TOKENS)
     return tokens * (width * row + 64) + (tokens and (slots + tokens) * c.num_heads * (c.head_dim + 2) * 4)

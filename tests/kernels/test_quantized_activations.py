@@ -133,11 +133,13 @@ def test_rows_that_are_not_finite_have_scales_that_are_not(op: str, quant: torch
 @pytest.mark.parametrize("fmt", ["fp8", "int8", "int4", "int4z"])
 def test_a_key_with_nan_is_stored_with_a_scale_of_nan(fmt: str, run: str):
     spec = next(s for s in SPECS if s.name == "rope_kv_write")
-    qkv_TX, *rest = spec.make(case(torch.float32, H=1, G=1, K=32, fmt=fmt), torch.Generator().manual_seed(0))
-    whole = spec.runs[run](qkv_TX.to(DEVICE if run == "triton" else "cpu"), *rest)
+    given = spec.make(case(torch.float32, H=1, G=1, K=32, fmt=fmt), torch.Generator().manual_seed(0))
+    device = DEVICE if run == "triton" else "cpu"
+    qkv_TX, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in given)
+    whole = spec.runs[run](qkv_TX, *rest)
     qkv_TX = qkv_TX.clone()
     qkv_TX[2, 40] = float("nan")
-    broken = spec.runs[run](qkv_TX.to(DEVICE if run == "triton" else "cpu"), *rest)
+    broken = spec.runs[run](qkv_TX, *rest)
     before_T, scale_T = (out[3].cpu().flatten().view(torch.float16) for out in (whole, broken))
     assert torch.isfinite(before_T).all()
     assert torch.isfinite(scale_T).logical_not().nonzero().flatten().tolist() == [2]
