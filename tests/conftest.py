@@ -6,6 +6,7 @@ an element that is never written fails the test instead of showing yesterday's a
 """
 
 import os
+import random
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -55,6 +56,13 @@ def poisoned(allocate):
         return poison(tensor) if caller.startswith("kernels.") else tensor
 
     return wrapper
+
+
+@pytest.fixture(autouse=True)
+def _same_draws():
+    """A test draws the same whichever ran before it."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -154,9 +154,9 @@ def test_activation_order_brings_columns_of_a_group_together() -> None:
     assert q.order_K is not None
     by_hand = torch.tensor(codes).float() * scales(4).float()[:, group_K.long()]
     assert torch.equal(q.dequantize(), by_hand)
-    x = torch.randn(3, K)
-    in_groups = q.codes_NK.float().view(N, 4, 16) * q.scale_NQ[..., None]
-    torch.testing.assert_close(x[:, q.order_K] @ in_groups.view(N, K).T, x @ by_hand.T)
+    x = torch.randn(3, K, dtype=torch.float64)
+    in_groups = q.codes_NK.double().view(N, 4, 16) * q.scale_NQ[..., None]
+    torch.testing.assert_close(x[:, q.order_K] @ in_groups.view(N, K).T, x @ by_hand.double().T)
     for group_K in (torch.full((K,), -1, dtype=torch.int32), torch.arange(K) // 16):
         assert load("m", fields | {"weight_g_idx": group_K}, N, K, None).order_K is None
 
