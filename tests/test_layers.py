@@ -31,7 +31,7 @@ ORDER = {
         __main__
     """,
     "sched": """
-        step slabs blocks latency
+        step slabs quota blocks latency
         limits sequence flights waiting running batching
     """,
     "minserve": """
