@@ -53,7 +53,7 @@ class KvLayout:
             )
         if not self.block_tokens:
             object.__setattr__(self, "block_tokens", DEFAULT_BLOCK_TOKENS[self.fmt])
-        least = 32 if self.bits == 4 else 16  # 4 bit dots run over P/2 tokens, and tensor cores want 16
+        least = self.least_block_tokens
         if not least <= self.block_tokens <= MAX_BLOCK_TOKENS or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(
                 f"block_tokens={self.block_tokens}: {self.fmt} needs a power of two from {least} to {MAX_BLOCK_TOKENS}"
@@ -67,6 +67,11 @@ class KvLayout:
     def bits(self) -> int:
         """Of one element of a key or value."""
         return CODE_BITS[self.fmt] if self.quantized else 8 * FLOAT_BYTES[self.fmt]
+
+    @property
+    def least_block_tokens(self) -> int:
+        """4 bit dots run over P/2 tokens, and tensor cores want 16."""
+        return 32 if self.bits == 4 else 16
 
     @property
     def row_bytes(self) -> int:

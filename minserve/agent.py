@@ -20,7 +20,7 @@ from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
 from minserve.memory import workspace
-from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
+from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
 from minserve.shared_memory import create_memfd
 from minserve.slab_table import PoolCounts, SlabTable
 from minserve.wire import Start
@@ -50,7 +50,8 @@ class Pool:
         lines = [f"pool {self.name}: {size}, {plan.num_slabs:,} slabs of {plan.slab_bytes / 1024:,.0f} KiB"]
         for name, shape in plan.models.items():
             lines.append(
-                f"  {name}: {shape.layers} slabs a set, {shape.set_tokens:,} tokens a set, "
+                f"  {name}: {shape.layers} slabs a set, {shape.set_tokens:,} tokens a set in blocks of "
+                f"{shape.block_tokens}, "
                 f"{shape.reserve_sets} of {plan.max_sets(name)} sets reserved, tail {shape.tail_waste:.1%}"
             )
         return lines
@@ -64,10 +65,15 @@ class Pool:
         self.table.close()
 
 
-def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> Pool:
-    """ValueError where the models do not fit into the pool; RuntimeError where a GPU does not give its memory."""
+def pool_bytes(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> int:
+    """As configured, else what there is; RuntimeError where a GPU cannot be asked."""
     on_gpu = device.startswith("cuda")
-    size = gpu.pool_bytes or (gpu_pool_bytes(device, gpu, models) if on_gpu else host_pool_bytes())
+    return gpu.pool_bytes or (gpu_pool_bytes(device, gpu, models) if on_gpu else host_pool_bytes())
+
+
+def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel], size: int) -> Pool:
+    """ValueError where the models do not fit into `size` bytes; RuntimeError where a GPU does not give its memory."""
+    on_gpu = device.startswith("cuda")
     plan = plan_pool(models, gpu, size)
     table, name = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
     if not on_gpu:
@@ -126,7 +132,9 @@ class Agent:
                 broken[entry.name] = str(error)
         if not resolved:
             return
-        pool = open_pool(gpu, device, resolved)
+        size = pool_bytes(gpu, device, resolved)
+        resolved = settle_blocks(resolved, gpu, size)
+        pool = open_pool(gpu, device, resolved, size)
         self.pools.append(pool)
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)

@@ -127,6 +127,7 @@ class ModelEntry:
     quantization_overrides: tuple[tuple[str, str], ...] = key(OVERRIDES, ())
     lm_head: str = key(LM_HEAD, "auto")
     kv_dtype: str = key(KV_DTYPE, "auto")
+    kv_block_tokens: int | None = key(maybe(integer(16, 256), "auto"), None)
     int8_qk: bool = key(boolean(), False)
     fp8_prefill: bool = key(boolean(), False)
     max_model_len: int | None = key(maybe(integer(1, 1 << 24), "auto"), None)

@@ -3,10 +3,11 @@
 Reads config.json, no weights, and needs no torch: the agent plans the pool of a GPU before any worker starts.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.kv_layout import CODE_BITS, KvLayout
+from kernels.kv_layout import CODE_BITS, MAX_BLOCK_TOKENS, KvLayout
 from minserve.config import GpuConfig, ModelEntry
 from minserve.kv_use import KvUse
 from minserve.model_config import LlamaConfig
@@ -42,6 +43,23 @@ class ResolvedModel:
             reserve_tokens=min(self.entry.reserve_tokens, self.max_model_len),
         )
 
+    @property
+    def open_shape(self) -> ModelShape:
+        """The same with the smaller blocks that the kernels take too, where the configuration leaves the choice."""
+        layout, others = self.layout, []
+        tokens = layout.block_tokens // 2 if self.entry.kv_block_tokens is None else 0
+        while tokens >= layout.least_block_tokens:
+            others.append((tokens, dataclasses.replace(layout, block_tokens=tokens).block_bytes))
+            tokens //= 2
+        return dataclasses.replace(self.shape, others=tuple(others))
+
+    def with_blocks(self, tokens: int) -> "ResolvedModel":
+        """The same with blocks of so many tokens, which its entry then says too."""
+        entry = dataclasses.replace(self.entry, kv_block_tokens=tokens)
+        return dataclasses.replace(
+            self, entry=entry, layout=dataclasses.replace(self.layout, block_tokens=tokens)
+        )
+
 
 def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
     """Reads the checkpoint's config and decides dtype, KV format and window; ValueError for what cannot be.
@@ -67,6 +85,11 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
             f"models[{entry.name}].max_model_len must be at most the checkpoint's {window}, got {max_model_len}"
         )
     layout = KvLayout(fmt, config.num_kv_heads, config.head_dim)
+    tokens = entry.kv_block_tokens or layout.block_tokens
+    if tokens < layout.least_block_tokens or tokens & (tokens - 1):
+        says = f"auto or a power of two from {layout.least_block_tokens} to {MAX_BLOCK_TOKENS} with kv_dtype {fmt}"
+        raise refuse(At(f"models[{entry.name}].kv_block_tokens", Path()), says, tokens)
+    layout = dataclasses.replace(layout, block_tokens=tokens)
     return ResolvedModel(
         entry=entry,
         config=config,
@@ -92,6 +115,15 @@ def check_attention(entry: ModelEntry, dtype: str, fmt: str) -> None:
 def plan_pool(models: list[ResolvedModel], gpu: GpuConfig, size: int) -> PoolPlan:
     """The pool of `size` bytes that these models share; ValueError where they do not fit into it."""
     return solve([m.shape for m in models], size, max_slab_bytes=gpu.slab_bytes or MAX_SLAB_BYTES)
+
+
+def settle_blocks(models: list[ResolvedModel], gpu: GpuConfig, size: int) -> list[ResolvedModel]:
+    """The models with the blocks that suit a pool of `size` bytes: the kernel's best unless a tail would be too large.
+
+    To be asked before a worker starts: what it compiles depends on its blocks.
+    """
+    plan = solve([m.open_shape for m in models], size, max_slab_bytes=gpu.slab_bytes or MAX_SLAB_BYTES)
+    return [m.with_blocks(plan.models[m.entry.name].block_tokens) for m in models]
 
 
 def longest_window(config: LlamaConfig) -> int:

@@ -1,23 +1,28 @@
 """Pool geometry: how many bytes a slab has, and what each model's slab sets look like in slabs of that size.
 
-Every model draws from one flat list of slabs, so one slab size S serves them all; `solve` picks the S that wastes the
-least tail.  Pure arithmetic on a few ints: it allocates nothing and knows no device.  A set is one slab for each
-layer, any slabs; layers come in groups that share a geometry, one group today.
+Every model draws from one flat list of slabs, so one slab size S serves them all; `solve` picks the S, and where a
+shape leaves the choice the tokens P of a block, that leave no tail above MAX_TAIL, or else the least tail there is.
+Pure arithmetic on a few ints: it allocates nothing and knows no device.  A set is one slab for each layer, any
+slabs; layers come in groups that share a geometry, one group today.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sched.step import MAX_SLOTS
 
 PAGE_BYTES = 4096
 MAX_SLAB_BYTES = 3 << 20
 MIN_SETS = 200  # of the deepest model: fewer, and what a set leaves unused becomes a visible part of the pool
+MAX_TAIL = 0.02  # of a slab that no slot covers: below it, the blocks a kernel likes best stay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What a model asks of the pool.  `block_bytes`: the KV of `block_tokens` tokens in one layer."""
+    """What a model asks of the pool.  `block_bytes`: the KV of `block_tokens` tokens in one layer, scales included.
+
+    `others` are further blocks, (tokens, bytes) each, that its kernels take too, the best first.
+    """
 
     name: str
     layers: int
@@ -25,6 +30,7 @@ class ModelShape:
     block_tokens: int
     max_model_len: int
     reserve_tokens: int = 8192
+    others: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("layers", "block_bytes", "block_tokens", "max_model_len"):
@@ -36,6 +42,15 @@ class ModelShape:
             raise ValueError(
                 f"model {self.name!r}: reserve_tokens must not be negative, got {self.reserve_tokens}"
             )
+        if any(tokens < 1 or size < 1 for tokens, size in self.others):
+            raise ValueError(
+                f"model {self.name!r}: others must be pairs of (tokens, bytes) of at least 1, got {self.others}"
+            )
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """(tokens, bytes) of every block there is to choose from, the best first."""
+        return ((self.block_tokens, self.block_bytes), *self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +111,18 @@ def solve(
     min_sets: int = MIN_SETS,
     max_slab_bytes: int = MAX_SLAB_BYTES,
 ) -> PoolPlan:
-    """The slab size (a multiple of 4 KiB) with the smallest worst tail in the largest third that leaves `min_sets`."""
+    """The best slab size (a multiple of 4 KiB) and blocks; ValueError says how large the pool must be.
+
+    From the largest size that leaves `min_sets` downwards, a third at a time: the first third in which no tail is above
+    MAX_TAIL, and in it the size with the least tail; where there is none, the least worst tail of all.  Only then are
+    blocks tried that are not the best, as few as will do.
+    """
     names = [s.name for s in shapes]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"a pool needs models with different names, got {names}")
-    plan = _best(shapes, pool_bytes, min_sets, max_slab_bytes)
+    plan = _best(shapes, pool_bytes, min_sets, max_slab_bytes, free=False)
+    if plan is None or _rank(shapes, plan)[0] > 0:
+        plan = _best(shapes, pool_bytes, min_sets, max_slab_bytes, free=True)
     if plan is None:
         need = _least_pool(shapes, pool_bytes, min_sets, max_slab_bytes)
         raise ValueError(
@@ -110,27 +132,39 @@ def solve(
     return plan
 
 
-def _best(shapes: Sequence[ModelShape], pool_bytes: int, min_sets: int, max_slab: int) -> PoolPlan | None:
+def _best(
+    shapes: Sequence[ModelShape], pool_bytes: int, min_sets: int, max_slab: int, *, free: bool = True
+) -> PoolPlan | None:
     depth = max(s.layers for s in shapes)
-    low = _round_up(max(s.block_bytes for s in shapes), PAGE_BYTES)
+    shapes = shapes if free else [replace(s, others=()) for s in shapes]
+    blocks = [[size for _, size in s.blocks] for s in shapes]
+    low = _round_up(max(map(min, blocks)), PAGE_BYTES)
     high = min(
-        max(max_slab, low), pool_bytes // (depth * min_sets), MAX_SLOTS * min(s.block_bytes for s in shapes)
+        max(max_slab, _round_up(max(s.block_bytes for s in shapes), PAGE_BYTES)),
+        pool_bytes // (depth * min_sets),
+        MAX_SLOTS * min(map(max, blocks)),
     )
     high -= high % PAGE_BYTES
+    found: list[tuple[tuple[float, ...], PoolPlan]] = []
     while high >= low:
         # a third of the size is room enough to find a small tail: 2 to 3 MiB where the pool is large
         floor = max(low, _round_up(high * 2 // 3, PAGE_BYTES))
         plans = [_plan(shapes, pool_bytes, S) for S in range(high, floor - 1, -PAGE_BYTES)]
         plans = [p for p in plans if p.reserved_slabs <= p.num_slabs]
         if plans:
-            return min(plans, key=_waste)
+            best = min(plans, key=lambda p: _rank(shapes, p))
+            found.append((_rank(shapes, best), best))
+            if found[-1][0][0] == 0:
+                return best
         high = floor - PAGE_BYTES
-    return None
+    return min(found, key=lambda f: f[0])[1] if found else None
 
 
-def _waste(plan: PoolPlan) -> tuple[float, float]:
+def _rank(shapes: Sequence[ModelShape], plan: PoolPlan) -> tuple[float, ...]:
+    """Less is better: what a tail exceeds the limit by, models without their best blocks, the worst tail, all tails."""
     tails = [m.tail_waste for m in plan.models.values()]
-    return round(max(tails), 3), round(sum(tails), 3)
+    others = sum(plan.models[s.name].block_tokens != s.block_tokens for s in shapes)
+    return max(0.0, max(tails) - MAX_TAIL), others, round(max(tails), 3), round(sum(tails), 3)
 
 
 def _plan(shapes: Sequence[ModelShape], pool_bytes: int, slab_bytes: int) -> PoolPlan:
@@ -140,17 +174,32 @@ def _plan(shapes: Sequence[ModelShape], pool_bytes: int, slab_bytes: int) -> Poo
 
 
 def _set_shape(shape: ModelShape, slab_bytes: int) -> SetShape:
-    slots = min(slab_bytes // shape.block_bytes, MAX_SLOTS)
-    set_tokens = slots * shape.block_tokens
+    """With the best blocks that keep to MAX_TAIL, else with those of the least tail."""
+    tails = [(tail_waste(slab_bytes, size), tokens, size) for tokens, size in shape.blocks]
+    tail, tokens, size = next((t for t in tails if t[0] <= MAX_TAIL), min(tails, key=lambda t: t[0]))
+    slots = min(slab_bytes // size, MAX_SLOTS)
+    assert slots, f"a slab of {slab_bytes} bytes holds no block of {shape.name}"
     return SetShape(
         layers=shape.layers,
-        groups=(LayerGroup(0, shape.layers, shape.block_bytes),),
+        groups=(LayerGroup(0, shape.layers, size),),
         slots=slots,
-        block_tokens=shape.block_tokens,
-        reserve_sets=-(-min(shape.max_model_len, shape.reserve_tokens) // set_tokens),
-        max_len_sets=-(-shape.max_model_len // set_tokens),
-        tail_waste=1 - slots * shape.block_bytes / slab_bytes,
+        block_tokens=tokens,
+        reserve_sets=-(-min(shape.max_model_len, shape.reserve_tokens) // (slots * tokens)),
+        max_len_sets=-(-shape.max_model_len // (slots * tokens)),
+        tail_waste=tail,
     )
+
+
+def tail_waste(slab_bytes: int, block_bytes: int) -> float:
+    """The share of a slab that is no slot of so many bytes, 1 where none fits."""
+    return 1 - min(slab_bytes // block_bytes, MAX_SLOTS) * block_bytes / slab_bytes
+
+
+def heads_per_rank(num_kv_heads: int, tp: int) -> int:
+    """KV heads that each of `tp` ranks stores: whole heads, and one of its own where ranks outnumber them."""
+    if tp < 1 or (num_kv_heads % tp and tp % num_kv_heads):
+        raise ValueError(f"tp must divide the {num_kv_heads} KV heads or be a multiple of them, got {tp}")
+    return max(1, num_kv_heads // tp)
 
 
 def _least_pool(shapes: Sequence[ModelShape], too_small: int, min_sets: int, max_slab: int) -> int:

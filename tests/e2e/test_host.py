@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minserve.agent import open_pool, reclaimer
+from minserve.agent import open_pool, pool_bytes, reclaimer
 from minserve.config import Config
 from minserve.host import Host, Patience
 from minserve.resolve import resolve_model
@@ -46,7 +46,7 @@ def live(
     """Runs `story` beside a host's life, then stops it; the pool must be whole and empty afterwards."""
     config = Config.single(write_model(folder), name=name, gpu={"device": "cpu", "pool_bytes": 64 << 20})
     resolved = resolve_model(config.models[0], "cpu")
-    pool = open_pool(config.gpus[0], "cpu", [resolved])
+    pool = open_pool(config.gpus[0], "cpu", [resolved], pool_bytes(config.gpus[0], "cpu", [resolved]))
     start = Start(dataclasses.asdict(config.models[0]), "cpu", 0, pool.table.fd, pool.fds)
 
     async def run() -> Host:

@@ -211,6 +211,8 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     ),
     (model("kv_dtype: fp9"), ("models[0].kv_dtype", "fp9", "fp8")),
     (model("kv_dtype: [int8]"), ("models[0].kv_dtype", "int8")),
+    (model("kv_block_tokens: 8"), ("models[0].kv_block_tokens", "8", "[16, 256]", "auto")),
+    (model("kv_block_tokens: many"), ("models[0].kv_block_tokens", "many", "auto")),
     (model("int8_qk: 8"), ("models[0].int8_qk", "8", "true or false")),
     (model("fp8_prefill: on"), ("models[0].fp8_prefill", "on", "true or false")),
     (model("max_model_len: 0"), ("models[0].max_model_len", "0", "auto")),
