@@ -22,7 +22,8 @@ from minserve.keeper import Keeper
 from minserve.memory import workspace
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
 from minserve.shared_memory import create_memfd
-from minserve.slab_table import PoolCounts, SlabTable
+from minserve.slab_counts import PoolCounts
+from minserve.slab_table import SlabTable
 from minserve.wire import Start
 from sched.slabs import PoolPlan
 

@@ -7,7 +7,7 @@ pools are checked where they are configured: none needs an escape here.
 from collections.abc import Iterable, Mapping
 
 from minserve.host import Host
-from minserve.slab_table import PoolCounts
+from minserve.slab_counts import PoolCounts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # metric, its kind, and the field of Stats

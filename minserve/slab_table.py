@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minserve.shared_memory import SharedLock, create_memfd, reopen_memfd
+from minserve.slab_counts import ModelCounts, PoolCounts
+from minserve.slab_quota import SlabQuotas
 from minserve.slab_words import (
     DRAINING,
     FREE,
@@ -71,33 +73,6 @@ class Lease:
         return inherited
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCounts:
-    """Slabs a model holds now and is guaranteed, and how often it leased, returned and was refused."""
-
-    live: int
-    draining: int
-    reserve: int
-    leases: int
-    returns: int
-    refused: int
-
-
-@dataclass(frozen=True, slots=True)
-class PoolCounts:
-    """A pool in slabs: mapped = leased + draining + free.  `repairs` counts rebuilds after a holder died in a change."""
-
-    mapped: int
-    leased: int
-    draining: int
-    free: int
-    leases: int
-    refused: int
-    repairs: int
-    liveness_holder: str | None
-    models: dict[str, ModelCounts]
-
-
 class SlabTable:
     """One process's view of the table.  An owner is the index of a model in `plan.models`; see `owner_of`.
 
@@ -118,6 +93,7 @@ class SlabTable:
         self._stack: Int64s = np.frombuffer(self._map, np.int64, plan.num_slabs, at.stack)
         self._reserves = tuple(m.reserve_sets * m.layers for m in plan.models.values())
         self._lock = SharedLock(fd, timeout_s)
+        self.quotas = SlabQuotas(self._head, self._rows, plan)
 
     @classmethod
     def create(cls, plan: PoolPlan, *, timeout_s: float | None = None) -> "SlabTable":
@@ -164,14 +140,14 @@ class SlabTable:
     # ---- what changes the table
 
     def lease(self, owner: int, n: int, *, urgent: bool = False) -> Lease | None:
-        """`n` slabs, or None when the reserve rule refuses; then nothing has changed."""
+        """`n` slabs, or None when the reserve rule or, unless urgent, a quota refuses; then nothing has changed."""
         head, row = self._head, self._row(owner)
         if n <= 0:
             raise ValueError(f"n must be at least 1 slab, got {n}")
         with self._lock:
             self._repair()
             draws = self._draws(owner, n, urgent)
-            if draws is None:
+            if draws is None or (not urgent and self.quotas.beyond(owner, n) and self._claimed(owner, n)):
                 self._rows[row + R_REFUSED] += 1
                 return None
             top = head[H_TOP]
@@ -252,13 +228,16 @@ class SlabTable:
     def counts(self) -> PoolCounts:
         with self._lock:
             self._repair()
-            rows = [self._rows[i : i + R_STATUS].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
+            rows = [self._rows[i : i + ROW_WORDS].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
             free, repairs, deficit = self._head[H_TOP], self._head[H_REPAIRS], self._deficit()
             holder = self.names[self._head[H_HOLDER]] if deficit > 0 else None
         each = (
-            ModelCounts(row[R_LIVE], row[R_DRAINING], reserve, row[R_LEASES], row[R_RETURNS], row[R_REFUSED])
-            for row, reserve in zip(rows, self._reserves, strict=True)
-        )
+            ModelCounts(
+                row[R_LIVE], row[R_DRAINING], reserve, row[R_LEASES], row[R_RETURNS], row[R_REFUSED],
+                self.quotas.quota(i), dict(zip(STATUS, row[R_STATUS:], strict=False)),
+            )
+            for i, (row, reserve) in enumerate(zip(rows, self._reserves, strict=True))
+        )  # fmt: skip
         models = dict(zip(self.names, each, strict=True))
         leased, draining = (sum(getattr(m, what) for m in models.values()) for what in ("live", "draining"))
         leases, refused = (sum(getattr(m, what) for m in models.values()) for what in ("leases", "refused"))
@@ -275,6 +254,7 @@ class SlabTable:
             rows = [self._rows[i : i + 2].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
         truth = derive(words, self._reserves)
         fault = find_fault(words, len(self.names), serial) or find_stack_fault(stack, words)
+        fault = fault or self.quotas.fault()
         assert fault is None, fault
         assert top == len(truth.free), f"the free stack counts {top} slabs, the truth {len(truth.free)}"
         for name, said, held in zip(self.names, rows, truth.held, strict=True):
@@ -309,15 +289,23 @@ class SlabTable:
         """Slabs missing from the liveness reserve; negative: slabs that nobody has been promised."""
         return self._head[H_UNFILLED] + self.plan.liveness_slabs - self._head[H_TOP]
 
+    def _deficit_after(self, owner: int, n: int) -> int:
+        """The deficit if `owner` leased `n` slabs: those within its own reserve were promised to it."""
+        row = owner * ROW_WORDS
+        own = self._reserves[owner] - self._rows[row + R_LIVE] - self._rows[row + R_DRAINING]
+        return self._deficit() + n - min(n, max(0, own))
+
+    def _claimed(self, owner: int, n: int) -> bool:
+        """Whether others have a claim to some of the slabs that a lease beyond its quota would take."""
+        return self.quotas.strict or self.quotas.claims(but=owner) > max(0, -self._deficit_after(owner, n))
+
     def _draws(self, owner: int, n: int, urgent: bool) -> bool | None:
         """Whether a lease draws on the liveness reserve; None: it may not be given.
 
         The holder of the reserve has at least `deficit` slabs above its own reserve, so that its returns cure the
         deficit whatever the others do; it stays the holder until they have.
         """
-        row, before = owner * ROW_WORDS, self._deficit()
-        own = self._reserves[owner] - self._rows[row + R_LIVE] - self._rows[row + R_DRAINING]
-        after = before + n - min(n, max(0, own))
+        before, after = self._deficit(), self._deficit_after(owner, n)
         if after <= max(0, before):
             return False
         alone = before <= 0 or self._head[H_HOLDER] == owner

@@ -19,7 +19,7 @@ from sched.slabs import LayerGroup, PoolPlan, SetShape
 Int64s = NDArray[np.int64]
 
 MAGIC = 0x6D696E736C616273  # "minslabs"
-VERSION = 1
+VERSION = 2
 
 # a word: the low 2 bits are the state, then 14 bits of owner, then the generation
 FREE, LIVE, DRAINING = range(3)
@@ -31,12 +31,33 @@ NOBODY = OWNER_MASK
 # header: a constant part under a checksum, then what changes
 HEAD_WORDS = 64
 H_MAGIC, H_VERSION, H_BYTES, H_SLABS, H_MODELS, H_PLAN_BYTES, H_CRC = range(7)
-H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS = range(8, 14)
-# a model's row: derived counts, statistics, then what its worker publishes about itself
-ROW_WORDS = 16
-R_LIVE, R_DRAINING, R_LEASES, R_RETURNS, R_REFUSED = range(5)
+H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS, H_QUOTAS = range(8, 15)
+# H_QUOTAS: no quotas, quotas that bind while another model has a claim, quotas that always bind
+NO_QUOTAS, WHILE_CLAIMED, ALWAYS = range(3)
+# a model's row: derived counts, statistics, its quota in slabs (the agent's word), then what its worker publishes
+ROW_WORDS = 32
+R_LIVE, R_DRAINING, R_LEASES, R_RETURNS, R_REFUSED, R_QUOTA = range(6)
 R_STATUS = 8
-STATUS = ("quota", "demand", "heartbeat_ns", "slack_us", "step_us")
+# sets: `demand` beyond those held, `used` by requests.  Blocks: `live_blocks` of requests, `cached_blocks` of nobody.
+# A reclaim begins when others are short and ends when this model has given back its part
+STATUS = (
+    "demand",
+    "used",
+    "live_blocks",
+    "cached_blocks",
+    "waiting",
+    "heartbeat_ns",
+    "slack_us",
+    "step_us",
+    "sequence_tokens",
+    "urgency_milli",
+    "given_up",
+    "reclaims",
+    "reclaim_us",
+    "reclaim_max_us",
+)
+R_DEMAND = R_STATUS + STATUS.index("demand")
+assert R_STATUS + len(STATUS) <= ROW_WORDS
 
 
 class Offsets(NamedTuple):

@@ -37,7 +37,7 @@ ORDER = {
     "minserve": """
         sampling schema overrides config
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
-        slab_words shared_memory slab_table cuda_memory pool keeper
+        slab_words slab_counts slab_quota shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine loading
         text outputs llm
         wire host agent protocol answers loop worker frontend listener responses metrics server serve

@@ -19,13 +19,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minserve import shared_memory, slab_table, slab_words
+from minserve import shared_memory, slab_quota, slab_table, slab_words
 from minserve.slab_table import Lease, OwnershipError, SlabTable
 from sched.slabs import PoolPlan
 
 LIBC = ctypes.CDLL(None)
 CANARY_BROKEN, RULE_BROKEN = 3, 4
-TRACED = {module.__file__ for module in (slab_table, slab_words, shared_memory)}
+TRACED = {module.__file__ for module in (slab_table, slab_words, slab_quota, shared_memory)}
 
 
 def forked(body: Callable[[], None]) -> int:
@@ -64,7 +64,8 @@ def churn(table_fd: int, pool_fd: int, owner: int, seed: int) -> None:
     pool = np.memmap(f"/proc/self/fd/{pool_fd}", np.int64, "r+").reshape(plan.num_slabs, -1)
     held = []
     while True:
-        if held and (rng.random() < 0.5 or len(held) > 30):
+        table.publish(owner, demand=rng.randrange(0, 20), heartbeat_ns=time.monotonic_ns())
+        if held and (rng.random() < 0.5 or len(held) > 30 or table.quotas.excess(owner)):
             lease = held.pop(rng.randrange(len(held)))
             if not (pool[lease.slabs][:, [0, -1]] == lease.generation).all():
                 os._exit(CANARY_BROKEN)
@@ -78,6 +79,15 @@ def churn(table_fd: int, pool_fd: int, owner: int, seed: int) -> None:
                 os._exit(RULE_BROKEN)
             pool[lease.slabs, 0] = pool[lease.slabs, -1] = lease.generation
             held.append(lease)
+
+
+def random_division(plan: PoolPlan, rng: random.Random) -> list[int]:
+    """Sets of each model that together are no more than the pool."""
+    parts = [rng.random() for _ in plan.models]
+    return [
+        int(plan.num_slabs * p / sum(parts)) // m.layers
+        for p, m in zip(parts, plan.models.values(), strict=True)
+    ]
 
 
 def random_kills(table_fd: int, pool_fd: int, kills: int, seed: int) -> dict[str, float]:
@@ -95,6 +105,7 @@ def random_kills(table_fd: int, pool_fd: int, kills: int, seed: int) -> dict[str
     while True:
         time.sleep(rng.random() * 0.003)
         last = done >= kills
+        table.quotas.write(random_division(table.plan, rng))
         victims = rng.sample(owners, len(owners) if last else rng.randint(1, len(owners)))
         for owner in victims:
             os.kill(workers[owner], signal.SIGKILL)
@@ -154,6 +165,8 @@ OPERATIONS: dict[str, Callable[[SlabTable, Lease, Lease], object]] = {
     "free_draining": lambda table, live, draining: table.free(0, draining),
     "reclaim": lambda table, live, draining: table.reclaim(2),
     "repair": repair_torn,
+    "quotas": lambda table, live, draining: table.quotas.write([40, 20, 72]),
+    "publish": lambda table, live, draining: table.publish(0, **dict.fromkeys(slab_words.STATUS, 7)),
 }
 
 
@@ -179,6 +192,9 @@ def every_instruction(plan: PoolPlan, stride: int) -> dict[str, int]:
             # for a draw, owner 2 takes all that nobody was promised
             most = table.counts().free - plan.reserved_slabs
             assert table.lease(2, most if operation == "draw_liveness" else 3) is not None
+            table.quotas.write(
+                [60, 10, 70]
+            )  # of 990 slabs; what is written in its place shrinks one and grows two
             if not wait_killed(forked(lambda: die_in(operation, table.fd, step)), may_end=True):  # noqa: B023
                 break
             kills[operation] += 1

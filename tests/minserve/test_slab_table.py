@@ -146,15 +146,16 @@ def test_owners_outside_the_plan_are_refused(table: SlabTable, owner: int):
 def test_empty_leases_unknown_status_and_impossible_plans_are_refused(table: SlabTable):
     with pytest.raises(ValueError, match="at least 1 slab, got 0"):
         table.lease(0, 0)
-    with pytest.raises(ValueError, match="quota, demand, heartbeat_ns"):
+    with pytest.raises(ValueError, match="demand, used, live_blocks"):
         table.publish(0, hearbeat_ns=1)
     with pytest.raises(ValueError, match="at least the 15 slabs reserved, got 14"):
         SlabTable.create(PoolPlan(4096, 14, PLAN.models, 5))
 
 
 def test_status_words_reach_other_processes(table: SlabTable):
-    SlabTable.attach(table.fd).publish(2, quota=5, heartbeat_ns=2**62, slack_us=-3)
-    assert table.status(2) == {"quota": 5, "demand": 0, "heartbeat_ns": 2**62, "slack_us": -3, "step_us": 0}
+    SlabTable.attach(table.fd).publish(2, used=5, heartbeat_ns=2**62, slack_us=-3)
+    said = {name: value for name, value in table.status(2).items() if value}
+    assert said == {"used": 5, "heartbeat_ns": 2**62, "slack_us": -3}
     assert set(table.status(1).values()) == {0}
 
 

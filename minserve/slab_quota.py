@@ -1,0 +1,114 @@
+"""The quotas in a slab table: who may lease beyond its own, and who has to give back.  No torch.
+
+A quota promises nothing: the reserves do.  It says who gives way when there is not enough for all.  A model within its
+quota has a claim to what it wants and cannot get; a lease beyond the quota leaves what is claimed alone, and whoever
+holds more than its quota gives back its part of what is missing.  While nobody has a claim, quotas bind nobody.
+All of it is single words, each with one writer, and read as they are: a stale one costs a moment, never a slab.
+"""
+
+from collections.abc import Sequence
+
+from minserve.slab_words import (
+    ALWAYS,
+    H_QUOTAS,
+    H_TOP,
+    H_UNFILLED,
+    NO_QUOTAS,
+    R_DEMAND,
+    R_DRAINING,
+    R_LIVE,
+    R_QUOTA,
+    ROW_WORDS,
+    WHILE_CLAIMED,
+)
+from sched.slabs import PoolPlan
+
+
+class SlabQuotas:
+    """A view of the header and the rows of a table."""
+
+    def __init__(self, head: "memoryview[int]", rows: "memoryview[int]", plan: PoolPlan) -> None:
+        self._head, self._rows = head, rows
+        self._layers = tuple(m.layers for m in plan.models.values())
+        self._reserves = tuple(m.reserve_sets * m.layers for m in plan.models.values())
+        self._slabs, self._liveness = plan.num_slabs, plan.liveness_slabs
+
+    def write(self, sets: Sequence[int] | None, *, strict: bool = False) -> None:
+        """New quotas of all models, None: there are none any more.  One process writes them, at any moment.
+
+        What shrinks is written before what grows: a writer that dies in between leaves no more than there is.
+        """
+        if sets is None:
+            self._head[H_QUOTAS] = NO_QUOTAS
+            return
+        new = [s * layers for s, layers in zip(sets, self._layers, strict=True)]
+        if min(new, default=0) < 0 or sum(new) > self._slabs:
+            raise ValueError(
+                f"quotas must be sets of together at most {self._slabs} slabs, got {tuple(sets)}: {sum(new)}"
+            )
+        grows = [n > self._rows[i * ROW_WORDS + R_QUOTA] for i, n in enumerate(new)]
+        for now in (False, True):
+            for i, n in enumerate(new):
+                if grows[i] == now:
+                    self._rows[i * ROW_WORDS + R_QUOTA] = n
+        self._head[H_QUOTAS] = ALWAYS if strict else WHILE_CLAIMED
+
+    def quota(self, owner: int) -> int | None:
+        """Slabs, at least the reserve; None: as much as there is."""
+        if self._head[H_QUOTAS] == NO_QUOTAS:
+            return None
+        return max(self._reserves[owner], self._rows[owner * ROW_WORDS + R_QUOTA])
+
+    @property
+    def strict(self) -> bool:
+        """They bind whether or not anybody has a claim."""
+        return self._head[H_QUOTAS] == ALWAYS
+
+    def beyond(self, owner: int, n: int) -> bool:
+        """Whether `n` slabs more would be over its quota."""
+        row, mode = owner * ROW_WORDS, self._head[H_QUOTAS]
+        if mode == NO_QUOTAS:
+            return False
+        held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING] + n
+        return held > self._rows[row + R_QUOTA] and held > self._reserves[owner]
+
+    def claims(self, but: int = -1) -> int:
+        """Slabs beyond their reserves that models within their quotas want and do not have."""
+        return sum(self._claim(i) for i in range(len(self._layers)) if i != but)
+
+    def excess(self, owner: int) -> int:
+        """Slabs that the model is to give back now: of what is missing for the claims its part, as it is over quota."""
+        over = self._over(owner)
+        if over <= 0 or self.strict:
+            return max(0, over)
+        draining = sum(self._rows[i * ROW_WORDS + R_DRAINING] for i in range(len(self._layers)))
+        coming = self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._liveness
+        missing = self.claims(but=owner) - coming
+        if missing <= 0:
+            return 0
+        total = sum(max(0, self._over(i)) for i in range(len(self._layers)))
+        return min(over, -(-missing * over // total))
+
+    def _claim(self, owner: int) -> int:
+        quota, row = self.quota(owner), owner * ROW_WORDS
+        demand = self._rows[row + R_DEMAND]
+        if quota is None or demand <= 0:
+            return 0
+        held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
+        # what is within the reserve, the reserve rule keeps free
+        least = max(held, self._reserves[owner])
+        return max(0, min(quota, held + demand * self._layers[owner]) - least)
+
+    def _over(self, owner: int) -> int:
+        quota = self.quota(owner)
+        return 0 if quota is None else self._rows[owner * ROW_WORDS + R_LIVE] - quota
+
+    def fault(self) -> str | None:
+        """What is impossible in the words, or None."""
+        mode = self._head[H_QUOTAS]
+        if mode not in (NO_QUOTAS, WHILE_CLAIMED, ALWAYS):
+            return f"quotas are in the unknown mode {mode}"
+        quotas = [self._rows[i * ROW_WORDS + R_QUOTA] for i in range(len(self._layers))]
+        if min(quotas) < 0 or sum(quotas) > self._slabs:
+            return f"quotas of {quotas} slabs in a pool of {self._slabs}"
+        return None
