@@ -72,7 +72,9 @@ class AttnDecodeConfig:
             room *= 4 if layout.fmt == "int4z" else 2  # masks
         num_warps = 1 if room <= 2048 else 2 if room <= 4096 else 4
         if columns >= 64:
-            num_warps = 8 if block_d > 64 else 4
+            # two halves of 64 columns fit four warps' registers at 128 dims where products are asynchronous
+            fits = block_d <= 64 or (block_d <= 128 and gpu.capability >= 90 and layout.fmt != "int4z")
+            num_warps = 4 if fits else 8
         tile_bytes = 2 * layout.row_bytes * layout.block_tokens
         programs = min(8, gpu.shared_bytes // (2 * tile_bytes + 4096), 8 // num_warps)
         return cls(num_warps, 3, max(1, programs))
