@@ -31,7 +31,7 @@ ORDER = {
         __main__
     """,
     "sched": """
-        step slabs quota blocks latency
+        step slabs other_pools quota blocks latency
         limits sequence flights waiting running batching
     """,
     "minserve": """
@@ -40,7 +40,7 @@ ORDER = {
         slab_words slab_counts slab_quota shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine loading
         text outputs llm
-        wire host agent protocol answers loop worker frontend listener responses metrics server serve
+        wire host agent protocol answers loop worker frontend listener responses metrics server serve place
     """,
 }
 MAY_IMPORT = {
