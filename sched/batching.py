@@ -6,11 +6,13 @@
 
 A stop is known one step late when steps overlap: the request may be in step s + 1 already, and its row there is to be
 ignored.  Blocks that are freed can be granted again once every planned step that names them has been advanced.
+A block is found in the cache from the plan on that fills it: steps run in order, and each layer writes before it reads.
 """
 
 from collections.abc import Iterable
 
 from sched.blocks import BlockPool
+from sched.claims import check_held, claim, publish, spoiled
 from sched.flights import Flight, Flights
 from sched.latency import StepCost
 from sched.limits import Limits, QueueFull
@@ -42,6 +44,7 @@ class Batcher:
         self._paused: dict[int, Seq] = {}
         self._flights = Flights(blocks)
         self._left: list[int] = []
+        self._joins: list[int] = []
         self._step = 0  # the next to be planned
         self._retry_step = self._refused_at = 0
         self._busy_until = 0.0
@@ -98,8 +101,10 @@ class Batcher:
             chunks = self._prefill(now, budget, grants, joined)
             if self.cost:
                 seconds += sum(self.cost.chunk_s(c.start, c.count) for c in chunks)
-        plan = StepPlan(step, decode, tuple(chunks), tuple(grants), tuple(self._left), seconds, slope)
+        left, joins = tuple(self._left), tuple(self._joins)
+        plan = StepPlan(step, decode, tuple(chunks), tuple(grants), left, joins, seconds, slope)
         self._left.clear()
+        self._joins.clear()
         if not plan.empty:
             self._busy_until = max(now, self._busy_until) + seconds
             self._depart(Flight(plan, joined))
@@ -117,7 +122,7 @@ class Batcher:
             return 1
         step = flight.plan.step
         k = end - step + 1
-        free = self.blocks.num_free
+        free = self.blocks.num_available
         if free < len(self._running) * (1 + k // self.blocks.block_tokens):
             for j in range(1, k):
                 free -= self._running.num_due(step + j)
@@ -150,17 +155,34 @@ class Batcher:
         self._busy_until = now + self._flights.predicted_s
         return tuple(ended)
 
+    def fail(self, plan: StepPlan, now: float) -> tuple[int, ...]:
+        """In place of `advance`, for a step that raised: ends whoever was in it or relied on what it was to write, and
+        the cache forgets that."""
+        gone = spoiled(plan, self._live.values())
+        self.blocks.forget(since=plan.step)
+        self.advance(plan, 1, now, gone)
+        return tuple(gone)
+
+    def extend(self, rid: int, keys: Iterable[bytes]) -> None:
+        """The next full blocks of a request have these keys; all their positions are in steps advanced, or about to be."""
+        seq = self._live.get(rid)
+        if seq is None:
+            return
+        seq.keys += keys
+        if seq.state in (State.RUNNING, State.PAUSED):
+            publish(self.blocks, seq, len(seq.keys) * self.blocks.block_tokens)
+
     # -- plan: blocks for those that run
 
     def _grow(self, step: int) -> list[Grant]:
         """One block to each that cannot decode in `step` without; who gets none is paused."""
         due = self._running.due(step)
-        if self._paused or len(due) > self.blocks.num_free:
+        if self._paused or len(due) > self.blocks.num_available:
             return self._grow_scarce(step, sorted([*self._paused.values(), *due], key=_order))
         grants: list[Grant] = []
         if due:
             blocks = self.blocks.allocate(len(due))
-            assert blocks is not None, f"{self.blocks.num_free=} but {len(due)} blocks were refused"
+            assert blocks is not None, f"{self.blocks.num_available=} but {len(due)} blocks were refused"
             for seq, block in zip(due, blocks, strict=True):
                 seq.blocks.append(block)
                 grants.append(Grant(seq.rid, (block,)))
@@ -239,6 +261,7 @@ class Batcher:
         chunks.append(Chunk(seq.rid, start, count, samples))
         if samples:
             joined.append(seq)
+        publish(self.blocks, seq, seq.computed, self._step)
         return count
 
     def _admit(self, now: float) -> Seq | None:
@@ -249,23 +272,19 @@ class Batcher:
         # a preempted one waits until all its tokens are known: none is in a step that has not been advanced
         if seq is None or not self._flights.advanced(seq.last):
             return None
-        needed = -(-seq.total // self.blocks.block_tokens)
         alone = not self._active and not self._flights
         if self._step < self._retry_step and self.blocks.num_released == self._refused_at and not alone:
             return None
         # the others will grow
-        blocks = self.blocks.allocate(needed, headroom=len(self._active) // 8)
-        if blocks is None and alone:
-            blocks = self.blocks.allocate(needed, urgent=True)
-        if blocks is None:
+        if not claim(self.blocks, seq, len(self._active) // 8, alone):
             self._retry_step = self._step + RETRY_STEPS
             self._refused_at = self.blocks.num_released
             return None
         self._queue.pop()
+        self._joins.append(seq.rid)
         if seq.order < 0:
             seq.order = self._num_admitted
             self._num_admitted += 1
-        seq.blocks = blocks
         seq.state = State.PREFILLING
         self._active[seq.rid] = self._prefilling[seq.rid] = seq
         return seq
@@ -306,7 +325,7 @@ class Batcher:
             assert not flight.ending, (
                 f"a request ended in step {step - 1}, {k} steps from {first} are no repetition"
             )
-            assert self._running.num_due(step) <= self.blocks.num_free, f"step {step} is short of blocks"
+            assert self._running.num_due(step) <= self.blocks.num_available, f"step {step} is short of blocks"
             self._grow(step)
             flight.ending = self._running.tick(step)
         self._step = first + k
@@ -342,6 +361,7 @@ class Batcher:
         """Its table is to be dropped; its blocks come free when the newest step that names them is advanced."""
         self._left.append(seq.rid)
         blocks, seq.blocks = seq.blocks, []
+        blocks.reverse()  # the end goes from the cache first: without its beginning it is not found
         self._flights.release(blocks, seq.last)
 
     # -- invariants
@@ -363,7 +383,7 @@ class Batcher:
                 assert len(seq.blocks) == -(-seq.total // P), (
                     f"request {rid}: {len(seq.blocks)=} {seq.total=}"
                 )
-                assert 0 <= seq.computed < seq.total, f"request {rid}: {seq.computed=} {seq.total=}"
+                assert seq.keyed * P <= seq.computed < seq.total, f"{rid=} {seq.computed=} {seq.total=}"
             if seq.state is State.PAUSED:
                 assert len(seq.blocks) * P == seq.total - 1, f"request {rid}: {len(seq.blocks)=} {seq.total=}"
         assert self._active.keys() <= self._live.keys(), "an active request does not live"
@@ -372,12 +392,7 @@ class Batcher:
         freed = self._flights.held()
         held = [s.blocks for s in self._active.values()]
         assert self._flights.pending == sum(map(len, freed)), f"{self._flights.pending=} {freed=}"
-        assert self.blocks.num_live == sum(map(len, freed + held)), (
-            f"{self.blocks.num_live=} are not all held"
-        )
-        assert len({b for blocks in freed + held for b in blocks}) == self.blocks.num_live, (
-            "a block is held twice"
-        )
+        check_held(self.blocks, freed + held)
 
 
 def _order(seq: Seq) -> int:

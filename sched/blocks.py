@@ -1,17 +1,21 @@
-"""Blocks of one model: allocated one by one out of leased slab sets, counted by references.
+"""Blocks of one model: allocated one by one out of leased slab sets, counted by references, and cached by their content.
 
 A block id is set << SLOT_BITS | slot and stands for the KV of `block_tokens` tokens in every layer.  Sets are leased
 from the source when the free blocks run out, and given back as they empty, save one that is kept against flutter.
 Released means reusable at once: whoever releases must know that no planned step still names the block.
+
+A full block may be published under a key (sched/prefix.py).  When its last reference goes it is idle: still found under
+its key, and evicted for whoever needs a block once the source gives no more sets, the one longest out of use first.
 """
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 
 
 class BlockPool:
-    """`num_free` counts free blocks in the sets held now; `allocate` may lease more."""
+    """A block of a set held is free, live (somebody refers to it) or idle.  `allocate` may lease more sets."""
 
     def __init__(self, source: SetSource, slots: int, block_tokens: int) -> None:
         if not 1 <= slots <= MAX_SLOTS:
@@ -23,6 +27,7 @@ class BlockPool:
         self.block_tokens = block_tokens
         self.num_free = 0
         self.num_released = 0  # ever: a refusal is worth no second try before it has grown
+        self.num_evicted = 0  # ever: idle blocks that were forgotten for want of a free one
         self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
         self._live: set[int] = set()
         self._shared: dict[int, int] = {}  # references beyond the first, where there are any
@@ -32,25 +37,52 @@ class BlockPool:
         self._current_free: list[int] = []
         self._open: dict[int, list[int]] = {}
         self._empty: list[int] = []
+        self._by_key: dict[bytes, int] = {}
+        self._cached: dict[int, tuple[bytes, int]] = {}  # block -> its key, and the step that wrote it
+        self._idle: OrderedDict[int, None] = OrderedDict()  # longest out of use first
+        self._idle_in: dict[int, int] = {}  # set -> its idle blocks, where there are any
+        self._spare: dict[int, None] = {}  # sets with idle blocks and no live one, longest out of use first
+        self._ask_at = 0  # num_evicted from which on the source is asked again before something is evicted
 
     @property
     def num_sets(self) -> int:
         return len(self._free)
 
     @property
+    def num_spare_sets(self) -> int:
+        """Sets that `give_up` could give back now."""
+        return len(self._empty) + len(self._spare)
+
+    @property
     def num_live(self) -> int:
         return len(self._live)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that can be found by their key, live or idle."""
+        return len(self._cached)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks to be had without a lease: free ones, and idle ones that would be evicted."""
+        return self.num_free + len(self._idle)
 
     def allocate(self, n: int, *, headroom: int = 0, urgent: bool = False) -> list[int] | None:
         """`n` blocks with one reference each, or None and no change.
 
-        `headroom` free blocks must be left over.  `urgent` may lease from the liveness reserve.
+        `headroom` blocks must be left available.  `urgent` may lease from the liveness reserve, when nothing is idle.
         """
-        if n + headroom > self.num_free and not self._lease_for(n + headroom, urgent):
+        if n + headroom > self.num_free and not self._make_room(n, headroom, urgent):
             return None
         taken: list[int] = []
         while n:
             free = self._current_free or self._next_set()
+            if self._spare and self._current is not None:
+                self._spare.pop(self._current, None)
             part = free[-n:]
             del free[-n:]
             part.reverse()
@@ -61,14 +93,20 @@ class BlockPool:
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each of these live blocks."""
+        """One more reference to each of these blocks, which are live or idle."""
         for block in blocks:
-            if block not in self._live:
+            if block in self._live:
+                self._shared[block] = self._shared.get(block, 0) + 1
+            elif block in self._idle:
+                self._leave_idle(block)
+                self._spare.pop(block >> SLOT_BITS, None)
+                self._live.add(block)
+            else:
                 raise _not_allocated(block)
-            self._shared[block] = self._shared.get(block, 0) + 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One reference less; the last one frees the block, and its set may go back to the source."""
+        """One reference less.  The last one frees the block, and its set may go back to the source; or makes it idle:
+        those released first are the first to be evicted."""
         for block in blocks:
             if block not in self._live:
                 raise _not_allocated(block)
@@ -76,33 +114,133 @@ class BlockPool:
             if extra > 1:
                 self._shared[block] = extra - 1
             elif not extra:
-                self._free_block(block)
+                self._live.remove(block)
+                self.num_released += 1
+                if block in self._cached:
+                    self._rest(block)
+                else:
+                    self._free_block(block)
 
     def trim(self) -> None:
         """Give back every empty set."""
         while self._empty:
             self._give_back(self._empty[-1])
 
+    # -- the cache
+
+    def publish(self, blocks: Sequence[int], keys: Sequence[bytes], step: int = -1) -> None:
+        """From now on these live blocks are found under their keys; `step` writes them, -1: it has been done.
+
+        Where a key leads to another block already, that one stays.
+        """
+        for block, key in zip(blocks, keys, strict=True):
+            if block not in self._live:
+                raise _not_allocated(block)
+            if key not in self._by_key and block not in self._cached:
+                self._by_key[key] = block
+                self._cached[block] = key, step
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The cached blocks of the longest known beginning of `keys`.  They may be gone after the next `allocate`."""
+        found: list[int] = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def written(self, blocks: Iterable[int]) -> int:
+        """The newest step that writes one of these cached blocks, as it was published; -1 for none."""
+        return max((self._cached[block][1] for block in blocks), default=-1)
+
+    def forget(self, since: int = -1) -> None:
+        """Blocks that are written in step `since` or later are cached no more: none at all, by default."""
+        for block, (key, step) in list(self._cached.items()):
+            if step < since:
+                continue
+            if block in self._idle:
+                self._evict(block)
+            else:
+                del self._cached[block], self._by_key[key]
+        self._keep_one()
+
+    def give_up(self, n: int) -> int:
+        """Gives back at most `n` sets that no request needs, and says how many: empty ones, then those of idle blocks
+        alone, longest out of use first."""
+        given = 0
+        while given < n and (self._empty or self._spare):
+            if not self._empty:
+                self._clear(next(iter(self._spare)))
+            self._give_back(self._empty[-1])
+            given += 1
+        return given
+
+    def _rest(self, block: int) -> None:
+        """The last reference to a cached block is gone."""
+        set_id = block >> SLOT_BITS
+        self._idle[block] = None
+        idle = self._idle_in[set_id] = self._idle_in.get(set_id, 0) + 1
+        if idle + len(self._free[set_id]) == self.slots:
+            self._spared(set_id)
+
+    def _spared(self, set_id: int) -> None:
+        """No live block is left in the set, but idle ones are."""
+        if set_id in self._urgent:
+            self._clear(set_id)
+            self._give_back(set_id)
+        else:
+            self._spare[set_id] = None
+
+    def _clear(self, set_id: int) -> None:
+        first = set_id << SLOT_BITS
+        for block in range(first, first + self.slots):
+            if block in self._idle:
+                self._evict(block)
+
+    def _evict(self, block: int) -> None:
+        key, _ = self._cached.pop(block)
+        del self._by_key[key]
+        self._leave_idle(block)
+        self._put_free(block)
+
+    def _leave_idle(self, block: int) -> None:
+        set_id = block >> SLOT_BITS
+        del self._idle[block]
+        if self._idle_in[set_id] > 1:
+            self._idle_in[set_id] -= 1
+        else:
+            del self._idle_in[set_id]
+
+    # -- sets
+
     def _free_block(self, block: int) -> None:
+        self._put_free(block)
+        set_id = block >> SLOT_BITS
+        free = len(self._free[set_id])
+        if free == self.slots:
+            # what came out of the liveness reserve is not for keeping: another model may need it to move at all
+            if set_id in self._urgent:
+                self._give_back(set_id)
+            self._keep_one()
+        elif self._idle_in and free + self._idle_in.get(set_id, 0) == self.slots:
+            self._spared(set_id)
+
+    def _put_free(self, block: int) -> None:
         set_id = block >> SLOT_BITS
         free = self._free[set_id]
         free.append(block)
-        self._live.remove(block)
         self.num_free += 1
-        self.num_released += 1
         if len(free) == self.slots:
-            self._emptied(set_id)
+            if set_id == self._current:
+                self._current, self._current_free = None, []
+            self._open.pop(set_id, None)
+            self._spare.pop(set_id, None)
+            self._empty.append(set_id)
         elif len(free) == 1 and set_id != self._current:
             self._open[set_id] = free
 
-    def _emptied(self, set_id: int) -> None:
-        if set_id == self._current:
-            self._current, self._current_free = None, []
-        self._open.pop(set_id, None)
-        self._empty.append(set_id)
-        # what came out of the liveness reserve is not for keeping: another model may need it to move at all
-        if set_id in self._urgent:
-            self._give_back(set_id)
+    def _keep_one(self) -> None:
         while len(self._empty) > 1:
             self._give_back(self._empty[-1])
 
@@ -116,28 +254,41 @@ class BlockPool:
             self._current_free = self._free[self._current]
         return self._current_free
 
-    def _lease_for(self, wanted: int, urgent: bool) -> bool:
-        leased: list[int] = []
-        while self.num_free < wanted:
-            set_id = self.source.lease()
-            if set_id is None and urgent:
-                set_id = self.source.lease(urgent=True)
-                if set_id is not None:
-                    self._urgent.add(set_id)
-            if set_id is None:
+    def _make_room(self, n: int, headroom: int, urgent: bool) -> bool:
+        """`n` free blocks.  Sets are leased as long as there are any, so that what is cached stays."""
+        needed = n + headroom - len(self._idle)  # free blocks, were all idle ones to go
+        # a full pool is not asked for each block that takes the place of an idle one
+        if self.num_free < needed or self.num_evicted >= self._ask_at:
+            leased: list[int] = []
+            wanted = max(n, needed)
+            while self.num_free < wanted and self._lease(leased, urgent=False):
+                pass
+            if self.num_free < wanted:
+                self._ask_at = self.num_evicted + self.slots
+            while urgent and self.num_free < needed and self._lease(leased, urgent=True):
+                pass
+            if self.num_free < needed:
                 for set_id in reversed(leased):
                     self._give_back(set_id)
                 return False
-            self._take(set_id)
-            leased.append(set_id)
+        while self.num_free < n:
+            self._evict(next(iter(self._idle)))
+            self.num_evicted += 1
         return True
 
-    def _take(self, set_id: int) -> None:
+    def _lease(self, leased: list[int], *, urgent: bool) -> bool:
+        set_id = self.source.lease(urgent=True) if urgent else self.source.lease()
+        if set_id is None:
+            return False
+        if urgent:
+            self._urgent.add(set_id)
         assert set_id not in self._free, f"set {set_id} was leased twice"
         first = set_id << SLOT_BITS
         self._free[set_id] = list(range(first + self.slots - 1, first - 1, -1))
         self._empty.append(set_id)
         self.num_free += self.slots
+        leased.append(set_id)
+        return True
 
     def _give_back(self, set_id: int) -> None:
         assert len(self._free[set_id]) == self.slots, f"set {set_id} still holds blocks"
@@ -147,15 +298,20 @@ class BlockPool:
         self.num_free -= self.slots
         self.source.give_back(set_id)
 
+    # -- invariants
+
+    def references(self) -> dict[int, int]:
+        """How often each live block is referred to."""
+        return {block: 1 + self._shared.get(block, 0) for block in self._live}
+
     def check(self) -> None:
         """Recounts everything.  Raises AssertionError where the structures disagree."""
         free_blocks = {block for free in self._free.values() for block in free}
         all_blocks = {s << SLOT_BITS | slot for s in self._free for slot in range(self.slots)}
+        held = self._live | self._idle.keys()
         assert self.num_free == sum(map(len, self._free.values())) == len(free_blocks), f"{self.num_free=}"
-        assert not free_blocks & self._live, f"{free_blocks & self._live} are both free and held"
-        assert free_blocks | self._live == all_blocks, (
-            f"{free_blocks ^ self._live ^ all_blocks} are lost or foreign"
-        )
+        assert not free_blocks & held, f"{free_blocks & held} are both free and held"
+        assert free_blocks | held == all_blocks, f"{free_blocks ^ held ^ all_blocks} are lost or foreign"
         assert self._shared.keys() <= self._live, f"{self._shared.keys() - self._live} are shared but free"
         for set_id, free in self._free.items():
             assert {block >> SLOT_BITS for block in free} <= {set_id}, (
@@ -168,6 +324,25 @@ class BlockPool:
         assert len(set(self._empty)) == len(self._empty), f"{self._empty=}"
         assert self._urgent <= self._free.keys(), f"{self._urgent=} not held"
         assert set(self._open) <= self._free.keys(), "open sets not held"
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        idle = self._idle.keys()
+        assert not self._live & idle, f"{self._live & idle} are both live and idle"
+        assert idle <= self._cached.keys() <= self._live | idle, (
+            "a free block is cached, or an idle one is not"
+        )
+        assert len(self._by_key) == len(self._cached), f"{len(self._by_key)=} {len(self._cached)=}"
+        assert all(self._by_key[key] == block for block, (key, _) in self._cached.items()), (
+            "keys are mixed up"
+        )
+        counts: dict[int, int] = {}
+        for block in idle:
+            counts[block >> SLOT_BITS] = counts.get(block >> SLOT_BITS, 0) + 1
+        assert counts == self._idle_in, f"{counts=} {self._idle_in=}"
+        spare = {s for s, count in counts.items() if count + len(self._free[s]) == self.slots}
+        assert spare == self._spare.keys(), f"{spare=} {self._spare=}"
+        assert not spare & self._urgent, f"{spare & self._urgent} are kept, but are of the liveness reserve"
 
 
 def _not_allocated(block: int) -> ValueError:

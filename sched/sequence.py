@@ -28,6 +28,8 @@ class Seq:
         "end",
         "epoch",
         "first_s",
+        "keyed",
+        "keys",
         "last",
         "order",
         "phase",
@@ -35,6 +37,7 @@ class Seq:
         "request",
         "rid",
         "serial",
+        "source",
         "state",
     )
 
@@ -50,6 +53,9 @@ class Seq:
         self.last = -1  # newest step that names it; while running, every planned step does
         self.first_s: float | None = None  # when its first token came out
         self.blocks: list[int] = []
+        self.keys = list(request.keys)  # of its full blocks, as far as they are known
+        self.keyed = 0  # blocks that were found in the cache or published
+        self.source = -1  # newest step that was to write a block found in the cache, -1: all were written
         # set while running: the step of its last token, its place in the ring, and a stamp for lazy deletion
         self.end = -1
         self.phase = -1

@@ -17,6 +17,8 @@ class Request:
     """One sequence to compute.  Times in seconds on the clock whose `now` is handed to the Batcher.
 
     `ttft_s` and `tpot_s` are the SLO: first token within `ttft_s` of `arrival_s`, then one every `tpot_s`.
+    `keys` name the full blocks of the prompt (sched/prefix.py), none where it is not to be cached; `reads_cache` false:
+    all of it is computed, though others may use it then.
     """
 
     rid: int
@@ -28,7 +30,8 @@ class Request:
     priority: int = 0
     tenant: str = ""
     adapter_id: int = 0
-    cache_salt: str = ""
+    keys: tuple[bytes, ...] = ()
+    reads_cache: bool = True
 
 
 class Chunk(NamedTuple):
@@ -52,8 +55,9 @@ class StepPlan:
     """One forward pass.  Rows are `decode` (one token a request, each sampled), then `chunks`, in this order.
 
     `left` are requests whose block table is to be dropped first (ended, aborted or preempted since the last plan); a
-    preempted one may come back in the same plan with a chunk from position 0.  The step is predicted to take
-    `seconds`, and `slope` more each time it is repeated with one more token of context a request.
+    preempted one may come back in the same plan.  `joins` are requests that enter, or enter again: their first chunk is
+    here, and starts where the cached part of their tokens ends.  The step is predicted to take `seconds`, and `slope`
+    more each time it is repeated with one more token of context a request.
     """
 
     step: int
@@ -61,6 +65,7 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     grants: tuple[Grant, ...]
     left: tuple[int, ...]
+    joins: tuple[int, ...] = ()
     seconds: float = 0.0
     slope: float = 0.0
 

@@ -31,8 +31,8 @@ ORDER = {
         __main__
     """,
     "sched": """
-        step slabs other_pools quota blocks latency
-        limits sequence flights waiting running batching
+        step slabs other_pools quota prefix blocks latency
+        limits sequence flights claims waiting running batching
     """,
     "minserve": """
         sampling schema overrides config
