@@ -31,7 +31,16 @@ from kernels.spec import Case, KernelSpec, case
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 90
-ELEMENT_WISE = ("rmsnorm", "silu_mul", "quant_rows", "rope_kv_write", "kv_dequant", "sample", "linear")
+ELEMENT_WISE = (
+    "rmsnorm",
+    "silu_mul",
+    "quant_rows",
+    "rope_kv_write",
+    "kv_dequant",
+    "kv_to_fp8",
+    "sample",
+    "linear",
+)
 MATMUL = ("gemm_w4a8", "gemm_w8a8", "w4_to_w8")
 # sequences and their context, or their prompt
 LOADS = [(1, 1024), (16, 1024), (64, 1024)]

@@ -91,7 +91,7 @@ def attention(
 ) -> Tensor | QuantRows:
     """o_THK, or its rows' codes with `quant` (int8 or fp8).  The step says whether it is deterministic, and which path
     it was built for.  `int8_qk`: on a GPU, decodes over int8 and 4 bit keys take queries of 8 bits instead of 16.
-    `fp8_prefill`: there, chunks over fp8 keys and values are multiplied in fp8 (prefill_fp8)."""
+    `fp8_prefill`: there, chunks over fp8 and int4 keys and values are multiplied in fp8 (prefill_fp8)."""
     lay = step.layout
     assert q_THK.is_contiguous(), f"{q_THK.stride()=}"
     assert len(q_THK) == step.num_tokens, f"{q_THK.shape=} {step.num_tokens=}"

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ from kernels.kv_dequant import kv_dequant_triton
 from kernels.kv_layout import SLOT_BITS, KvLayout
 from kernels.kv_read import FLOAT_DTYPES
 from kernels.kv_step import KvStep
+from kernels.kv_to_fp8 import kv_to_fp8
 from kernels.kv_work import CHUNK_TOKENS, chunk_items, scratch_tables
 from kernels.launch import GpuFacts, cdiv, default_device, gpu_facts, launch
 from kernels.prefill_fp8 import prefill_fp8, rounded_queries, takes_fp8
 from kernels.prefill_tile import (
     TL_DTYPES,
     UNIT_BYTES,
+    Keys,
     attend_ahead,
     attend_range,
     pool_sizes,
@@ -158,10 +160,10 @@ def attn_prefill(
     config: AttnPrefillConfig | None = None,
     fp8: bool = False,
 ) -> None:
-    """Writes the rows of `out_THK` that belong to chunks.  `fp8`: over an fp8 pool, multiply in fp8 where there is a
-    kernel for it: queries and probabilities are rounded to e4m3 then."""
+    """Writes the rows of `out_THK` that belong to chunks.  `fp8`: over an fp8 or int4 pool, multiply in fp8 where
+    there is a kernel for it: queries and probabilities are rounded to e4m3 then."""
     if fp8 and takes_fp8(gpu_facts(q_THK.device), step.layout):
-        prefill_fp8(out_THK, q_THK, pool, step, layer, scale)
+        prefill_fp8(out_THK, q_THK, _keys_in_fp8(pool, step, layer), step.work.chunk_X4, scale)
         return
     _, H, K = q_THK.shape
     keys = _keys(pool, step, layer, q_THK.dtype)
@@ -203,30 +205,27 @@ def attn_prefill(
     )
 
 
-class _Keys(NamedTuple):
-    """Where a layer's keys and values are read from."""
-
-    pool: Tensor
-    layout: KvLayout
-    slab_table_SL: Tensor
-    block_BN: Tensor
-    layer: int
-    slot_bits: int
-
-
-def _keys(pool: Tensor, step: KvStep, layer: int, q_dtype: torch.dtype) -> _Keys:
+def _keys(pool: Tensor, step: KvStep, layer: int, q_dtype: torch.dtype) -> Keys:
     """The pool itself, or the chunks' blocks of this layer dequantized: once a layer, not once a tile of queries."""
     lay, work = step.layout, step.work
     if not lay.quantized:
-        return _Keys(pool, lay, step.slab_table_SL, work.block_BN, layer, SLOT_BITS)
+        return Keys(pool, lay, step.slab_table_SL, work.block_BN, layer, SLOT_BITS)
     fmt = next(fmt for fmt, held in FLOAT_DTYPES.items() if held == q_dtype)
-    wide = KvLayout(fmt, lay.num_kv_heads, lay.head_dim, lay.block_tokens)
+    wide = lay.with_format(fmt)
     scratch = torch.empty(len(work.scratch_X2) * wide.block_bytes, dtype=torch.uint8, device=pool.device)
     kv_dequant_triton(scratch, pool, lay, step.slab_table_SL, work.scratch_X2, layer, fmt)
-    # one slab that begins at 0 holds it all
-    return _Keys(
-        scratch, wide, torch.zeros(1, 1, dtype=torch.int64, device=pool.device), work.scratch_BN, 0, 30
-    )
+    return Keys.of_scratch(scratch, wide, work.scratch_BN)
+
+
+def _keys_in_fp8(pool: Tensor, step: KvStep, layer: int) -> Keys:
+    """The pool itself, or the chunks' int4 blocks of this layer as fp8."""
+    lay, work = step.layout, step.work
+    if lay.fmt == "fp8":
+        return Keys(pool, lay, step.slab_table_SL, work.block_BN, layer, SLOT_BITS)
+    wide = lay.with_format("fp8")
+    scratch = torch.empty(len(work.scratch_X2) * wide.block_bytes, dtype=torch.uint8, device=pool.device)
+    kv_to_fp8(scratch, pool, lay, step.slab_table_SL, work.scratch_X2, layer)
+    return Keys.of_scratch(scratch, wide, work.scratch_BN)
 
 
 def _spans(c: Case) -> tuple[tuple[int, int, int], ...]:
@@ -322,9 +321,9 @@ def _candidates(c: Case, gpu: GpuFacts) -> Iterator[AttnPrefillConfig]:
 def _serving(shape: ModelShape) -> tuple[Case, ...]:
     H, G, K = shape.H, shape.G, shape.K
     return tuple(
-        case(torch.bfloat16, chunk=chunk, context=context, fmt=fmt, H=H, G=G, K=K, fp8=fmt == "fp8")
+        case(torch.bfloat16, chunk=chunk, context=context, fmt=fmt, H=H, G=G, K=K, fp8=fmt != "bf16")
         for chunk, context in ((1024, 0), (8192, 0), (2048, 6144))
-        for fmt in ("bf16", "fp8")
+        for fmt in ("bf16", "fp8", "int4")
     )
 
 
@@ -360,6 +359,7 @@ SPEC = KernelSpec(
         case(torch.bfloat16, chunk=70, context=0, fmt="fp8", H=4, G=1, K=128, fp8=True),
         case(torch.bfloat16, spans=((0, 31, 3), (1, 130, 33)), fmt="fp8", H=3, G=1, K=64, fp8=True),
         case(torch.float16, spans=((0, 40, 50), (1, 130, 33)), fmt="fp8", H=1, G=1, K=80, fp8=True),
+        case(torch.bfloat16, spans=((0, 31, 3), (1, 130, 33)), fmt="int4", H=4, G=2, K=64, fp8=True),
     ),
     compiles=tuple(
         case(dtype, chunk=9, context=0, fmt=fmt, H=heads * 2, G=2, K=K)

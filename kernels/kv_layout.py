@@ -102,5 +102,9 @@ class KvLayout:
     def block_bytes(self) -> int:
         return self.head_bytes * self.num_kv_heads
 
+    def with_format(self, fmt: str) -> "KvLayout":
+        """Of as many heads, dims and tokens a block, in another format."""
+        return KvLayout(fmt, self.num_kv_heads, self.head_dim, self.block_tokens)
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)

@@ -1,4 +1,4 @@
-"""Prefill attention with both products in e4m3 over an fp8 pool, as FireQ does it: queries, keys, values, probabilities.
+"""Prefill attention with both products in e4m3 over fp8 keys and values, as FireQ does it: queries, keys, values, probabilities.
 
 Queries are quantized here, per token and head.  V is stored transposed, which is what fp8 products want; K's rows are
 taken in an order that leaves the probabilities, once they are fp8, in the registers where the second product reads them.
@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_layout import SLOT_BITS, KvLayout
-from kernels.kv_step import KvStep
+from kernels.kv_layout import KvLayout
 from kernels.kv_work import CHUNK_TOKENS
 from kernels.launch import GpuFacts, cdiv, gpu_facts, launch
-from kernels.prefill_tile import pool_sizes, slab_at, tile_rows, unit_at
+from kernels.prefill_tile import Keys, pool_sizes, slab_at, tile_rows, unit_at
 
 WIDEST = 128  # head dims beyond it leave no registers
 TURN = 32  # keys: what fp8 products add up at once
@@ -252,12 +251,14 @@ def rounded_queries(q_THK: Tensor) -> Tensor:
 def takes_fp8(gpu: GpuFacts, layout: KvLayout) -> bool:
     """Whether there is a kernel for it here; otherwise prefill attends in 16 bit."""
     wide_blocks = layout.block_tokens % TURN == 0
-    return layout.fmt == "fp8" and gpu.capability >= 89 and layout.head_dim <= WIDEST and wide_blocks
+    return (
+        layout.fmt in ("fp8", "int4") and gpu.capability >= 89 and layout.head_dim <= WIDEST and wide_blocks
+    )
 
 
-def prefill_fp8(out_THK: Tensor, q_THK: Tensor, pool: Tensor, step: KvStep, layer: int, scale: float) -> None:
+def prefill_fp8(out_THK: Tensor, q_THK: Tensor, keys: Keys, chunk_X4: Tensor, scale: float) -> None:
     """Writes the rows of `out_THK` that belong to chunks."""
-    lay, work = step.layout, step.work
+    lay = keys.layout
     _, H, K = q_THK.shape
     G, gpu = lay.num_kv_heads, gpu_facts(q_THK.device)
     assert takes_fp8(gpu, lay), f"{gpu=} {lay=}"
@@ -265,23 +266,23 @@ def prefill_fp8(out_THK: Tensor, q_THK: Tensor, pool: Tensor, step: KvStep, laye
     parts = cdiv(CHUNK_TOKENS, tokens)
     launch(
         _prefill_fp8_kernel,
-        (len(work.chunk_X4) * parts * G,),
+        (len(chunk_X4) * parts * G,),
         out_THK,
         q_THK,
-        pool.view(torch.float8_e4m3fn),
-        pool.view(torch.int32),
-        step.slab_table_SL,
-        work.block_BN,
-        work.chunk_X4,
-        step.slab_table_SL.stride(0),
-        work.block_BN.stride(0),
-        layer,
+        keys.pool.view(torch.float8_e4m3fn),
+        keys.pool.view(torch.int32),
+        keys.slab_table_SL,
+        keys.block_BN,
+        chunk_X4,
+        keys.slab_table_SL.stride(0),
+        keys.block_BN.stride(0),
+        keys.layer,
         scale * math.log2(math.e),
         H=H,
         G=G,
         K=K,
         **pool_sizes(lay),
-        SLOT_BITS=SLOT_BITS,
+        SLOT_BITS=keys.slot_bits,
         BLOCK_D=max(32, triton.next_power_of_2(K)),
         BM=128,
         BN=TURN,

@@ -6,9 +6,12 @@ Ids and slab offsets of blocks are read one and two turns ahead: a look-up insid
 Addresses are in units of 16 bytes.  Softmax state is fp32 in base 2; -1e30 stands for minus infinity.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.kv_layout import KvLayout
 from kernels.kv_read import FLOAT_DTYPES
@@ -29,6 +32,23 @@ def pool_sizes(layout: KvLayout) -> dict[str, int]:
         "BLOCK_UNITS": layout.block_bytes // UNIT_BYTES,
         "HEAD_UNITS": layout.head_bytes // UNIT_BYTES,
     }
+
+
+class Keys(NamedTuple):
+    """Where a layer's keys and values are read from."""
+
+    pool: Tensor
+    layout: KvLayout
+    slab_table_SL: Tensor
+    block_BN: Tensor
+    layer: int
+    slot_bits: int
+
+    @classmethod
+    def of_scratch(cls, scratch: Tensor, layout: KvLayout, block_BN: Tensor) -> "Keys":
+        """Blocks that lie one after the other: one slab that begins at 0 holds them all."""
+        nowhere = torch.zeros(1, 1, dtype=torch.int64, device=scratch.device)
+        return cls(scratch, layout, nowhere, block_BN, 0, 30)
 
 
 @triton.jit
