@@ -130,6 +130,7 @@ class ModelEntry:
     kv_block_tokens: int | None = key(maybe(integer(16, 256), "auto"), None)
     int8_qk: bool = key(boolean(), False)
     fp8_prefill: bool = key(boolean(), False)
+    fp8_queries: bool = key(boolean(), False)
     max_model_len: int | None = key(maybe(integer(1, 1 << 24), "auto"), None)
     max_num_seqs: int = key(integer(1, 65536), 256)
     max_num_batched_tokens: int = key(integer(1, 1 << 20), 2048)

@@ -59,6 +59,10 @@ def check_kernels(resolved: ResolvedModel, device: torch.device) -> None:
     for name in ("int8_qk", "fp8_prefill"):
         if getattr(entry, name) and not on_gpu:
             raise ValueError(f"models[{entry.name}].{name} must be false on {device}: it is a GPU's")
+    if entry.fp8_queries and on_gpu and gpu_facts(device).capability < 89:
+        raise ValueError(
+            f"models[{entry.name}].fp8_queries must be false: it needs sm_89 or later, got sm_{gpu_facts(device).capability}"
+        )
     if entry.fp8_prefill and not takes_fp8(gpu_facts(device), resolved.layout):
         raise ValueError(
             f"models[{entry.name}].fp8_prefill must be false: it needs sm_89 or later and a head_dim of at most {WIDEST}, "
@@ -84,7 +88,7 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         lm_head=entry.lm_head,
     ) as source:
         llama = build_llama(config, source, rope, resolved.kv)
-    llama = dataclasses.replace(llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill)
+    llama = dataclasses.replace(llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill, fp8_queries=entry.fp8_queries)
     return LoadedModel(resolved, llama, source.report)
 
 

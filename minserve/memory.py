@@ -74,6 +74,8 @@ def activations(r: ResolvedModel, tokens: int) -> int:
     """Of a step of so many rows, up to the logits: all tensors of a layer at once, and the parts of attention."""
     c, width = r.config, FLOAT_BYTES[r.dtype]
     row = 4 * c.hidden_size + 3 * c.intermediate_size + 3 * c.q_size + 2 * c.kv_size
+    if r.entry.fp8_queries:  # codes, and what they stand for as float32 and as queries
+        row += 4 * c.q_size
     slots = DECODE_ITEMS // c.num_kv_heads * wide_tokens(c.head_dim, c.num_heads // c.num_kv_heads)
     if r.entry.deterministic:
         slots = tokens * -(-r.max_model_len // SPLIT_TOKENS)
@@ -81,10 +83,13 @@ def activations(r: ResolvedModel, tokens: int) -> int:
 
 
 def prefill_scratch(r: ResolvedModel) -> int:
-    """A layer's keys and values of all chunks of a step, in the model's type; prefill in fp8 and single tokens have none."""
+    """A layer's keys and values of all chunks of a step, in the model's type or, for prefill in fp8, in that; single
+    tokens have none, and what is fp8 already."""
     layout, entry = r.layout, r.entry
-    if not layout.quantized or entry.fp8_prefill or entry.deterministic:
+    if not layout.quantized or entry.deterministic or (entry.fp8_prefill and layout.fmt == "fp8"):
         return 0
     token = 2 * layout.num_kv_heads * layout.head_dim * FLOAT_BYTES[r.dtype]
+    if entry.fp8_prefill:
+        token = layout.with_format("fp8").block_bytes // layout.block_tokens
     most = entry.max_num_seqs * layout.blocks_for(r.max_model_len) * layout.block_tokens
     return min(SCRATCH_BYTES * FLOAT_BYTES[r.dtype] // 2, most * token)

@@ -21,6 +21,7 @@ from minserve.kv_use import KvUse
 from minserve.linear import Linear
 from minserve.model_config import LlamaConfig
 from minserve.rope import RopeTables
+from minserve.rows import rounded_in_fp8
 from minserve.weights import WeightSource
 
 
@@ -39,7 +40,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Llama:
-    """A loaded model.  `rope` reaches to the longest position ever asked for; `int8_qk` and `fp8_prefill`: see attention."""
+    """A loaded model.  `rope` reaches to the longest position ever asked for; `int8_qk` and `fp8_prefill`: see attention;
+    `fp8_queries`: they see queries rounded to fp8."""
 
     config: LlamaConfig
     embed_VD: Tensor
@@ -49,6 +51,7 @@ class Llama:
     rope: RopeTables
     int8_qk: bool = False
     fp8_prefill: bool = False
+    fp8_queries: bool = False
 
     def hidden(
         self, ids_T: Tensor, step: KvStep, pool: Tensor, *, deterministic: bool = False
@@ -67,6 +70,8 @@ class Llama:
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
             cos_MK, sin_MK = self.rope.cos_MK, self.rope.sin_MK
             q_THK = rope_kv_write(qkv_TX, cos_MK, sin_MK, pool, step, layer, c.num_heads, b.kv)
+            if self.fp8_queries:
+                q_THK = rounded_in_fp8(q_THK)
             o = attention(q_THK, pool, step, layer, scale, b.o.wants, self.int8_qk, self.fp8_prefill)
             o_TX, o_scale_T = (o.flatten(1), None) if isinstance(o, Tensor) else o
             x_TD = b.o(o_TX, o_scale_T, deterministic=deterministic)

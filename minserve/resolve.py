@@ -107,8 +107,8 @@ def check_attention(entry: ModelEntry, dtype: str, fmt: str) -> None:
     if entry.int8_qk and (fmt not in ("int8", "int4", "int4z") or dtype == "fp32"):
         says = f"false unless kv_dtype is int8, int4 or int4z, here {fmt}, and dtype not fp32, here {dtype}"
         raise refuse(at.sub("int8_qk"), says, True)
-    if entry.fp8_prefill and (fmt != "fp8" or entry.deterministic):
-        says = f"false unless kv_dtype is fp8, here {fmt}, and deterministic false, here {show(entry.deterministic)}"
+    if entry.fp8_prefill and (fmt not in ("fp8", "int4") or entry.deterministic):
+        says = f"false unless kv_dtype is fp8 or int4, here {fmt}, and deterministic false, here {show(entry.deterministic)}"
         raise refuse(at.sub("fp8_prefill"), says, True)
 
 

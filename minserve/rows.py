@@ -36,6 +36,12 @@ def make_rows(
     return Rows(*quant_rows(x_TK, ROW_DTYPES[kind.dtype]))
 
 
+def rounded_in_fp8(x_THK: Tensor) -> Tensor:
+    """x as e4m3 over a scale for each token and head, in x's type: how FireQ's kernels take queries (2505.20839)."""
+    codes_XK, scale_X = quant_rows(x_THK.flatten(0, 1), FP8)
+    return (codes_XK.float() * scale_X[:, None]).to(x_THK.dtype).view_as(x_THK)
+
+
 def _static(x_TK: Tensor, dtype: torch.dtype, scale: Tensor, zero: Tensor | None) -> Rows:
     T = len(x_TK)
     # float32, as scale is: a 16-bit quotient would be rounded before it is a code

@@ -12,6 +12,7 @@ from minserve.config import Config
 from minserve.llm import kl_divergence
 from minserve.loading import check_kernels
 from minserve.resolve import ResolvedModel, resolve_model
+from minserve.rows import rounded_in_fp8
 from tests.e2e.test_triton_engine import DEVICE, on_triton
 from tests.tiny import write_llama
 
@@ -22,6 +23,8 @@ CASES: list[Any] = [
     pytest.param("int8_qk", "int4", 16, "_attn_decode_kernel", 2.8e-4, marks=pytest.mark.slow),
     pytest.param("int8_qk", "int4z", 16, "_attn_decode_kernel", 2.8e-4, marks=pytest.mark.slow),
     ("fp8_prefill", "fp8", 70, "_prefill_fp8_kernel", 7.5e-4),
+    ("fp8_prefill", "int4", 70, "_kv_to_fp8_kernel", 1.4e-3),
+    ("fp8_queries", "int4", 16, "_quant_rows_kernel", 1.1e-3),
 ]
 
 
@@ -52,6 +55,21 @@ def test_a_key_changes_what_the_kernel_multiplies(
     assert 1e-6 < kl_divergence(*found) < 3 * measured, f"{kl_divergence(*found):.1e}"
 
 
+def test_a_cpu_rounds_queries_too(folder: Path) -> None:
+    q_THK = torch.randn(3, 2, 16).bfloat16()
+    rounded = rounded_in_fp8(q_THK)
+    scale = q_THK.float().abs().amax(-1, keepdim=True) / 448
+    by_hand = (q_THK.float() / scale).to(torch.float8_e4m3fn).float() * scale
+    torch.testing.assert_close(rounded.float(), by_hand, rtol=2**-8, atol=0)
+    assert not torch.equal(rounded, q_THK)
+    options = {"device": "cpu", "max_model_len": 128, "pool_bytes": 4 << 20, "kv_dtype": "int4"}
+    found = []
+    for on in (False, True):
+        with LLM(folder, fp8_queries=on, **options) as llm:
+            found.append(llm.logits(IDS))
+    assert 1e-4 < kl_divergence(*found) < 3.3e-3, f"{kl_divergence(*found):.1e}"
+
+
 def resolved(folder: Path, **keys: Any) -> ResolvedModel:
     return resolve_model(Config.single(folder, **keys).models[0], "cpu")
 
@@ -63,7 +81,7 @@ def resolved(folder: Path, **keys: Any) -> ResolvedModel:
         ({"int8_qk": True, "dtype": "bf16", "kv_dtype": "fp8"}, "int8_qk must be false .* here fp8"),
         # the checkpoint is of float32
         ({"int8_qk": True, "kv_dtype": "int8"}, "int8_qk must be false .* dtype not fp32, here fp32"),
-        ({"fp8_prefill": True}, "fp8_prefill must be false unless kv_dtype is fp8, here fp32"),
+        ({"fp8_prefill": True}, "fp8_prefill must be false unless kv_dtype is fp8 or int4, here fp32"),
         ({"fp8_prefill": True, "kv_dtype": "int8"}, "fp8_prefill must be false .* here int8"),
         ({"fp8_prefill": True, "kv_dtype": "fp8", "deterministic": True}, "fp8_prefill .* here true"),
     ],

@@ -68,6 +68,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "bf16", "kv_dtype": "int8"},
     "int4": {"dtype": "fp32", "kv_dtype": "int4", "quantization": "w8a8-int8"},
     "fp8": {"dtype": "fp16", "kv_dtype": "fp8", "fp8_prefill": True},
+    "fireq": {"dtype": "bf16", "kv_dtype": "int4", "fp8_prefill": True, "fp8_queries": True},
     "deterministic": {"dtype": "bf16", "kv_dtype": "int8", "deterministic": True},
 }
 
@@ -97,7 +98,7 @@ def test_steps_hold_no_more_than_their_bound(
     assert sum(n for _, n in longest.chunks) >= 592
     assert len(longest.chunks) == 8, "the chunks of the longest contexts"
     assert held[8] >= prefill_scratch(r), "the longest chunks fill the scratch"
-    assert (prefill_scratch(r) > 0) == (case in ("int8", "int4"))
+    assert (prefill_scratch(r) > 0) == (case in ("int8", "int4", "fireq"))
 
 
 def test_what_the_bound_counts(folder: Path) -> None:

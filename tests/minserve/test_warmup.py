@@ -19,7 +19,7 @@ from tests.source import ROOT
 from tests.tiny import write_llama
 
 FEW: tuple[dict[str, Any], ...] = (
-    {"dtype": "fp16", "quantization": "w8a8-int8", "kv_dtype": "fp8", "fp8_prefill": True},
+    {"dtype": "bf16", "quantization": "w4a8-fp8", "kv_dtype": "int4", "fp8_prefill": True, "fp8_queries": True},
     {"dtype": "bf16", "quantization": "w4a8-int8", "kv_dtype": "int4", "int8_qk": True},
 )
 SMALL, LARGE = (40, 300, 500), (64, 2048, 2500)
@@ -29,6 +29,7 @@ MANY: tuple[dict[str, Any], ...] = (
     {"dtype": "fp16", "kv_dtype": "int4z"},
     {"dtype": "fp16", "kv_dtype": "int8", "int8_qk": True},
     {"dtype": "fp16", "quantization": "w8a8-int8", "kv_dtype": "int8"},
+    {"dtype": "fp16", "quantization": "w8a8-int8", "kv_dtype": "fp8", "fp8_prefill": True},
     {"dtype": "bf16", "quantization": "w4a8-int8", "kv_dtype": "int4"},
     {"dtype": "bf16", "kv_dtype": "fp8", "deterministic": True},
     {"dtype": "bf16", "quantization": "w8a8-int8", "deterministic": True},
