@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.launch import gpu_facts
 from kernels.prefill_fp8 import WIDEST, takes_fp8
+from minserve.cache_identity import cache_identity
 from minserve.config import Config, GpuConfig
 from minserve.engine import Engine
 from minserve.graphs import cuda_capture
@@ -88,7 +89,9 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         lm_head=entry.lm_head,
     ) as source:
         llama = build_llama(config, source, rope, resolved.kv)
-    llama = dataclasses.replace(llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill, fp8_queries=entry.fp8_queries)
+    llama = dataclasses.replace(
+        llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill, fp8_queries=entry.fp8_queries
+    )
     return LoadedModel(resolved, llama, source.report)
 
 
@@ -144,6 +147,7 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
         max_model_len=r.max_model_len,
         overlap=overlap,
         seed=r.entry.seed,
+        identity=cache_identity(r) if r.entry.enable_prefix_caching else None,
     )
 
 
@@ -224,6 +228,6 @@ class LocalEngine:
 
     def close(self) -> None:
         self.engine.close()
-        self.engine.batcher.blocks.trim()
+        self.engine.batcher.blocks.give_up(self.sets.num_leased)
         self.sets.close()
         self.pool.close()
