@@ -23,7 +23,7 @@ ORDER = {
     """,
     "quant": """
         kinds scheme pack rtn
-        formats formats.scales formats.ct_args formats.ct_config formats.ct_save formats.compressed_tensors formats.fp8 formats.kv_scheme formats.kv_cache
+        formats formats.scales formats.ct_args formats.name_patterns formats.ct_config formats.ct_save formats.compressed_tensors formats.fp8 formats.kv_scheme formats.kv_cache
         formats.fireq formats.qserve formats.gptq formats.awq formats.catalog convert
         ptq ptq.shape ptq.model ptq.stats ptq.pairs ptq.smooth ptq.awq ptq.rotate ptq.attention_scales ptq.fireq_scales ptq.reorder
         ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake ptq.recipe ptq.folding ptq.weight ptq.layerwise

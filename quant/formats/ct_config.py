@@ -7,10 +7,11 @@ kernel has) is refused, naming what was found and what is supported.  KV schemes
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from quant.formats.ct_args import Args, describe, read_args
+from quant.formats.name_patterns import Budget, NamePattern
 from quant.kinds import BLOCK, FP8_ROWS, Activations, Scheme
 
 SUPPORTED = (
@@ -22,10 +23,7 @@ SUPPORTED = (
 FOLDED = {"weight_input", "weight_output"}
 # what formats of other arithmetic or layout have in their names
 REFUSED_FORMATS = ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "marlin", "sparse")
-# a pattern comes from a file, and Python's matcher may backtrack for ever
-REPEATS = re.compile(r"[*+}]")
-SLOW = re.compile(r"[*+}][^()]*\)+[*+{]")
-MAX_REPEATS = 8
+MAX_NAMES, MAX_PATTERNS = 200_000, 512  # of a config, and of its 're:' ones
 FP8_STATIC = Activations("fp8", dynamic=False)
 FP8_BLOCKS = Activations("fp8", block=True)
 PRESETS = {
@@ -50,34 +48,73 @@ class Group:
     scheme: Scheme | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CtConfig:
+    """ValueError where a pattern is none, or is too much work to match; nothing in it is matched twice."""
+
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
+    _plain: dict[str, Group] = field(init=False, repr=False, compare=False)
+    _patterns: dict[str, tuple[NamePattern, Group]] = field(init=False, repr=False, compare=False)
+    _ignored: frozenset[str] = field(init=False, repr=False, compare=False)
+    _ignoring: list[NamePattern] = field(init=False, repr=False, compare=False)
+    _found: dict[str, Group | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        targets = [(f"{g.name:.80}.targets", t, g) for g in self.groups for t in g.targets]
+        ignored = dict.fromkeys(self.ignore)
+        names = [(key, t) for key, t, _ in targets] + [("ignore", t) for t in ignored]
+        patterns = {t: key for key, t in names if t.startswith("re:")}
+        if len(names) > MAX_NAMES or len(patterns) > MAX_PATTERNS:
+            found = f"{len(names)} of which {len(patterns)} are 're:' patterns"
+            _refuse(
+                "ignore and targets", found, f"at most {MAX_NAMES} names, {MAX_PATTERNS} of them patterns"
+            )
+        budget = Budget()
+        made = {t: _pattern(key, t, budget) for t, key in patterns.items()}
+        with_weights = {t: g for _, t, g in targets if g.scheme is not None}
+        self._plain = {t: g for t, g in with_weights.items() if t not in made}
+        # among patterns the first in the alphabet decides
+        self._patterns = {t: (made[t], g) for t, g in sorted(with_weights.items()) if t in made}
+        self._ignored = frozenset(t for t in ignored if t not in made)
+        self._ignoring = [made[t] for t in ignored if t in made]
+        self._found = {}
 
     def match(self, module: str) -> Group | None:
         """The group with weights of a linear module: by its exact name, else a regex, else its class.
 
         Among regexes the first in the alphabet, of one target the last group that has it: so the package reads them.
         """
-        if self.ignores(module):
-            return None
-        found: dict[tuple[int, str], Group] = {}
-        for group in self.groups:
-            for target in group.targets if group.scheme is not None else ():
-                if rank := _specificity(target, module):
-                    found[-rank, target] = group
-        return found[min(found)] if found else None
+        if module not in self._found:
+            self._found[module] = None if self.ignores(module) else self._group(module)
+        return self._found[module]
+
+    def _group(self, module: str) -> Group | None:
+        if module in self._plain:
+            return self._plain[module]
+        found = (g for target, (p, g) in self._patterns.items() if _matches(p, target, module))
+        return next(found, self._plain.get("Linear"))
 
     def ignores(self, module: str) -> bool:
-        return any(_specificity(pattern, module) for pattern in self.ignore)
+        if module in self._ignored or "Linear" in self._ignored:
+            return True
+        return any(_matches(p, "ignore", module) for p in self._ignoring)
 
 
-def _specificity(target: str, module: str) -> int:
-    """3 exact, 2 regex (anchored at its start only), 1 class, 0 no match."""
-    if target.startswith("re:"):
-        return 2 if re.match(target[3:], module) else 0
-    return 3 if target == module else int(target == "Linear")
+def _pattern(key: str, target: str, budget: Budget) -> NamePattern:
+    try:
+        return NamePattern(target.removeprefix("re:"), budget)
+    except ValueError as error:
+        raise ValueError(
+            f"quantization_config: {key} holds the bad pattern {target!r:.120}: {error}"
+        ) from error
+
+
+def _matches(pattern: NamePattern, where: str, module: str) -> bool:
+    try:
+        return pattern.matches(module)
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {where!r:.120}: {error}") from error
 
 
 def read_config(raw: Mapping[str, Any] | None) -> CtConfig | None:
@@ -117,22 +154,7 @@ def _strings(key: str, value: Any) -> tuple[str, ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         _refuse(key, value, "a list of module names, 're:' patterns or class names")
-    for v in value:
-        if v.startswith("re:"):
-            _check_pattern(key, v[3:])
     return tuple(value)
-
-
-def _check_pattern(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-        problem = "" if not SLOW.search(pattern) else "it repeats what repeats, which can take for ever"
-        if len(REPEATS.findall(pattern)) > MAX_REPEATS:
-            problem = f"more than {MAX_REPEATS} repetitions can take for ever"
-    except (re.error, OverflowError, RecursionError) as error:
-        problem = str(error)
-    if problem:
-        raise ValueError(f"quantization_config: {key} holds the bad pattern {pattern!r:.120}: {problem}")
 
 
 def _check_format(key: str, value: Any) -> None:
