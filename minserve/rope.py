@@ -15,6 +15,9 @@ from torch import Tensor
 from minserve.model_config import LlamaConfig, RopeConfig
 
 
+ROWS_AT_ONCE = 1 << 16
+
+
 class Frequencies(NamedTuple):
     inv_freq: Tensor  # [K / 2], float32
     attention_factor: float
@@ -25,14 +28,28 @@ class RopeTables(NamedTuple):
     sin_MK: Tensor
 
 
+def check_positions(config: LlamaConfig, max_model_len: int, num_rows: int, room: int) -> None:
+    """ValueError where the tables of `max_model_len` positions, and the tokens of `num_rows` sequences of so many, take
+    more than `room` bytes."""
+    position = 4 * (2 * config.head_dim + num_rows)
+    if max_model_len * position > room:
+        raise ValueError(
+            f"max_model_len must be at most {room // position} here, got {max_model_len}: a position takes {position} bytes of "
+            f"rotary tables and token history, which may be {room} bytes; set max_model_len, or lower max_num_seqs"
+        )
+
+
 def rope_tables(config: LlamaConfig, max_model_len: int, device: torch.device | str = "cpu") -> RopeTables:
     """Tables of positions [0, max_model_len); computed on the CPU, so that every device rotates alike."""
     inv_freq, attention_factor = frequencies(config, max_model_len)
-    angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * inv_freq
-    angles_MK = torch.cat((angles, angles), dim=-1)
-    return RopeTables(
-        (angles_MK.cos() * attention_factor).to(device), (angles_MK.sin() * attention_factor).to(device)
-    )
+    tables = RopeTables(*(torch.empty(max_model_len, config.head_dim, device=device) for _ in range(2)))
+    # in pieces: the tables of a long window are large, and what is computed on the way would be twice that
+    for at in range(0, max_model_len, ROWS_AT_ONCE):
+        rows = slice(at, min(at + ROWS_AT_ONCE, max_model_len))
+        angles = torch.arange(rows.start, rows.stop, dtype=torch.float32)[:, None] * inv_freq
+        for table_MK, values in zip(tables, (angles.cos(), angles.sin()), strict=True):
+            table_MK[rows] = (values * attention_factor).repeat(1, 2)
+    return tables
 
 
 def frequencies(config: LlamaConfig, max_model_len: int) -> Frequencies:

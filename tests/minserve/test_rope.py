@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minserve.model_config import ROPE_TYPES, LlamaConfig
-from minserve.rope import frequencies, rope_tables
+from minserve.rope import ROWS_AT_ONCE, check_positions, frequencies, rope_tables
 
 LONG = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)]}
 CASES = {
@@ -84,3 +84,22 @@ def test_frequencies_follow_max_model_len_and_not_the_requests(kind: str) -> Non
     short, long = rope_tables(config, 64), rope_tables(config, 512)
     assert not torch.allclose(short.cos_MK, long.cos_MK[:64])
     assert torch.equal(long.cos_MK, rope_tables(config, 512).cos_MK)
+
+
+def test_tables_are_made_in_pieces_without_a_seam() -> None:
+    config, _ = both(CASES["yarn-attention"])
+    length = ROWS_AT_ONCE + 3
+    inv_freq, factor = frequencies(config, length)
+    angles = torch.cat((torch.arange(length)[:, None] * inv_freq,) * 2, dim=-1)
+    cos_MK, sin_MK = rope_tables(config, length)
+    assert torch.equal(cos_MK, angles.cos() * factor)
+    assert torch.equal(sin_MK, angles.sin() * factor)
+
+
+def test_positions_that_take_more_than_there_is_are_refused() -> None:
+    config, _ = both(CASES["default"])
+    check_positions(config, 1000, num_rows=8, room=1000 * 4 * (2 * 16 + 8))
+    with pytest.raises(
+        ValueError, match=r"max_model_len must be at most 1000 here, got 1001: a position takes 160 bytes"
+    ):
+        check_positions(config, 1001, num_rows=8, room=1000 * 4 * (2 * 16 + 8))
