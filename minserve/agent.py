@@ -20,6 +20,7 @@ from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
 from minserve.memory import workspace
+from minserve.quota_writer import QuotaWriter
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
 from minserve.shared_memory import create_memfd
 from minserve.slab_counts import PoolCounts
@@ -112,6 +113,8 @@ class Agent:
         self.pools: list[Pool] = []
         self.hosts: dict[str, Host] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
+        self._quotas: list[QuotaWriter] = []
+        self._dividing: list[asyncio.Task[None]] = []
         self._rids = itertools.count(1)
         self._debug = config.server.log_level == "debug"
         broken = dict(broken)
@@ -137,6 +140,8 @@ class Agent:
         resolved = settle_blocks(resolved, gpu, size)
         pool = open_pool(gpu, device, resolved, size)
         self.pools.append(pool)
+        rates = {m.entry.name: m.entry.rate for m in resolved if m.entry.rate is not None}
+        self._quotas.append(QuotaWriter(pool.table, gpu.quota, rates))
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
             keys = dataclasses.asdict(m.entry)
@@ -148,6 +153,7 @@ class Agent:
         for name, host in self.hosts.items():
             if host.state != "failed":
                 self._lives[name] = asyncio.create_task(host.run(), name=f"life of {name}")
+        self._dividing = [asyncio.create_task(quotas.run(), name="quotas") for quotas in self._quotas]
 
     async def settled(self) -> None:
         """Waits until every model is ready for the first time or has failed."""
@@ -170,6 +176,9 @@ class Agent:
     async def stop(self) -> None:
         """Ends all workers; afterwards none of ours is left."""
         await asyncio.gather(*(self.hosts[name].stop(life) for name, life in self._lives.items()))
+        for dividing in self._dividing:
+            dividing.cancel()
+        await asyncio.gather(*self._dividing, return_exceptions=True)
         for pool in self.pools:
             pool.close()
 

@@ -37,6 +37,7 @@ from minserve.schema import (
     size,
     text,
 )
+from sched.quota import POLICIES
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 NAME = text(
@@ -88,6 +89,7 @@ class GpuConfig:
     slab_bytes: int | None = key(maybe(size(4 * KiB, GiB, multiple=4 * KiB), "auto"), None)
 
 
+    quota: str = key(choice(*POLICIES), "marginal")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """One machine: one agent, and a pool for each of `gpus`."""

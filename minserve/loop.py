@@ -37,13 +37,18 @@ PR_SET_PDEATHSIG = 1
 
 
 class ServedEngine(Protocol):
-    """`add` raises ValueError for a request that can never run; `step` gives events with the fields of TokenEvent."""
+    """`add` raises ValueError for a request that can never run; `step` gives events with the fields of TokenEvent.
+
+    `idle` is called in place of a step while there is no work, and says after how many seconds to call it again if no
+    message comes; None: not at all.
+    """
 
     @property
     def has_work(self) -> bool: ...
     def add(self, request: Submit) -> None: ...
     def abort(self, rid: int) -> bool: ...
     def step(self) -> Sequence[Any]: ...
+    def idle(self) -> float | None: ...
     def stats(self) -> Stats: ...
     def close(self) -> None: ...
 
@@ -69,7 +74,7 @@ class Loop:
                 engine.close()
                 return
             if not engine.has_work:
-                wait_s = None
+                wait_s = engine.idle()
                 continue
             before = engine.stats().steps
             events = engine.step()

@@ -1,7 +1,7 @@
 """The bytes of a slab pool as a tensor, and the slab sets that one model leases from it.
 
 On a CPU the bytes are a memfd that every process maps; on a GPU the keeper exports them.  A set is one
-slab for each layer, any slabs; `LeasedSets.slab_table_SL[set, layer]` is the byte offset of a slab in the pool.
+slab for each layer, any slabs; `LeasedSets.slab_table_SL[set, layer]` is the byte offset of that layer's blocks in the pool.
 Nothing here knows blocks: inside a set they are the Batcher's.
 """
 
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,7 +172,9 @@ class LeasedSets:
     ) -> None:
         self.pool, self.model, self.shape = pool, model, pool.plan.models[model]
         self.owner = pool.table.owner_of(model)
-        self.slab_table_SL = torch.zeros(pool.plan.max_sets(model), self.shape.layers, dtype=torch.int64)
+        places = self.shape.places or tuple((layer, 0) for layer in range(self.shape.layers))
+        self._slab_L, self._byte_L = np.array(places, np.int64).T
+        self.slab_table_SL = torch.zeros(pool.plan.max_sets(model), len(places), dtype=torch.int64)
         self._rows = self.slab_table_SL.numpy()
         self._fence = fence or (cuda_fence if pool.bytes.is_cuda else no_fence)
         self._zero_on_lease = zero_on_lease
@@ -189,7 +192,7 @@ class LeasedSets:
         # a pool of max_sets sets cannot lease one more, so an id is there
         set_id = heapq.heappop(self._ids)
         self._leases[set_id] = lease
-        self._rows[set_id] = lease.slabs * self.pool.plan.slab_bytes
+        self._rows[set_id] = lease.slabs[self._slab_L] * self.pool.plan.slab_bytes + self._byte_L
         self._changed.add(set_id)
         if self._zero_on_lease:
             for slab in lease.inherited.tolist():
@@ -219,6 +222,15 @@ class LeasedSets:
         changed = sorted(self._changed & self._leases.keys())
         self._changed.clear()
         return changed
+
+    @property
+    def excess(self) -> int:
+        """Sets to give back, because this model holds more than its quota and others are short."""
+        return -(-self.pool.table.quotas.excess(self.owner) // self.shape.layers)
+
+    def publish(self, **status: int) -> None:
+        """Words of `slab_words.STATUS`, for the agent and the other workers to see."""
+        self.pool.table.publish(self.owner, **status)
 
     @property
     def num_leased(self) -> int:

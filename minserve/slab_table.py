@@ -220,6 +220,11 @@ class SlabTable:
         at = self._row(owner) + R_STATUS
         return dict(zip(STATUS, self._rows[at : at + len(STATUS)], strict=True))
 
+    def held(self, owner: int) -> int:
+        """Slabs that the model holds, live or draining.  No lock: it may be a moment old."""
+        row = self._row(owner)
+        return self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
+
     def holds(self, owner: int, lease: Lease) -> bool:
         """Whether the truth says that all slabs of `lease` are `owner`'s.  No lock: one's own words do not move."""
         words = self._words[lease.slabs]

@@ -14,19 +14,27 @@ import torch
 from minserve.config import ModelEntry
 from minserve.cuda_memory import PoolHandle
 from minserve.engine import Engine, EngineRequest, TokenEvent
+from minserve.kv_share import KvShare
 from minserve.loading import load_model, memory_line, start_engine, warm
 from minserve.loop import ServedEngine, serve
 from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import resolve_model
 from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
+from sched.pressure import demand, preempt_one
 
 
 class EngineServed:
     """The engine behind the loop's interface."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, sets: LeasedSets) -> None:
+        self._engine, batcher = engine, engine.batcher
+        self._share = KvShare(
+            sets,
+            batcher.blocks,
+            lambda: demand(batcher, time.monotonic()),
+            lambda: preempt_one(batcher),
+        )
 
     @property
     def has_work(self) -> bool:
@@ -39,7 +47,16 @@ class EngineServed:
         return self._engine.abort(rid)
 
     def step(self) -> Sequence[TokenEvent]:
-        return self._engine.step()
+        steps, began = self._engine.counters.steps, time.monotonic()
+        events = self._engine.step()
+        if self._engine.counters.steps > steps:
+            self._share.stepped(time.monotonic() - began)
+        self._share.turn()
+        return events
+
+    def idle(self) -> float | None:
+        self._share.turn()
+        return self._share.idle_wait_s
 
     def stats(self) -> Stats:
         e, c = self._engine.batcher, self._engine.counters
@@ -76,7 +93,7 @@ def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
         f"{tokens / resolved.max_model_len:.1f} requests of {resolved.max_model_len:,} tokens",
         *([memory_line(model, start.device, before)] if engine.runner.on_gpu else []),
     )
-    return EngineServed(engine), Loaded(resolved.max_model_len, resolved.config.vocab_size, report)
+    return EngineServed(engine, sets), Loaded(resolved.max_model_len, resolved.config.vocab_size, report)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ class WaitQueue:
         self.seconds_per_token = seconds_per_token
         self.num_new = 0
         self.num_preempted = 0
+        self.num_tokens = 0  # of all that wait: what their blocks would hold
         self._preempted: list[Entry] = []
         self._timely: list[Entry] = []
         self._late: list[Entry] = []
@@ -32,6 +33,7 @@ class WaitQueue:
     def push(self, seq: Seq) -> None:
         """A new sequence, or with an `order` one that was preempted."""
         assert seq.state is State.WAITING, f"request {seq.rid} is {seq.state}"
+        self.num_tokens += seq.total
         if seq.order >= 0:
             self.num_preempted += 1
             heappush(self._preempted, (seq.order, seq.serial, seq))
@@ -56,6 +58,7 @@ class WaitQueue:
     def pop(self) -> Seq:
         assert self._shown, "pop without head"
         seq = heappop(self._shown)[2]
+        self.num_tokens -= seq.total
         if seq.order >= 0:
             self.num_preempted -= 1
         else:
@@ -67,6 +70,7 @@ class WaitQueue:
     def discard(self, seq: Seq) -> None:
         """It is no longer WAITING; its entry goes when it surfaces, or when such entries are most of the heap."""
         assert seq.state is not State.WAITING, f"request {seq.rid} still waits"
+        self.num_tokens -= seq.total
         if seq.order >= 0:
             self.num_preempted -= 1
         else:
@@ -76,6 +80,17 @@ class WaitQueue:
             if len(heap) > 2 * len(self) + 64:
                 heap[:] = [e for e in heap if e[2].state is State.WAITING]
                 heapify(heap)
+
+    def slack(self, now: float) -> tuple[float, float]:
+        """Seconds until the first new request must be begun to be in time, and those it had when it came; 0, 0 if none
+        waits."""
+        self._demote(now)
+        heap = self._late or self._timely
+        if not heap:
+            return 0.0, 0.0
+        r = heap[0][2].request
+        begin_s = r.arrival_s + r.ttft_s - r.prompt_tokens * self.seconds_per_token
+        return begin_s - now, r.ttft_s
 
     def _demote(self, now: float) -> None:
         timely, late = self._timely, self._late
@@ -93,6 +108,7 @@ class WaitQueue:
         preempted = sum(s.order >= 0 for s in waiting)
         assert preempted == self.num_preempted, f"{preempted} wait again, {self.num_preempted=}"
         assert len(waiting) == len(self), f"{len(waiting)} wait, {self.num_new=} {self.num_preempted=}"
+        assert sum(s.total for s in waiting) == self.num_tokens, f"{self.num_tokens=} wait"
 
 
 def _skip_gone(heap: list[Entry]) -> None:

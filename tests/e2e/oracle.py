@@ -120,6 +120,9 @@ class Oracle:
         prompt = self._prompt_logprobs(r) if first else None
         return TokenEvent(r.rid, (token,), logprobs, reason, stop, None, prompt)
 
+    def idle(self) -> None:
+        """It holds nothing without a request."""
+
     @staticmethod
     def _prompt_logprobs(r: Submit) -> tuple[TokenLogprobs | None, ...] | None:
         if r.params.prompt_logprobs is None:

@@ -69,6 +69,7 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (server("Host: 1"), ("server.Host", "'host'")),
     (server("zzz: 5"), ("server.zzz", "5", "host, port")),
     (server("api_key: sk-1"), ("server.api_key", "'api_keys_file'")),
+    (gpu("quota: fair"), ("nodes[0].gpus[0].quota", "fair", "marginal, first-come, equal, static, adbs")),
     (gpu("pool: 1GiB"), ("nodes[0].gpus[0].pool", "1GiB", "'pool_bytes'")),
     ("nodes: [{name: n, gpu: []}]\n" + GOOD, ("nodes[0].gpu", "'gpus'")),
     (model("kv_dtyp: int8"), ("models[0].kv_dtyp", "int8", "'kv_dtype'")),

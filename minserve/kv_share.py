@@ -1,0 +1,114 @@
+"""A worker's part in sharing a pool: it says in its row what it holds and wants, and gives way when others are short.
+
+Called once a turn of the loop.  Nothing is asked of anybody: rows and quotas are words of the shared table.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from minserve.pool import LeasedSets
+from sched.pressure import Demand
+from sched.quota import urgency
+
+# an idle worker that holds sets looks this often whether others want them
+IDLE_LOOK_S = 0.1
+# requests that end by themselves are cheaper than one that is computed again
+PREEMPT_AFTER_S = 0.1
+STEP_WEIGHT = 0.1
+
+
+class Holder(Protocol):
+    """What holds the sets: sched.blocks.BlockPool."""
+
+    slots: int
+
+    @property
+    def num_sets(self) -> int: ...
+    @property
+    def num_spare_sets(self) -> int:
+        """Sets without a block of any request."""
+
+    @property
+    def num_live(self) -> int: ...
+    @property
+    def num_idle(self) -> int:
+        """Cached blocks that no request refers to."""
+
+    def give_up(self, n: int) -> int:
+        """Gives back at most `n` sets that no request needs, and says how many."""
+
+
+class KvShare:
+    """`preempt()` frees the blocks of one request; asked once a turn when the sets without requests were not enough for
+    PREEMPT_AFTER_S."""
+
+    def __init__(
+        self,
+        sets: LeasedSets,
+        holder: Holder,
+        demand: Callable[[], Demand],
+        preempt: Callable[[], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sets, self._holder, self._demand = sets, holder, demand
+        self._preempt, self._clock = preempt, clock
+        self._step_us = 0.0
+        self._since: float | None = None  # when the reclaim under way began
+        self._given_up = self._reclaims = 0
+        self._reclaim_us = self._reclaim_max_us = 0
+
+    @property
+    def idle_wait_s(self) -> float | None:
+        """How long an idle worker may sleep before its next turn; None: it holds nothing that anybody could want."""
+        return IDLE_LOOK_S if self._holder.num_sets or self._sets.num_draining else None
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long."""
+        us = seconds * 1e6
+        self._step_us += (us - self._step_us) * (STEP_WEIGHT if self._step_us else 1.0)
+
+    def turn(self) -> None:
+        """Gives back what others have a claim to, then publishes."""
+        self._give_way()
+        demand, holder = self._demand(), self._holder
+        self._sets.publish(
+            demand=-(-demand.blocks // holder.slots),
+            used=holder.num_sets - holder.num_spare_sets,
+            live_blocks=holder.num_live,
+            cached_blocks=holder.num_idle,
+            waiting=demand.waiting,
+            heartbeat_ns=time.monotonic_ns(),
+            slack_us=int(demand.slack_s * 1e6),
+            step_us=int(self._step_us),
+            sequence_tokens=int(demand.sequence_tokens),
+            urgency_milli=int(1000 * urgency(demand.slack_s, demand.budget_s)) if demand.waiting else 1000,
+            given_up=self._given_up,
+            reclaims=self._reclaims,
+            reclaim_us=self._reclaim_us,
+            reclaim_max_us=self._reclaim_max_us,
+        )
+
+    def _give_way(self) -> None:
+        wanted = self._sets.excess
+        if not wanted:
+            if self._since is not None:
+                self._done()
+            return
+        if self._since is None:
+            self._since = self._clock()
+        given = self._holder.give_up(wanted)
+        self._given_up += given
+        self._sets.poll()
+        if given >= wanted:
+            self._done()
+        elif self._preempt is not None and self._clock() - self._since > PREEMPT_AFTER_S:
+            self._preempt()
+
+    def _done(self) -> None:
+        assert self._since is not None, "no reclaim is under way"
+        took = int(1e6 * (self._clock() - self._since))
+        self._since = None
+        self._reclaims += 1
+        self._reclaim_us += took
+        self._reclaim_max_us = max(self._reclaim_max_us, took)

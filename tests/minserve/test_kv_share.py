@@ -1,0 +1,237 @@
+"""Models that share a pool under quotas: real table, real Batchers, a clock of the test's own, no tensors.
+
+Each model is what a worker is without its engine, and one more thread of the same story writes the quotas.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from minserve.kv_share import PREEMPT_AFTER_S, KvShare
+from minserve.pool import LeasedSets, SlabPool
+from minserve.quota_writer import SILENT_S, TICK_S, QuotaWriter
+from sched.batching import Batcher
+from sched.blocks import BlockPool
+from sched.limits import Limits
+from sched.pressure import demand, preempt_one
+from sched.quota import POLICIES
+from sched.slabs import LayerGroup, PoolPlan, SetShape
+from sched.step import Request
+
+P, SLOTS, LENGTH = 4, 4, 64
+
+
+def shape(layers: int, reserve_sets: int) -> SetShape:
+    return SetShape(
+        layers, (LayerGroup(0, layers, 900),), SLOTS, P, reserve_sets, LENGTH // (P * SLOTS), 0.12
+    )
+
+
+# a sequence of 64 tokens takes 4 sets; 200 slabs, of which 10 are reserved and 6 the liveness reserve
+PLAN = PoolPlan(4096, 200, {"a": shape(3, 1), "b": shape(2, 2), "c": shape(3, 1)}, 9)
+UNRESERVED = 200 - 10 - 9
+
+
+class Model:
+    def __init__(self, pool: SlabPool, name: str, clock: Callable[[], float]) -> None:
+        self.name, self.clock = name, clock
+        self.sets = LeasedSets(pool, name)
+        self.blocks = BlockPool(self.sets, SLOTS, P)
+        limits = Limits(
+            max_running=64, max_step_tokens=512, max_chunk_tokens=256, max_model_len=LENGTH, max_waiting=10**6
+        )
+        self.batcher = Batcher(self.blocks, limits)
+        self.share = KvShare(
+            self.sets, self.blocks, lambda: demand(self.batcher, clock()), lambda: preempt_one(self.batcher), clock
+        )  # fmt: skip
+        self.added = 0
+        self.ended: set[int] = set()
+
+    @property
+    def row(self) -> dict[str, int]:
+        return self.sets.pool.table.status(self.sets.owner)
+
+    @property
+    def held(self) -> int:
+        return self.sets.pool.table.held(self.sets.owner)
+
+    def add(self, count: int = 1, prompt: int = 40, answer: int = 24) -> None:
+        for _ in range(count):
+            rid = self.added
+            keys = tuple(f"{self.name} {rid} {i}".encode() for i in range(prompt // P))
+            self.batcher.add(
+                Request(rid=rid, prompt_tokens=prompt, max_tokens=answer, arrival_s=self.clock(), keys=keys)
+            )
+            self.added += 1
+
+    def turn(self) -> None:
+        plan = self.batcher.plan(self.clock())
+        if not plan.empty:
+            self.ended |= set(self.batcher.advance(plan, 1, self.clock()))
+            self.share.stepped(0.01)
+        self.share.turn()
+        self.batcher.check()
+        self.sets.check()
+
+
+class Site:
+    """A turn of all models takes a hundredth of a second; the pool is divided every TICK_S."""
+
+    def __init__(self, policy: str = "marginal") -> None:
+        self.now, self.ticked = 1000.0, 0.0
+        self.pool = SlabPool.create(PLAN)
+        self.writer = QuotaWriter(self.pool.table, policy, {"a": 3.0})
+        self.models = {name: Model(self.pool, name, lambda: self.now) for name in PLAN.models}
+        # what was published on the machine's clock is heard on the test's
+        for model in self.models.values():
+            publish = model.sets.publish
+            model.sets.publish = lambda publish=publish, **said: publish(
+                **said | {"heartbeat_ns": int(self.now * 1e9)}
+            )
+
+    def turn(self, *names: str) -> None:
+        """Of those named, or of all."""
+        if self.now - self.ticked >= TICK_S:
+            self.ticked = self.now
+            self.writer.tick(self.now)
+        for name in names or self.models:
+            self.models[name].turn()
+        self.pool.table.check()
+        self.now += 0.01
+
+    def until(self, condition: Callable[[], bool], within_s: float) -> float:
+        began = self.now
+        while not condition():
+            assert self.now - began < within_s, f"not within {within_s} s: {self.pool.table.counts()}"
+            self.turn()
+        return self.now - began
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    site = Site()
+    yield site
+    site.pool.close()
+
+
+def fill_and_rest(site: Site, name: str) -> None:
+    """The model fills what nobody has a reserve in, and then has only its cache."""
+    model = site.models[name]
+    model.add(30)
+    site.until(lambda: len(model.ended) == model.added and not model.batcher.has_work, 20)
+    assert model.held > 0.6 * UNRESERVED, (
+        f"{name} keeps {model.held} slabs as a cache, so this proves nothing"
+    )
+
+
+def test_an_idle_model_keeps_its_cache_while_nobody_asks(site: Site) -> None:
+    fill_and_rest(site, "a")
+    kept = site.models["a"].held
+    site.models["b"].add(1)  # fits into what is free
+    site.until(lambda: bool(site.models["b"].ended), 5)
+    assert site.models["a"].held == kept
+    assert site.models["a"].row["given_up"] == site.models["a"].row["reclaims"] == 0
+    assert site.models["a"].share.idle_wait_s is not None
+
+
+def test_an_idle_model_gives_way_within_a_second_and_the_other_is_refused_nothing_after(site: Site) -> None:
+    fill_and_rest(site, "a")
+    for taker, giver in (("b", "a"), ("a", "b"), ("b", "a")):
+        model = site.models[taker]
+        model.add(200)
+        most = UNRESERVED + model.sets.shape.reserve_sets * model.sets.shape.layers
+        took = site.until(lambda: model.held >= 0.95 * most, 1.0)  # noqa: B023
+        print(f"{taker} holds {model.held} of {most} slabs after {took:.2f} s")
+        # the rest of the queue is taken back: what runs now has the memory that it asked for
+        for rid in range(model.added):
+            if model.batcher._live.get(rid) in model.batcher._queue._timely:
+                model.batcher.abort(rid)
+        row = site.models[giver].row
+        assert row["reclaims"] >= 1
+        assert row["reclaim_max_us"] < 1e6
+        assert site.models[giver].held <= site.models[giver].sets.shape.reserve_sets * 3 + 3
+        for rid in range(model.added):
+            model.batcher.abort(rid)
+        site.until(lambda: not model.batcher.has_work, 5)  # noqa: B023
+
+
+def test_sets_without_requests_go_first_and_nobody_is_preempted_for_what_a_cache_can_give(site: Site) -> None:
+    a, b = site.models["a"], site.models["b"]
+    a.add(6)
+    site.until(lambda: len(a.ended) == 6, 10)
+    a.add(4, prompt=20, answer=44)
+    site.turn()
+    cached = a.blocks.num_spare_sets
+    assert cached
+    b.add(200)
+    site.until(lambda: a.row["given_up"] > 0, 1.0)
+    assert a.batcher.num_preemptions == 0
+    site.until(lambda: len(a.ended) == 10, 20)
+
+
+def test_a_model_over_quota_preempts_only_after_a_moment_and_never_its_eldest(site: Site) -> None:
+    a, b = site.models["a"], site.models["b"]
+    a.add(16, prompt=48, answer=16)
+    for _ in range(2):
+        site.turn("a")
+    eldest, held = min(a.batcher._active), a.held
+    assert held > 0.7 * UNRESERVED
+    b.add(300)
+    first = None
+    while a.batcher.num_preemptions < 3:
+        # a plans no step, so nothing of it ends or grows by itself
+        a.share.turn()
+        site.turn("b")
+        if first is None and a.sets.excess:
+            first = site.now
+        before = first is None or site.now - first < PREEMPT_AFTER_S
+        assert not (a.batcher.num_preemptions and before), "preempted at once"
+        assert first is None or site.now - first < 0.5, site.pool.table.counts()
+    assert a.held < held
+    assert eldest in a.batcher._active
+    a.batcher.check()
+    site.until(lambda: len(a.ended) == 16, 60)
+
+
+def test_a_silent_model_has_no_claim_and_the_others_go_on(site: Site) -> None:
+    a, b = site.models["a"], site.models["b"]
+    a.add(200)
+    for _ in range(10):
+        site.turn("a", "b", "c")
+    assert a.row["demand"] > 0
+    stopped = a.held
+    # a is stopped with all its demand in its row; its own sets stay its own
+    b.add(3)
+    end = site.now + SILENT_S + 3 * TICK_S
+    while site.now < end or len(b.ended) < 3:
+        site.turn("b", "c")
+        assert site.now < end + 10
+    assert a.held == stopped
+    assert site.pool.table.quotas.claims() == 0
+    # it goes on where it was
+    site.until(lambda: len(a.ended) > 20, 30)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_bursts_end_well_under_every_policy(policy: str, seed: int) -> None:
+    """Every request ends, whatever the quotas say: reserves and the liveness reserve see to that."""
+    rng, site = random.Random(seed), Site(policy)
+    for turn in range(400):
+        if turn < 250 and rng.random() < 0.1:
+            site.models[rng.choice("abc")].add(
+                rng.randint(1, 25), prompt=rng.randint(1, 60), answer=rng.randint(1, 4)
+            )
+        # some are slow, one may be stopped for a while
+        site.turn(*(n for n in site.models if rng.random() < 0.8))
+    for model in site.models.values():
+        site.until(lambda: not model.batcher.has_work, 120)  # noqa: B023
+        assert len(model.ended) == model.added > 0
+    counts = site.pool.table.counts()
+    assert counts.mapped == counts.leased + counts.draining + counts.free
+    assert site.writer.changes > 5 or policy != "marginal"
+    for model in site.models.values():
+        model.blocks.give_up(10**6)
+    assert site.pool.table.counts().free == PLAN.num_slabs
+    site.pool.close()
