@@ -124,7 +124,7 @@ def package_logits(path: Path, ids: list[int], dequantize: bool = False) -> Tens
     That is the one way in which transformers 5.23 reads packed zero points.
     """
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    return _logits(AutoModelForCausalLM.from_pretrained(path, **options), ids)
+    return _logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options), ids)
 
 
 def _logits(model: Module, ids: list[int]) -> Tensor:
