@@ -87,9 +87,9 @@ class GpuConfig:
     pool_bytes: int | None = key(maybe(size(64 * KiB, TiB), "auto"), None)
     memory_fraction: float = key(number(0.05, 0.99), 0.9)
     slab_bytes: int | None = key(maybe(size(4 * KiB, GiB, multiple=4 * KiB), "auto"), None)
-
-
     quota: str = key(choice(*POLICIES), "marginal")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """One machine: one agent, and a pool for each of `gpus`."""

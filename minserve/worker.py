@@ -25,7 +25,7 @@ from sched.pressure import demand, preempt_one
 
 
 class EngineServed:
-    """The engine behind the loop's interface."""
+    """The engine behind the loop's interface, and its share of the pool."""
 
     def __init__(self, engine: Engine, sets: LeasedSets) -> None:
         self._engine, batcher = engine, engine.batcher
