@@ -18,18 +18,20 @@ SSE_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+Tally = dict[str, int | dict[str, int]]
 
 
 def event(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Tally:
     """A stop token counts as a completion token; tokens computed after the end do not."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -98,7 +100,7 @@ class EventWriter:
 
     def delta(
         self, index: int, text: str, logprobs: Any, finish: tuple[str, Any] | None, first: bool,
-        tally: dict[str, int] | None = None,
+        tally: Tally | None = None,
     ) -> bytes:  # fmt: skip
         """New text of one choice.  A chat choice's first event also carries the role."""
         if self.chat:
@@ -112,11 +114,11 @@ class EventWriter:
             choice["stop_reason"] = finish[1]
         return self._head + orjson.dumps(choice) + self._tail(tally)
 
-    def usage(self, tally: dict[str, int]) -> bytes:
+    def usage(self, tally: Tally) -> bytes:
         return self._head + self._tail(tally)
 
     @staticmethod
-    def _tail(tally: dict[str, int] | None) -> bytes:
+    def _tail(tally: Tally | None) -> bytes:
         return b"]}\n\n" if tally is None else b'],"usage":' + orjson.dumps(tally) + b"}\n\n"
 
 
@@ -126,7 +128,7 @@ def whole(
     model: str,
     chat: bool,
     choices: list[orjson.Fragment],
-    tally: dict[str, int],
+    tally: Tally,
 ) -> bytes:
     """The body of an answer that is not streamed."""
     kind = "chat.completion" if chat else "text_completion"

@@ -140,6 +140,7 @@ class ModelEntry:
     max_queued_tokens: int = key(integer(1, 1 << 40), 4_000_000)
     reserve_tokens: int = key(integer(0, 1 << 24), 8192)
     deterministic: bool = key(boolean(), False)
+    enable_prefix_caching: bool = key(boolean(), True)
     cuda_graphs: bool = key(boolean(), True)
     seed: int | None = key(maybe(integer(0, (1 << 63) - 1)), None)
     placement: tuple[str, ...] = key(listing(NAME, 64), ())

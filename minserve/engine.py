@@ -20,6 +20,7 @@ from minserve.runner import Runner, SampledToken, StepHandle, StepResult
 from minserve.sampler import TokenLogprobs
 from minserve.sampling import SamplingParams
 from sched.batching import Batcher
+from sched.prefix import KeyChain, root_key
 from sched.step import Request, StepPlan
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One sequence to generate.  `index` is its place among the n samples of one call; times in seconds."""
+    """One sequence to generate.  `index` is its place among the n samples of one call; times in seconds.
+
+    Requests of different `tenant` or `cache_salt` share no cached prefix.
+    """
 
     rid: int
     prompt: tuple[int, ...]
@@ -38,12 +42,14 @@ class EngineRequest:
     tpot_s: float = 1.0
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
 
 
 class TokenEvent(NamedTuple):
     """New tokens of a request; the last event of a request has a `finish_reason` (stop, length or error).
 
     A stop token is the last of `token_ids`, with `stop_reason` its id (None for an end-of-sequence token).
+    `cached_tokens` of the prompt were not computed; the first event of a request says so.
     """
 
     rid: int
@@ -53,20 +59,29 @@ class TokenEvent(NamedTuple):
     stop_reason: int | None = None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)
 class _Sequence:
+    """`chain` has hashed the first `hashed` tokens; None where nothing is cached.  `cached`: at its first start."""
+
     request: EngineRequest
     max_tokens: int
     seed: int
+    chain: KeyChain | None
+    hashed: int
+    cached: int | None = None
     output: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start, in tokens, steps and requests."""
+    """Totals since the start, in tokens, steps and requests.
+
+    `prefix_queries`: prompt tokens that were looked up in the cache; `prefix_hits`: those that were found.
+    """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -74,11 +89,14 @@ class Counters:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class Engine:
     """`eos_ids` end a sequence unless it ignores them.  `seed` makes requests without one of their own reproducible, in
-    the order in which they come.  Not thread safe: one thread calls everything."""
+    the order in which they come.  `identity`: what cached keys and values depend on beside tokens, None caches none.
+    Not thread safe: one thread calls everything."""
 
     def __init__(
         self,
@@ -90,6 +108,7 @@ class Engine:
         overlap: bool = True,
         seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        identity: str | None = None,
     ) -> None:
         self.runner = runner
         self.batcher = batcher
@@ -99,6 +118,7 @@ class Engine:
         self._max_model_len = max_model_len
         self._overlap = overlap
         self._clock = clock
+        self._identity = identity
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._sequences: dict[int, _Sequence] = {}
         self._flights: deque[tuple[StepPlan, StepHandle]] = deque()  # under way, oldest first
@@ -134,7 +154,8 @@ class Engine:
             )
         wanted = room if r.params.max_tokens is None else min(r.params.max_tokens, room)
         seed = self._seeds.getrandbits(64) if r.params.seed is None else r.params.seed + r.index
-        seq = _Sequence(r, wanted, seed)
+        chain = self._chain(r)
+        seq = _Sequence(r, wanted, seed, chain, len(r.prompt))
         self.batcher.add(
             Request(
                 rid=r.rid,
@@ -146,9 +167,18 @@ class Engine:
                 tpot_s=r.tpot_s,
                 priority=r.priority,
                 tenant=r.tenant,
+                keys=() if chain is None else chain.extend(r.prompt),
+                # log probabilities of the prompt are computed from its rows
+                reads_cache=r.params.prompt_logprobs is None,
             )
         )
         self._sequences[r.rid] = seq
+
+    def _chain(self, r: EngineRequest) -> KeyChain | None:
+        if self._identity is None:
+            return None
+        root = root_key(self._identity, r.tenant, r.cache_salt)
+        return KeyChain(root, self.batcher.blocks.block_tokens)
 
     def abort(self, rid: int) -> bool:
         """Ends a request in whatever state it is; no event follows.  False if it is not known (any more)."""
@@ -166,7 +196,8 @@ class Engine:
             self.runner.rows.drop(plan.left)
         else:
             # the Batcher lets a preempted request back in only when all its tokens are here
-            joins = tuple(self._join(self._sequences[c.rid]) for c in plan.chunks if c.start == 0)
+            starts = {c.rid: c.start for c in plan.chunks}
+            joins = tuple(self._join(self._sequences[rid], starts[rid]) for rid in plan.joins)
             self.counters.steps += 1
             self._flights.append((plan, self.runner.execute(plan, joins)))
         keep = 1 if self._overlap and not plan.empty else 0
@@ -175,8 +206,13 @@ class Engine:
             events += self._land()
         return events
 
-    def _join(self, seq: _Sequence) -> Join:
+    def _join(self, seq: _Sequence, cached: int) -> Join:
         r = seq.request
+        if seq.cached is None:
+            seq.cached = cached
+            if seq.chain is not None and r.params.prompt_logprobs is None:
+                self.counters.prefix_queries += len(r.prompt)
+                self.counters.prefix_hits += cached
         stop_ids = tuple(sorted({*r.params.stop_token_ids, *(() if r.params.ignore_eos else self._eos_ids)}))
         return Join(r.rid, (*r.prompt, *seq.output), len(r.prompt), r.params, seq.seed, stop_ids)
 
@@ -224,13 +260,16 @@ class Engine:
             self.counters.failed += 1
             return TokenEvent(s.rid, (), finish_reason="error", error="the model's logits are not finite")
         seq.output.append(s.token)
+        self._cache(seq)
         first = len(seq.output) == 1
         prompt_lp = self._prompt_logprobs(seq) if first else None
         if first:
             self.counters.prompt_tokens += len(r.prompt)
         if seq.max_tokens == 0:
             self.counters.finished += 1
-            return TokenEvent(s.rid, (), finish_reason="length", prompt_logprobs=prompt_lp)
+            return TokenEvent(
+                s.rid, (), finish_reason="length", prompt_logprobs=prompt_lp, cached_tokens=seq.cached or 0
+            )
         self.counters.output_tokens += 1
         reason, stop_reason = None, None
         if len(seq.output) >= p.min_tokens:
@@ -242,7 +281,17 @@ class Engine:
             reason = "length"
         self.counters.finished += reason is not None
         logprobs = (s.logprobs,) if s.logprobs is not None else None
-        return TokenEvent(s.rid, (s.token,), logprobs, reason, stop_reason, None, prompt_lp)
+        cached = (seq.cached or 0) if first else 0
+        return TokenEvent(s.rid, (s.token,), logprobs, reason, stop_reason, None, prompt_lp, cached)
+
+    def _cache(self, seq: _Sequence) -> None:
+        """A block of the answer may be full: all tokens but the newest are stored by now."""
+        prompt, stored = len(seq.request.prompt), len(seq.request.prompt) + len(seq.output) - 1
+        if seq.chain is None or stored % self.batcher.blocks.block_tokens or stored == seq.hashed:
+            return
+        keys = seq.chain.extend(seq.output[seq.hashed - prompt : stored - prompt])
+        seq.hashed = stored
+        self.batcher.extend(seq.request.rid, keys)
 
     @staticmethod
     def _prompt_logprobs(seq: _Sequence) -> tuple[TokenLogprobs | None, ...] | None:
@@ -252,14 +301,12 @@ class Engine:
         return (None, *(seq.prompt_logprobs[i] for i in range(1, len(seq.request.prompt))))
 
     def _fail(self, plan: StepPlan, why: str) -> list[TokenEvent]:
-        """Ends every request of a step that raised; the others go on."""
-        rids = {*plan.decode, *(c.rid for c in plan.chunks)}
+        """Ends every request of a step that raised, or that relied on what it was to cache; the others go on."""
         events = []
-        for rid in sorted(rids):
+        for rid in sorted(self.batcher.fail(plan, self._clock())):
             if self._sequences.pop(rid, None) is not None:
                 self.counters.failed += 1
                 events.append(TokenEvent(rid, (), finish_reason="error", error=why))
-        self.batcher.advance(plan, 1, self._clock(), rids)
         return events
 
     def settle(self) -> None:

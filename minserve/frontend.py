@@ -35,6 +35,7 @@ class Sequence:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs | None] = []
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.cached_tokens: int | None = None  # of its prompt; None until its first token
         self.finish: tuple[str, Any] | None = None
         self.closed = False  # its end has been sent
         self._job = job
@@ -48,6 +49,8 @@ class Sequence:
             return
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
+        if self.cached_tokens is None:
+            self.cached_tokens = event.cached_tokens
         self.settle()
         for i, token_id in enumerate(event.token_ids):
             ends = event.finish_reason is not None and i == len(event.token_ids) - 1
@@ -121,6 +124,7 @@ class Job:
                 request = Submit(
                     rid=seq.rid, prompt=tuple(prompt), params=params, index=k, arrival_s=now,
                     ttft_s=slo.ttft_ms / 1000, tpot_s=slo.tpot_ms / 1000, priority=self.body.priority,
+                    cache_salt=self.body.cache_salt or "",
                 )  # fmt: skip
                 self.served.host.submit(request, seq)
 
@@ -131,6 +135,16 @@ class Job:
     @property
     def completion_tokens(self) -> int:
         return sum(s.num_tokens for s in self.sequences)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of all prompts, what was not computed; of the n samples of one, the first to come has found the least."""
+        found: dict[int, int] = {}
+        for s in self.sequences:
+            if s.cached_tokens is not None:
+                prompt = s.index // self.body.n
+                found[prompt] = min(s.cached_tokens, found.get(prompt, s.cached_tokens))
+        return sum(found.values())
 
     def ended(self, seq: Sequence, abort: bool) -> None:
         self._open.pop(seq.rid, None)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,16 @@ from minserve.sampler import TokenLogprobs
 from minserve.sampling import SamplingParams
 from minserve.text import Tokenizer
 
-# vLLM's forms: a text, token ids (of numpy or torch too), or either in a dict
+# vLLM's forms: a text, token ids (of numpy or torch too), or either in a dict, beside a `cache_salt` if need be
 Prompt = str | Sequence[int] | Mapping[str, Any]
 MAX_QUEUED = 1_000_000
+
+
+class Asked(NamedTuple):
+    """A prompt as it was given, and whose cached prefixes it may use."""
+
+    prompt: str | list[int]
+    salt: str = ""
 
 
 class LLM:
@@ -91,24 +98,25 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers of all prompts, in their order.  ValueError for a prompt that cannot be served, before any runs.
 
-        `prompts`: a text, token ids, or a list of either.  The bar shows on a terminal unless `use_tqdm` says so.
+        `prompts`: a text, token ids, or a list of either; in a dict (`prompt` or `prompt_token_ids`) it may have a
+        `cache_salt`: prefixes are cached for prompts of the same one.  The bar shows on a terminal unless `use_tqdm` says so.
         """
         self._check_open()
         asked = _listed(prompts)
         params = _spread(sampling_params, len(asked))
-        ids = [self._encode(p) for p in asked]
+        ids = [self._encode(a.prompt) for a in asked]
         results = [
-            RequestOutput(str(i), p if isinstance(p, str) else None, t, [])
-            for i, (p, t) in enumerate(zip(asked, ids, strict=True))
+            RequestOutput(str(i), a.prompt if isinstance(a.prompt, str) else None, t, [])
+            for i, (a, t) in enumerate(zip(asked, ids, strict=True))
         ]
         answers: dict[int, tuple[RequestOutput, Answer]] = {}
         with interrupts_held() as let_in:
             try:
-                for result, sampling in zip(results, params, strict=True):
+                for a, result, sampling in zip(asked, results, params, strict=True):
                     for index in range(sampling.n):
                         output = CompletionOutput(index, "", [])
                         result.outputs.append(output)
-                        rid = self._add(result.prompt_token_ids, sampling, index)
+                        rid = self._add(result.prompt_token_ids, sampling, index, a.salt)
                         answers[rid] = (result, Answer(output, sampling, self.tokenizer))
                 self._run(answers, use_tqdm, let_in)
             finally:
@@ -134,6 +142,10 @@ class LLM:
                     result, answer = answers[event.rid]
                     if event.prompt_logprobs is not None:
                         result.prompt_logprobs = self._spell_prompt(result, event.prompt_logprobs)
+                    if not answer.output.token_ids:  # its first event
+                        known = result.num_cached_tokens
+                        found = event.cached_tokens
+                        result.num_cached_tokens = found if known is None else min(known, found)
                     if answer.take(event):
                         self.engine.abort(event.rid)
                     if answer.output.finish_reason is not None:
@@ -147,10 +159,11 @@ class LLM:
         pairs = zip(result.prompt_token_ids, found, strict=True)
         return [None if lp is None else spelled(t, lp, self.tokenizer) for t, lp in pairs]
 
-    def _add(self, prompt: list[int], params: SamplingParams, index: int) -> int:
+    def _add(self, prompt: list[int], params: SamplingParams, index: int, salt: str) -> int:
         rid = self._next_rid
         self._next_rid += 1
-        self.engine.add(EngineRequest(rid=rid, prompt=tuple(prompt), params=params, index=index))
+        request = EngineRequest(rid=rid, prompt=tuple(prompt), params=params, index=index, cache_salt=salt)
+        self.engine.add(request)
         return rid
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
@@ -220,7 +233,7 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         let_in()
 
 
-def _listed(prompts: Any) -> list[str | list[int]]:
+def _listed(prompts: Any) -> list[Asked]:
     """Texts and token ids; one prompt becomes a list of one."""
     prompts = _plain(prompts)
     if not isinstance(prompts, list | tuple):
@@ -235,15 +248,20 @@ def _listed(prompts: Any) -> list[str | list[int]]:
     return [_read_prompt(prompts)]
 
 
-def _read_prompt(given: Any) -> str | list[int]:
-    known = {"prompt", "prompt_token_ids"}
-    if isinstance(given, Mapping) and len(given) == 1 and known >= set(given):
-        given = next(iter(given.values()))
+def _read_prompt(given: Any) -> Asked:
+    salt: Any = None
+    if isinstance(given, Mapping):
+        rest = {name: value for name, value in given.items() if name != "cache_salt"}
+        salt = given.get("cache_salt")
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r:.80}")
+        if len(rest) == 1 and rest.keys() <= {"prompt", "prompt_token_ids"}:
+            given = next(iter(rest.values()))
     given = _plain(given)
     if isinstance(given, str):
-        return given
+        return Asked(given, salt or "")
     if isinstance(given, list | tuple) and all(isinstance(t, numbers.Integral) for t in given):
-        return [int(t) for t in given]
+        return Asked([int(t) for t in given], salt or "")
     says = "a text, a list of token ids, or a dict with one of them as prompt or prompt_token_ids"
     raise ValueError(f"a prompt must be {says}, got {given!r:.80}")
 

@@ -17,6 +17,10 @@ MODEL_METRICS = (
     ("steps_total", "counter", "steps"),
     ("prompt_tokens_total", "counter", "prompt_tokens"),
     ("generation_tokens_total", "counter", "output_tokens"),
+    # tokens of prompts that were looked up in the prefix cache, and that were found
+    ("prefix_cache_queries_total", "counter", "prefix_queries"),
+    ("prefix_cache_hits_total", "counter", "prefix_hits"),
+    ("prefix_cache_blocks", "gauge", "cached_blocks"),
     # above 0, a request has waited for a compiler: warm-up has missed a kernel
     ("late_compiles_total", "counter", "late_compiles"),
 )

@@ -39,7 +39,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The answers to one prompt.  `prompt_logprobs` starts with None: nothing predicts the first token."""
+    """The answers to one prompt.  `prompt_logprobs` starts with None: nothing predicts the first token.
+
+    `num_cached_tokens` of the prompt were found in the cache, by that one of the answers which found the least.
+    """
 
     request_id: str
     prompt: str | None
@@ -47,6 +50,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[Logprobs | None] | None = None
     finished: bool = False
+    num_cached_tokens: int | None = None
 
 
 def spelled(token_id: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> Logprobs:

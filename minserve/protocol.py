@@ -15,6 +15,7 @@ from minserve.sampling import SamplingParams
 MAX_PROMPTS = 256
 MAX_SEQUENCES = 1024
 MAX_MESSAGE_CHARS = 600
+MAX_SALT_CHARS = 1024
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "invalid_request_error", 413: "invalid_request_error", 415: "invalid_request_error",
@@ -68,6 +69,7 @@ class Body(msgspec.Struct, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = 0
+    cache_salt: str | None = None
     return_tokens_as_token_ids: bool = False
 
     @property
@@ -97,6 +99,10 @@ class Body(msgspec.Struct, kw_only=True):
             raise ApiError(400, f"best_of must equal n={self.n} or be absent", param="best_of")
         if not -(2**31) <= self.priority < 2**31:
             raise ApiError(400, "priority must be in [-2**31, 2**31)", param="priority")
+        if self.cache_salt is not None and not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
+            raise ApiError(
+                400, f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters", param="cache_salt"
+            )
 
 
 SHARED = (

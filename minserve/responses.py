@@ -144,8 +144,9 @@ class Response:
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-    def _usage(self) -> dict[str, int]:
-        return answers.usage(self.job.prompt_tokens, self.job.completion_tokens)
+    def _usage(self) -> answers.Tally:
+        job = self.job
+        return answers.usage(job.prompt_tokens, job.completion_tokens, job.cached_tokens)
 
     def _echoes(self, s: Sequence) -> bool:
         return (

@@ -175,7 +175,7 @@ class Runner:
         return self._graphs
 
     def execute(self, plan: StepPlan, joins: tuple[Join, ...]) -> StepHandle:
-        """Enqueues the step.  `joins` holds every request whose chunk starts at position 0."""
+        """Enqueues the step.  `joins` holds the requests of `plan.joins`."""
         step = self._prepare(plan, joins)
         if self._thread is not None:
             return StepHandle(self._thread.submit(self._run, step))

@@ -50,6 +50,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     tpot_s: float = 1.0
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -84,6 +85,7 @@ class TokenEvent(msgspec.Struct, array_like=True, frozen=True):
     stop_reason: int | None = None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
 
 
 class Tokens(msgspec.Struct, tag=True, frozen=True):
@@ -112,7 +114,8 @@ class LoadFailed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """`running` and `waiting` are now, the rest totals since the start.  `late_compiles`: kernels that warm-up missed."""
+    """`running`, `waiting` and `cached_blocks` are now, the rest totals since the start.  `late_compiles`: kernels that
+    warm-up missed.  `prefix_queries` and `prefix_hits` count tokens of prompts."""
 
     running: int = 0
     waiting: int = 0
@@ -120,6 +123,9 @@ class Stats(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     output_tokens: int = 0
     late_compiles: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    cached_blocks: int = 0
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):

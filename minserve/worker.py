@@ -61,7 +61,17 @@ class EngineServed:
     def stats(self) -> Stats:
         e, c = self._engine.batcher, self._engine.counters
         late = compile_monitor().late
-        return Stats(e.num_running, e.num_waiting, c.steps, c.prompt_tokens, c.output_tokens, late)
+        return Stats(
+            running=e.num_running,
+            waiting=e.num_waiting,
+            steps=c.steps,
+            prompt_tokens=c.prompt_tokens,
+            output_tokens=c.output_tokens,
+            late_compiles=late,
+            prefix_queries=c.prefix_queries,
+            prefix_hits=c.prefix_hits,
+            cached_blocks=e.blocks.num_cached,
+        )
 
     def close(self) -> None:
         self._engine.close()

@@ -79,6 +79,7 @@ def test_an_answer_is_what_the_oracle_says(http: httpx.Client, tokenizer: Tokeni
         "prompt_tokens": len(prompt),
         "completion_tokens": 9,
         "total_tokens": len(prompt) + 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert post(http, prompt=prompt, max_tokens=9, seed=5)["choices"] == got["choices"]
     assert post(http, prompt=prompt, max_tokens=9, seed=6)["choices"] != got["choices"]

@@ -155,7 +155,7 @@ def test_a_token_is_among_its_own_alternatives(tokenizer: Tokenizer) -> None:
 
 def test_an_event_is_the_json_it_looks_like() -> None:
     writer = answers.EventWriter('id"', 5, "m/1", chat=True)
-    data = writer.delta(1, 'a"\n', None, ("stop", "x"), True, answers.usage(2, 3))
+    data = writer.delta(1, 'a"\n', None, ("stop", "x"), True, answers.usage(2, 3, 1))
     assert data.startswith(b"data: ")
     assert data.endswith(b"\n\n")
     assert data.count(b"\n") == 2
@@ -163,5 +163,10 @@ def test_an_event_is_the_json_it_looks_like() -> None:
         "id": 'id"', "object": "chat.completion.chunk", "created": 5, "model": "m/1",
         "choices": [{"index": 1, "delta": {"role": "assistant", "content": 'a"\n'}, "logprobs": None,
                      "finish_reason": "stop", "stop_reason": "x"}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
     }  # fmt: skip
