@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minserve.model_config import parse_json_object, read_json_object
+from minserve.model_config import MAX_HEADER_BYTES, MAX_INDEX_BYTES, parse_json_object, read_json_object
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-MAX_INDEX_BYTES = 256 << 20
 MAX_DIMS = 8
+MAX_FILES, MAX_FILE_NAME = 4096, 255
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {
     "BOOL": torch.bool,
@@ -85,7 +84,7 @@ class Checkpoint:
             return torch.empty(info.shape, dtype=info.dtype)
         mapped = self._maps[info.file]
         if info.start % info.dtype.itemsize:
-            # the format allows unaligned tensors, torch does not
+            # the format allows unaligned tensors; torch's kernels may read them whole words at a time
             raw = torch.frombuffer(bytearray(mapped[info.start : info.end]), dtype=info.dtype)
         else:
             count = info.nbytes // info.dtype.itemsize
@@ -116,23 +115,29 @@ class Checkpoint:
                 f"{index}: weight_map must be an object of tensor -> file, got {weight_map!r:.80}"
             )
         for name, file in weight_map.items():
-            # a plain name beside the index: no way out of the folder
-            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+            if not isinstance(file, str) or not file.endswith(".safetensors"):
                 raise ValueError(
                     f"{index}: {name!r:.120} must lie in a .safetensors file beside it, got {file!r:.120}"
                 )
-        for file in dict.fromkeys(weight_map.values()):
+        files = dict.fromkeys(weight_map.values())
+        for file in files:
+            # a plain name beside the index: no way out of the folder, and nothing that a terminal would obey
+            if Path(file).name != file or not file.isprintable() or len(file) > MAX_FILE_NAME:
+                raise ValueError(f"{index}: a .safetensors file beside it must be named, got {file!r:.120}")
+        if len(files) > MAX_FILES:
+            raise ValueError(f"{index}: names {len(files)} files, more than the {MAX_FILES} allowed")
+        for file in files:
             self._merge(index, weight_map, self._open_file(self.folder / file))
         missing = [name for name in weight_map if name not in self.infos]
         if missing:
             raise ValueError(
-                f"{index}: {weight_map[missing[0]]} lacks {listed(missing)}, which the index says it holds"
+                f"{index}: {weight_map[missing[0]]!r} lacks {listed(missing)}, which the index says it holds"
             )
 
     def _merge(self, index: Path, weight_map: dict[str, str], infos: dict[str, TensorInfo]) -> None:
         for name, info in infos.items():
             if weight_map.get(name) != info.file.name:
-                where = weight_map.get(name, "in no file")
+                where = repr(weight_map[name]) if name in weight_map else "in no file"
                 raise ValueError(f"{info.file}: holds {name!r:.120}, which {index.name} places {where}")
         self.infos |= infos
 

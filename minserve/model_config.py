@@ -19,7 +19,11 @@ DTYPES = {
 }  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 MAX_CONFIG_BYTES = 16 << 20
+# 4,000 tensors, a Llama of 126 layers in 4 bits, take half a megabyte; the safetensors format itself ends at 100 MB
+MAX_HEADER_BYTES, MAX_INDEX_BYTES = 16 << 20, 32 << 20
 MAX_DEPTH = 32  # of nested JSON
+MAX_DIGITS = 40
+MAX_VALUES = 400_000  # in one file: a tensor of a header is 8, and 50,000 of them take Python two seconds
 MAX_SIZE = 1 << 24  # of any dimension: larger is a typing error, and would not fit anywhere
 DEFAULT_THETA = 10000.0
 
@@ -51,8 +55,19 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
+    def integer(text: str) -> int:
+        # thousands of digits take time that grows with their square
+        if len(text) > MAX_DIGITS:
+            raise ValueError(f"an integer of {len(text)} digits")
+        return int(text)
+
+    # a value ends at a comma or is the last of its container
+    if (count := sum(data.count(mark) for mark in (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"{where} holds up to {count} values, more than the {MAX_VALUES} allowed")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error!s:.200}") from error
     if not isinstance(value, dict):

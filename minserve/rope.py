@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minserve.model_config import LlamaConfig, RopeConfig
 
-
 ROWS_AT_ONCE = 1 << 16
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minserve.checkpoint import DTYPES, MAX_HEADER_BYTES, Checkpoint
+from minserve.checkpoint import DTYPES, Checkpoint
+from minserve.model_config import MAX_HEADER_BYTES, MAX_INDEX_BYTES
+from minserve.tensor_names import tensor_names
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 B = {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}
@@ -69,7 +71,7 @@ def json_headers() -> Iterator[tuple[str, bytes, str]]:
         "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not valid JSON"),
         "NaN in a shape": (dumped.replace(b"[4]", b"[NaN]"), "NaN is not JSON"),
         "Infinity in an offset": (dumped.replace(b"32]", b"Infinity]"), "Infinity is not JSON"),
-        "a number of 5000 digits": (dumped.replace(b"32]", b"3" * 5000 + b"]"), "not valid JSON"),
+        "a number of 5000 digits": (dumped.replace(b"32]", b"3" * 5000 + b"]"), "an integer of 5000 digits"),
         "100000 brackets": (b"[" * 100_000, "not valid JSON"),
         "deep nesting": (b'{"a":' * 40 + b"1" + b"}" * 40, "nests deeper"),
         "a duplicate tensor": (dumped.replace(b'"b"', b'"a"'), "duplicate key 'a'"),
@@ -82,6 +84,13 @@ def json_headers() -> Iterator[tuple[str, bytes, str]]:
     }  # fmt: skip
     for name, (raw, text) in texts.items():
         yield name, file_bytes(raw), text
+    empty = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(70_000)}
+    yield "70,000 empty tensors", file_bytes(empty), "more than the 400000 allowed"
+    yield (
+        "lists without end",
+        file_bytes(b'{"a": [' + b"[]," * 300_000 + b"[]]}"),
+        "more than the 400000 allowed",
+    )
     for value in (1, "x", [], None, {"format": 1}, {"format": None}, {"a": {}}, {"a": ["pt"]}):
         yield f"metadata {value!r}", file_bytes({"__metadata__": value} | GOOD), "__metadata__"
 
@@ -223,7 +232,7 @@ BAD_INDEX: list[tuple[str, Callable[[Path], Any], str]] = [
     ("ten tensors too many", lambda p: shards(p, MAP | {f"d{i}": "two.safetensors" for i in range(10)}, one=ONE, two=TWO), "and 2 more"),
     ("a shard holds one too many", lambda p: shards(p, {"a": "one.safetensors"}, one={"a": A, "x": A | {"data_offsets": [24, 48]}}), "'x'"),
     ("a tensor in the other shard", lambda p: shards(p, {"a": "two.safetensors", "c": "one.safetensors"}, one=ONE, two=TWO), "which model.safetensors.index.json places"),
-    ("a tensor in both shards", lambda p: shards(p, MAP, one=ONE, two={"a": A, "c": A | {"data_offsets": [24, 48]}}), "places one.safetensors"),
+    ("a tensor in both shards", lambda p: shards(p, MAP, one=ONE, two={"a": A, "c": A | {"data_offsets": [24, 48]}}), "places 'one.safetensors'"),
     ("no weight_map", lambda p: (p / INDEX).write_text("{}"), "weight_map must be"),
     ("an index that is a list", lambda p: (p / INDEX).write_text("[]"), "must hold a JSON object"),
     ("an index that is not JSON", lambda p: (p / INDEX).write_text("{'a': 1}"), "not valid JSON"),
@@ -235,8 +244,12 @@ BAD_INDEX: list[tuple[str, Callable[[Path], Any], str]] = [
     *((f"file name {v!r:.40}", lambda p, v=v: shards(p, {"a": v}), "a .safetensors file beside it") for v in (
         None, 3, [], "", ".", "..", "one", "one.bin", "/etc/passwd", "../one.safetensors", "/x/one.safetensors",
         "sub/one.safetensors", "./one.safetensors", "one.safetensors/", "pytorch_model.bin", {"f": 1})),
-    ("a file name with NUL", lambda p: shards(p, {"a": "a\0.safetensors"}), "missing"),
-    ("a file name of 5000 letters", lambda p: shards(p, {"a": "a" * 5000 + ".safetensors"}), "cannot be mapped|missing"),
+    ("a file name with NUL", lambda p: shards(p, {"a": "a\0.safetensors"}), "beside it must be named, got 'a\\x00"),
+    ("a file name that colours a terminal", lambda p: shards(p, {"a": "\x1b[31m.safetensors"}), "got '\\x1b[31m"),
+    ("a file name of 5000 letters", lambda p: shards(p, {"a": "a" * 5000 + ".safetensors"}), "beside it must be named"),
+    ("files without end", lambda p: shards(p, {f"a{i}": f"{i}.safetensors" for i in range(5000)}), "names 5000 files, more than the 4096 allowed"),
+    ("names without end", lambda p: shards(p, {f"a{i}": "one.safetensors" for i in range(500_000)}), "holds up to 500003 values"),
+    ("an index too large", lambda p: (p / INDEX).write_bytes(b" " * (MAX_INDEX_BYTES + 1)), "more than the 33554432 allowed"),
     ("an empty folder", lambda p: None, "holds no"),
     ("pickle only", lambda p: (p / "pytorch_model.bin").write_bytes(b"\x80\x04"), "pickled weights ('pytorch_model.bin')"),
     ("pickled shards", lambda p: [(p / f"pytorch_model-{i}.bin").write_bytes(b"") for i in range(3)], "python -m quant convert"),
@@ -303,7 +316,26 @@ def test_shards_links_unaligned_data_and_one_odd_name(tmp_path: Path) -> None:
     }
     (odd / "weights.safetensors").write_bytes(file_bytes(header, b"\7" + struct.pack("<2f", 1.5, -2.0)))
     checkpoint = Checkpoint(odd)
+    assert checkpoint.infos["f"].start % 4, "the case is not odd"
+    assert checkpoint.tensor("f").data_ptr() % 4 == 0
     assert (checkpoint.tensor("u").tolist(), checkpoint.tensor("f").tolist()) == ([7], [1.5, -2.0])
+
+
+def test_names_are_picked_out_without_parsing_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*_: Any) -> None:
+        raise AssertionError("a header is parsed once, by Checkpoint")
+
+    monkeypatch.setattr("minserve.model_config.json.loads", parsed)
+    assert tensor_names(tmp_path) == ()
+    (tmp_path / "some.safetensors").write_bytes(file_bytes({"__metadata__": {"format": "pt"}} | GOOD))
+    assert {"a", "b"} <= set(tensor_names(tmp_path))
+    shards(tmp_path, MAP)
+    assert {"a", "c"} <= set(tensor_names(tmp_path))
+    (tmp_path / INDEX).write_bytes(b" " * (MAX_INDEX_BYTES + 1))
+    with pytest.raises(ValueError, match="its JSON must be 1 to 33554432 bytes, got 33554433"):
+        tensor_names(tmp_path)
 
 
 def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
