@@ -13,74 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-AUTO = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a step does, and its options' defaults, whose types are the options'; AUTO: a number, or that word."""
-
-    help: str
-    options: Mapping[str, Any]
-
-
-ALL_PAIRS, NORM_PAIRS = ("qkv", "o", "gate_up", "down"), ("qkv", "gate_up")
-GLOBAL = {
-    "rotate": Kind(
-        "turns the residual stream and the values of every head by Hadamard matrices (QuaRot)",
-        {"residual": True, "heads": True, "signs": True},
-    ),
-}
-FOLDS = {
-    "smooth": Kind(
-        "moves range from activations into weights: max|x|^alpha / max|W|^beta (SmoothQuant)",
-        {"alpha": 0.5, "beta": AUTO, "pairs": NORM_PAIRS},
-    ),
-    "awq": Kind(
-        "the scale of a family that quantizes best, searched (AWQ); rows: activations are rounded too",
-        {"kind": "duo", "grid": 20, "pairs": ALL_PAIRS, "rows": False},
-    ),
-    "smooth_attention": Kind(
-        "tames keys for a 4-bit cache: max|k|^alpha, auto searches alpha for each head (QoQ)", {"alpha": 0.5}
-    ),
-    "equalize": Kind(
-        "columns to one mean magnitude (FireQ); a constant for each pair, auto: their geometric mean, 0: not this pair",
-        {"qkv": 0.0, "o": 0.0, "gate_up": AUTO, "down": AUTO, "kind": "mean"},
-    ),
-    "scale_values": Kind(
-        "values times a factor that the output projection takes back (FireQ)", {"factor": 0.9}
-    ),
-    "scale_keys": Kind(
-        "keys to alpha before RoPE, folded, and the top_k largest channels to beta after it, at run time (FireQ)",
-        {"alpha": 8.0, "beta": 8.0, "top_k": 8},
-    ),
-    "reorder": Kind("inputs of like size become neighbours (QoQ)", {"pairs": ("o", "down")}),
-}
-ROUNDING = {
-    "grid": Kind(
-        "how scales are made: divisor of symmetric int4 (auto 7.5); e4m3: FireQ's scales; multiples: offsets of "
-        "progressive weights are multiples of the step",
-        {"divisor": AUTO, "e4m3": False, "multiples": False},
-    ),
-    "match": Kind(
-        "weights make up for what rounding before them did to their inputs (GPTAQ)",
-        {"damp": 0.01, "strength": 1.0},
-    ),
-    "clip": Kind(
-        "searches how far each group reaches; measure: error of the weight, or of the outputs (diagonal, output)",
-        {"measure": "diagonal", "points": 40, "least": 0.5, "sides": False},
-    ),
-    "gptq": Kind(
-        "rounds column by column, each allowing for the errors before it",
-        {"damp": 0.01, "actorder": False},
-    ),
-    "refine": Kind(
-        "sweeps over codes and scales, each to its best with the rest fixed",
-        {"sweeps": 2, "scales": True, "damp": 0.01},
-    ),
-}
-STEPS = GLOBAL | FOLDS | ROUNDING
-BLIND_FOLDS = ("equalize", "scale_values")  # they look at weights alone
+from quant.ptq.steps import AUTO as AUTO
+from quant.ptq.steps import BLIND_FOLDS as BLIND_FOLDS
+from quant.ptq.steps import FOLDS as FOLDS
+from quant.ptq.steps import GLOBAL, ROUNDING
+from quant.ptq.steps import STEPS as STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +26,8 @@ class Step:
     options: Mapping[str, Any]  # complete: defaults filled in
 
     def __str__(self) -> str:
-        changed = [f"{k}={_spelled(v)}" for k, v in self.options.items() if v != STEPS[self.name].options[k]]
+        known = STEPS[self.name].options
+        changed = [f"{k}={known[k].spelled(v)}" for k, v in self.options.items() if v != known[k].default]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
@@ -98,7 +36,7 @@ class Recipe:
     steps: tuple[Step, ...]
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.steps)) or "rtn"
+        return "; ".join(map(str, self.steps)) or RTN
 
     def find(self, name: str) -> Mapping[str, Any] | None:
         """The options of a step, None where the recipe has none of that name."""
@@ -120,80 +58,58 @@ class Recipe:
         """Whether any step looks at calibration rows."""
         return self.wants_hessian or any(s.name not in BLIND_FOLDS for s in self.folds)
 
+    def without_data(self) -> "Recipe":
+        """What is left of the rounding where inputs tell nothing: the steps that look at the weight alone."""
+        kept = [s for s in self.steps if s.name not in ("match", "gptq", "refine")]
+        return Recipe(tuple(kept))
+
     def prefixes(self) -> list["Recipe"]:
         """Plain rounding, then the recipe up to each of its steps."""
         return [Recipe(self.steps[:n]) for n in range(len(self.steps) + 1)]
 
 
-def _spelled(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return (
-        "+".join(value)
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
+RTN = "rtn"  # no step: what is done where no other says how to round
 STEP = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")
 
 
 def parse(text: str) -> Recipe:
     """ValueError that names what is unknown, of the wrong type, twice there or out of order, and the choices."""
     steps: list[Step] = []
-    for part in filter(str.strip, text.split(";")):
+    parts = [part.strip() for part in text.split(";") if part.strip()]
+    for part in parts:
         match = STEP.fullmatch(part)
         if match is None:
-            raise ValueError(f"a step must read name or name(option=value, ...), got {part.strip()!r}")
+            raise ValueError(f"a step must read name or name(option=value, ...), got {part!r:.80}")
         name, inside = match.group(1), match.group(2) or ""
-        if name == "rtn":
+        if name == RTN:
             if inside.strip():
-                raise ValueError(f"rtn has no options, got {inside.strip()!r}: see grid")
-            continue
-        if name not in STEPS:
-            raise ValueError(f"step must be one of rtn, {', '.join(STEPS)}, got {name!r}")
-        steps.append(Step(name, _options(name, inside)))
-    _check_order([s.name for s in steps])
+                raise ValueError(f"rtn has no options, got {inside.strip()!r:.80}: see grid")
+        elif name not in STEPS:
+            raise ValueError(f"step must be one of {RTN}, {', '.join(STEPS)}, got {name!r:.80}")
+        else:
+            steps.append(Step(name, _options(name, inside)))
+    names = [s.name for s in steps]
+    if not parts:
+        raise ValueError(f"a recipe needs at least one step of {RTN}, {', '.join(STEPS)}, got {text!r:.80}")
+    if RTN in parts and (other := [n for n in names if n in ("gptq", "refine")]):
+        raise ValueError(f"{RTN} is rounding to nearest and cannot stand beside {other[0]}: leave one out")
+    _check_order(names)
     return Recipe(tuple(steps))
 
 
 def _options(name: str, inside: str) -> dict[str, Any]:
-    defaults = dict(STEPS[name].options)
+    known = STEPS[name].options
     given: dict[str, Any] = {}
     for item in filter(str.strip, inside.split(",")):
         key, equals, value = (x.strip() for x in item.partition("="))
-        if not equals or key not in defaults:
+        if not equals or key not in known:
             raise ValueError(
-                f"option of {name} must be one of {', '.join(defaults)} as name=value, got {item.strip()!r}"
+                f"option of {name} must be one of {', '.join(known)} as name=value, got {item.strip()!r:.80}"
             )
         if key in given:
             raise ValueError(f"option {key} of {name} is given twice")
-        given[key] = _value(f"{name}({key})", value, defaults[key])
-    return defaults | given
-
-
-def _value(what: str, text: str, default: Any) -> Any:
-    """`text` as a value of the default's type."""
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise ValueError(f"{what} must be true or false, got {text!r}")
-        return text == "true"
-    if isinstance(default, tuple):
-        return tuple(filter(None, text.split("+")))
-    if isinstance(default, str) and default != AUTO:
-        return text
-    # scale_keys and smooth_attention know a number and the word auto
-    if text == AUTO and (
-        default == AUTO or what == "smooth_attention(alpha)" or what.startswith("equalize(")
-    ):
-        return AUTO
-    try:
-        return int(text) if isinstance(default, int) else float(text)
-    except ValueError:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ValueError(f"{what} must be {kind}{' or auto' * (default == AUTO)}, got {text!r}") from None
+        given[key] = known[key].read(f"{name}({key})", value)
+    return STEPS[name].defaults | given
 
 
 def _check_order(names: list[str]) -> None:
