@@ -119,9 +119,16 @@ def refine(
 ) -> Rounded:
     """`sweeps` passes of coordinate descent over the codes and, where `scales`, of least squares over the scales.
 
-    Starts from any rounding; what it minimizes is e (H + damp mean) e of the error e of each row.
+    Starts from any rounding; what it minimizes is e (H + damp mean) e of the error e of each row.  That rounding stays
+    as it is where H is not finite or all 0, and the result says so.
     """
+    if not 0 < damp < 1 or sweeps < 1:
+        raise ValueError(f"damp must be in (0, 1) and sweeps at least 1, got {damp} and {sweeps}")
     K = w_NK.shape[1]
+    whole = float(hessian_KK.diagonal().sum())
+    if not whole > 0 or not bool(torch.isfinite(hessian_KK).all()):
+        why = "the inputs are all 0" if whole == 0 else "the Hessian is not finite"
+        return rounded._replace(fallback=rounded.fallback or why)
     h_KK, w_KN = _prepared(w_NK, hessian_KK, torch.arange(K))
     h_KK.diagonal().add_(damp * h_KK.diagonal().mean().clamp_min(1e-30))
     codes_KN, grid = rounded.codes_NK.t().contiguous(), rounded.grid

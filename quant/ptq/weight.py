@@ -1,5 +1,6 @@
 """One matrix to its QuantWeight by the rounding steps of a recipe: a grid, clipped or not, then codes on it."""
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +15,11 @@ from quant.scheme import QuantWeight
 
 
 class Made(NamedTuple):
-    """`weight_error` and `output_error`: squared, relative to the weight's own; the latter None without a Hessian."""
+    """`weight_error` and `output_error`: squared, relative to the weight's own; the latter None without a Hessian.
+
+    The output error is that of the matrix as it was given, on the inputs of the calibration: what `match` made of it
+    in between does not count.  `note`: why it was rounded to nearest after all, else empty.
+    """
 
     weight: QuantWeight
     weight_error: float
@@ -44,6 +49,9 @@ def quantize_weight(w_NK: Tensor, rounding: Rounding, recipe: Recipe, products: 
     The group size gives way to one that divides the inputs.
     """
     rounding = rounding.fit(w_NK.shape[1])
+    note = "" if products is None else unusable(products)
+    if note:
+        recipe, products = recipe.without_data(), None
     hessian_KK = None if products is None else products.hessian_KK
     wanted_NK = w_NK.contiguous()
     if (options := recipe.find("match")) is not None:
@@ -62,9 +70,18 @@ def quantize_weight(w_NK: Tensor, rounding: Rounding, recipe: Recipe, products: 
     if (options := recipe.find("refine")) is not None:
         rounded = refine(wanted_NK, rounded, _given(hessian_KK, "refine"), **options)
     weight = rounded.grid.weight(rounded.codes_NK)
-    values_NK = weight.dequantize()
-    output_error = None if hessian_KK is None else _ratio(values_NK - wanted_NK, wanted_NK, hessian_KK)
-    return Made(weight, _ratio(values_NK - w_NK, w_NK, None), output_error, rounded.fallback)
+    error_NK = weight.dequantize().sub_(w_NK)
+    output_error = None if hessian_KK is None else _ratio(error_NK, w_NK, hessian_KK)
+    return Made(weight, _ratio(error_NK, w_NK, None), output_error, note or rounded.fallback)
+
+
+def unusable(products: Products) -> str:
+    """Why nothing can be learnt from these inputs; empty where something can."""
+    for part in products:
+        # NaN is handed on to both ends
+        if part is not None and not all(math.isfinite(x) for x in torch.stack(torch.aminmax(part)).tolist()):
+            return "the inputs of the calibration are not finite"
+    return "" if float(products.hessian_KK.diagonal().sum()) > 0 else "the inputs are all 0"
 
 
 def matched(w_NK: Tensor, products: Products, *, damp: float, strength: float) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quant.ptq.gptq import Rounded, gptq, refine
 from quant.ptq.grid import Grid, plain_grid
-from quant.ptq.weight import Products, matched
+from quant.ptq.recipe import parse
+from quant.ptq.weight import Products, matched, quantize_weight
 from tests.quant.ptq.test_grid import ROUNDINGS
 
 N, K = 16, 192
@@ -146,3 +147,61 @@ def test_matching_makes_up_for_changed_inputs() -> None:
     assert torch.equal(matched(w_NK, unchanged, damp=0.1, strength=1.0), w_NK)
     with pytest.raises(ValueError, match=r"damp must be in \(0, 1\) and strength in \[0, 1\], got 0 and 2"):
         matched(w_NK, products, damp=0, strength=2)
+
+
+BAD_INPUTS = {
+    "zero": (torch.zeros(K, K), "all 0"),
+    "nan": (torch.full((K, K), float("nan")), "not finite"),
+    "inf": (torch.full((K, K), float("inf")), "not finite"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_refining_keeps_what_it_was_given_where_inputs_tell_nothing(bad: str) -> None:
+    """All inputs 0 used to make all weights 0."""
+    w_NK, _ = case()
+    grid = plain_grid(w_NK, ROUNDINGS["group"])
+    start = Rounded(grid.nearest(w_NK), grid)
+    hessian_KK, reason = BAD_INPUTS[bad]
+    after = refine(w_NK, start, hessian_KK)
+    assert torch.equal(after.codes_NK, start.codes_NK)
+    assert torch.equal(after.grid.scale_NQ, grid.scale_NQ)
+    assert reason in after.fallback
+
+
+@pytest.mark.parametrize(
+    "steps", ["refine", "match; clip(measure=output); refine", "clip", "match; gptq; refine"]
+)
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_bad_inputs_of_a_matrix_leave_it_rounded_by_itself(bad: str, steps: str) -> None:
+    w_NK, _ = case()
+    hessian_KK, reason = BAD_INPUTS[bad]
+    made = quantize_weight(w_NK, ROUNDINGS["group"], parse(steps), Products(hessian_KK, hessian_KK))
+    plain = quantize_weight(
+        w_NK, ROUNDINGS["group"], parse("clip(measure=weight)" if "clip" in steps else "rtn"), None
+    )
+    assert reason in made.note
+    assert torch.equal(made.weight.codes_NK, plain.weight.codes_NK)
+    assert made.output_error is None
+    assert made.weight_error < 0.02
+
+
+def test_the_output_error_is_that_of_the_matrix_as_it_was() -> None:
+    """What `match` makes of a matrix is not what its rounding is measured against."""
+    w_NK, h_KK = case()
+    drift_KK = 0.05 * h_KK
+    made = quantize_weight(
+        w_NK, ROUNDINGS["group"], parse("match; gptq"), Products(h_KK / 600, drift_KK / 600)
+    )
+    e_NK = made.weight.dequantize() - w_NK
+    want = float(((e_NK @ h_KK) * e_NK).sum() / ((w_NK @ h_KK) * w_NK).sum())
+    assert made.output_error == pytest.approx(want, rel=1e-3)
+    assert made.output_error > 0.05**2 / 2
+
+
+@pytest.mark.parametrize("given", [{"damp": -5.0}, {"damp": float("nan")}, {"sweeps": -1}])
+def test_refining_refuses_what_it_cannot_do(given: dict) -> None:
+    w_NK, h_KK = case()
+    grid = plain_grid(w_NK, ROUNDINGS["group"])
+    with pytest.raises(ValueError, match=r"damp must be in \(0, 1\) and sweeps at least 1"):
+        refine(w_NK, Rounded(grid.nearest(w_NK), grid), h_KK, **given)
