@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quant.formats.catalog import FORMATS
 from quant.ptq.shape import Shape as Shape
 from quant.ptq.shape import read_object
 from quant.ptq.shape import read_shape as read_shape
@@ -31,6 +32,8 @@ ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.w
 EMBED, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 # buffers that old exporters saved beside the weights; they follow from the config
 DERIVED = ".rotary_emb.inv_freq"
+# what quantized layers have beside or in place of a plain weight
+QUANTIZED = tuple(f".{s}" for f in FORMATS for s in f.SUFFIXES if s != "weight")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -117,6 +120,11 @@ class Source:
                     if name in self.files:
                         raise ValueError(f"{path}: holds {name!r}, and so does {self.files[name]}")
                     kind, shape = info.get_dtype(), tuple(info.get_shape())
+                    if name.endswith(QUANTIZED) or (name.endswith(".weight") and kind not in FLOATS):
+                        raise ValueError(
+                            f"{self.folder} is already quantized ({name!r:.120} is {kind}): quantization starts from "
+                            "plain weights, so give the model that it was made from"
+                        )
                     if kind not in FLOATS:
                         raise ValueError(f"{path}: {name!r} must be of {', '.join(FLOATS)}, got {kind}")
                     self.files[name], self.dtypes[name], self.sizes[name] = path, FLOATS[kind], shape

@@ -199,6 +199,24 @@ def test_damaged_weights_and_indices_give_an_error(tmp_path: Path) -> None:
     assert refused > 60
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model.layers.0.mlp.down_proj.weight": torch.zeros(64, 12, dtype=torch.int32)},  # FireQ
+        {"model.layers.0.mlp.down_proj.s1_scales": torch.zeros(64).half()},  # QServe
+        {"model.layers.0.mlp.down_proj.qweight": torch.zeros(64, 48, dtype=torch.int8)},
+    ],
+    ids=["fireq", "qserve", "words"],
+)
+def test_a_quantized_model_is_told_as_such(extra: dict[str, Tensor], tmp_path: Path) -> None:
+    """Without a quantization_config, as FireQ's and QServe's files come."""
+    folder = write_llama(tmp_path)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | extra, file)
+    with pytest.raises(ValueError, match=r"is already quantized .*quantization starts from plain weights"):
+        Source(folder)
+
+
 def test_broken_files_are_refused(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
     file = folder / "model.safetensors"
