@@ -15,7 +15,7 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 2 for a mistake of the user's, which is one line on stderr."""
+    """The exit status: 2 for a mistake of the user's, which is one line on stderr; 130 where the user stopped it."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["convert"]:
         parser = argparse.ArgumentParser(prog="python -m quant convert", description=convert.HELP)
@@ -25,9 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, args = command.run, command.read_arguments(given)
     try:
         return run(args)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        sys.stderr.write(f"python -m quant: {named}\n")
+        return 2
+    except ValueError as error:
         sys.stderr.write(f"python -m quant: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("python -m quant: interrupted\n")
+        return 130
 
 
 def give_back_large_blocks() -> None:

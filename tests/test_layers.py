@@ -26,8 +26,8 @@ ORDER = {
         formats formats.scales formats.ct_args formats.name_patterns formats.ct_config formats.ct_save formats.compressed_tensors formats.fp8 formats.kv_scheme formats.kv_cache
         formats.fireq formats.qserve formats.gptq formats.awq formats.catalog convert
         ptq ptq.shape ptq.model ptq.stats ptq.pairs ptq.smooth ptq.awq ptq.rotate ptq.attention_scales ptq.fireq_scales ptq.reorder
-        ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake ptq.recipe ptq.folding ptq.weight ptq.layerwise
-        ptq.report ptq.tensor_file ptq.state ptq.calibration ptq.write ptq.run ptq.command
+        ptq.progressive ptq.grid ptq.clip ptq.gptq ptq.fake ptq.steps ptq.recipe ptq.folding ptq.weight ptq.layerwise
+        ptq.judge ptq.report ptq.tensor_file ptq.spent ptq.state ptq.calibration ptq.checks ptq.write ptq.run ptq.command
         __main__
     """,
     "sched": """
@@ -40,7 +40,7 @@ ORDER = {
         slab_words slab_counts slab_quota shared_memory slab_table cuda_memory pool keeper
         models sampler inputs graphs runner warmup engine cache_identity loading kv_share
         text outputs llm
-        wire host quota_writer agent protocol answers loop worker frontend listener responses metrics server serve place
+        wire host quota_writer agent protocol answers loop worker frontend listener responses pool_metrics metrics server serve place top
     """,
 }
 MAY_IMPORT = {
@@ -79,6 +79,7 @@ TORCH_FREE = (
     "answers",
     "server",
     "serve",
+    "top",
 )
 
 # what the server alone needs: a machine that only measures, or runs LLM, does without

@@ -15,6 +15,7 @@ from torch import Tensor
 MAX_TEXT_BYTES = 4 << 30
 PIECE = 1 << 20  # characters
 JUDGED_SHARE = 5  # at most one window in five is held back
+SHORTEST = 2  # tokens of a window: the first is predicted from nothing
 
 
 class Windows(NamedTuple):
@@ -22,6 +23,25 @@ class Windows(NamedTuple):
 
     calib_ST: Tensor
     judged_ST: Tensor | None
+
+    def described(self) -> str:
+        """How much there is to calibrate and to judge on."""
+        held = 0 if self.judged_ST is None else len(self.judged_ST)
+        (count, length) = self.calib_ST.shape
+        return f"{count} windows of {length} tokens ({count * length}) to calibrate on, {held} held back to judge on"
+
+    def lacking(self, samples: int, judged: int) -> list[str]:
+        """What there is less of than was asked for, a line each."""
+        held = 0 if self.judged_ST is None else len(self.judged_ST)
+        lines = []
+        if len(self.calib_ST) < samples:
+            lines.append(
+                f"the text has {len(self.calib_ST)} windows to calibrate on, of {samples} asked for (--samples)"
+            )
+        if held < judged:
+            told = "no KL and no perplexity will be reported" if not held else "fewer are a rougher judgement"
+            lines.append(f"{held} windows are held back, of {judged} asked for (--judged): {told}")
+        return lines
 
 
 def from_text(path: Path, model: Path, length: int) -> Tensor:
@@ -64,6 +84,10 @@ def from_array(path: Path, length: int, vocab: int) -> Tensor:
     if not array.size or array.min() < 0 or array.max() >= vocab:
         raise ValueError(f"{path} must hold token ids in [0, {vocab}), got {array.size} numbers")
     ids = torch.from_numpy(array.astype(np.int64))
+    if ids.ndim == 2 and ids.shape[1] < SHORTEST:
+        raise ValueError(
+            f"{path} must hold windows of at least {SHORTEST} tokens, [S, T], got {list(array.shape)}"
+        )
     return ids[:, :length] if ids.ndim == 2 else _cut(ids, [], length, path)
 
 

@@ -6,41 +6,50 @@ DIR.work, and the same command goes on from there.
 
 import argparse
 import json
-import resource
+import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kernels.kv_layout import KV_FORMATS
 from quant.ptq import calibration
+from quant.ptq.checks import (
+    check_format,
+    check_out,
+    check_recipe,
+    chosen_container,
+    unexpected,
+)
 from quant.ptq.folding import Target
 from quant.ptq.grid import Rounding
 from quant.ptq.model import Shape, Source
-from quant.ptq.recipe import BEST_STEPS, RECIPES, STEPS, Recipe, recipe
+from quant.ptq.recipe import BEST_STEPS, RECIPES, Recipe, recipe
 from quant.ptq.report import figures, table
 from quant.ptq.run import Job, Outcome, Run
-from quant.ptq.state import Work, folder_key, key_of
-from quant.ptq.write import FORMATS, SCALE_TYPES, Writer, assemble, check_out
+from quant.ptq.spent import Spent
+from quant.ptq.state import Work, folder_key, key_of, locked
+from quant.ptq.steps import described
+from quant.ptq.write import FORMATS, SCALE_TYPES, Writer, fill, publish, write_json
 from quant.scheme import GROUP_SIZES, ONLINE, Scheme
 
 SCHEMES = tuple(name for name in ONLINE if "-" in name)
 WEIGHTS = ("symmetric", "zeros", "progressive")
+# what the papers run besides the weights: without it a method of that name is half of theirs
+PUBLISHED = {"fireq": ("int4", "--kv int4 --fp8-queries"), "qoq": ("int4z", "--kv int4z")}
+MOST = {"samples": 1 << 20, "length": 1 << 20, "judged": 1 << 20, "batch": 1 << 12}
 REPORT_FILE = "quantization_report.json"
-VERSION = 1  # of the arithmetic: a resumed run must not mix two
+VERSION = 2  # of the arithmetic and of what is kept: a resumed run must not mix two
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    steps = "\n".join(f"  {name}: {kind.help}" for name, kind in STEPS.items())
     methods = "\n".join(f"  {name}: {text}" for name, text in {"best": BEST_STEPS, **RECIPES}.items())
     parser = argparse.ArgumentParser(
         prog="python -m quant",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog=f"methods:\n{methods}\nsteps, joined by ';', options in brackets:\n{steps}",
+        epilog=f"methods:\n{methods}\nsteps, joined by ';', with options as name(option=value, ...):\n{described()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -75,7 +84,11 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--kv", metavar="FORMAT", help="KV format to calibrate for: fp8, int8, int4, int4z (default: none)")
     add("--fp8-queries", action="store_true", help="queries in fp8 too, as FireQ's prefill has them")
     add("--format", metavar="NAME", help=f"{', '.join(FORMATS)} (default: the method's own)")
-    add("--container", default="packed", help="of compressed-tensors: packed or int8 (default %(default)s)")
+    add(
+        "--container",
+        metavar="KIND",
+        help="of compressed-tensors: packed or int8 (default: packed for symmetric int4, int8 for what is left)",
+    )
     add("--steps-report", action="store_true", help="KL and perplexity after each step too: a run for each")
     add("--batch", type=int, default=4, help="windows that run at once (default %(default)s)")
     add("--quiet", action="store_true", help="no progress bar")
@@ -83,42 +96,90 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole command; ValueError with what the user has to change."""
-    started = time.perf_counter()
+    """The whole command; ValueError with what the user has to change, before any work where that can be known."""
+    spent = Spent(memory=True)
+    # a link to an empty folder is that folder, and the name of "." is its own
+    args.out = Path(os.path.abspath(args.out))
     check_out(args.out)
+    args.out = args.out.resolve()
     source = Source(args.model)
+    job, writer = planned(args, source)
+    with locked(args.out.with_name(args.out.name + ".work")) as folder:
+        work = open_work(folder, args, job, writer)
+        try:
+            quantize(args, job, writer, work, spent)
+        except KeyboardInterrupt:
+            kept = f"{work.next_layer} of {source.shape.layers} layers are kept in {folder}: the same command goes on"
+            warn(
+                "interrupted; " + (kept if work.next_layer else "no layer was finished, and nothing is left")
+            )
+            return 130
+        finally:
+            work.leave()
+    return 0
+
+
+def planned(args: argparse.Namespace, source: Source) -> tuple[Job, Writer]:
+    """What is to be done, all of it checked."""
     asked = chosen_recipe(args)
     kind = chosen_format(args)
     target = chosen_target(args, source, kind)
+    check_recipe(asked, kind, target, source.shape)
+    container = chosen_container(args.container, kind, target.rounding.scheme)
     windows = read_windows(args, source.shape, asked)
-    job = Job(
-        args.model,
-        asked,
-        target,
-        None if windows is None else windows.calib_ST,
-        None if windows is None else windows.judged_ST,
-        args.batch,
-    )
-    writer = Writer(kind, args.container, target.stored, source.shape)
-    work = open_work(args, job, writer)
-    held = peak_bytes()
-    outcome = Run(job, writer, work, show=shown(args))()
-    say(f"{asked}: {len(outcome.layers)} layers")
+    calib_ST, judged_ST = (None, None) if windows is None else windows
+    if args.steps_report and judged_ST is None:
+        raise ValueError(
+            "--steps-report needs held-back windows: --judged above 0, and more text or a smaller --length"
+        )
+    for line in unexpected(target.rounding.scheme, kind, container, source.shape):
+        warn(line)
+    kv, options = PUBLISHED.get(args.method or "", (args.kv, ""))
+    if kv != args.kv:
+        warn(f"{args.method} as published is {options}: keys and values were given {args.kv or 'no format'}")
+    if windows is not None:
+        say(windows.described())
+        for line in windows.lacking(args.samples, args.judged):
+            warn(line)
+    job = Job(args.model, asked, target, calib_ST, judged_ST, args.batch)
+    return job, Writer(kind, container, target.stored, source.shape)
+
+
+def quantize(args: argparse.Namespace, job: Job, writer: Writer, work: Work, spent: Spent) -> None:
+    outcome = Run(job, writer, work, shown(args), spent)()
+    say(f"{job.recipe}: {len(outcome.layers)} layers")
     before = steps_before(job, args) if args.steps_report else []
-    report = figures(job, outcome, before)
-    report |= {"peak_extra_bytes": peak_bytes() - held, "model_bytes": source.nbytes}
     config = writer.config(
         json.loads((args.model / "config.json").read_text()), outcome.schemes, outcome.outer
     )
-    written = finish(args, work, outcome, config, report)
+    files = [work.layer_path(i) for i in range(len(outcome.layers))]
+    files.append(work.write_outer(outcome.outer))
+    result = work.new_result()
+    fill(result, args.model, files, config)
+    report = figures(job, outcome, before) | {"model_bytes": Source(args.model).nbytes}
+    write_json(result / REPORT_FILE, report, indent=1)
+    written = publish(result, args.out)
+    work.remove()
     say(table(report))
-    say(
-        f"wrote {len(written)} files, {sum(p.stat().st_size for p in written) / 1e6:.1f} MB, to {args.out} ({kind})"
+    size = sum(p.stat().st_size for p in written)
+    say(f"wrote {len(written)} files, {size / 1e6:.1f} MB, to {args.out} ({writer.format})")
+    say(served(args, job.recipe))
+    most = report["peak_extra_bytes"]
+    memory = "memory unknown" if most is None else f"at most {most / 1e6:.0f} MB beyond the start"
+    legs = f" over {spent.legs} legs" if spent.legs > 1 else ""
+    say(f"{spent.wall:.1f} s{legs}, {memory}")
+
+
+def served(args: argparse.Namespace, done: Recipe) -> str:
+    """How to run it as it was calibrated."""
+    flags = f" --kv-dtype {args.kv}" * bool(args.kv) + " --fp8-queries true" * args.fp8_queries
+    keys = [name for name in ("smooth_attention", "scale_keys") if done.find(name) is not None]
+    told = (
+        f"   (its keys are scaled for 4 bits by {keys[0]}: --kv-dtype int4 or int4z)"
+        if keys and not args.kv
+        else ""
     )
-    kv = f" --kv-dtype {args.kv}" if args.kv else ""
-    say(f"serve it: python -m minserve.serve --model {args.out}{kv}")
-    say(f"{time.perf_counter() - started:.1f} s, {report['peak_extra_bytes'] / 1e6:.0f} MB beyond the start")
-    return 0
+    return f"serve it: python -m minserve.serve --model {args.out}{flags}{told}"
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
@@ -147,6 +208,7 @@ def chosen_target(args: argparse.Namespace, source: Source, kind: str) -> Target
         raise ValueError(f"--weights and --group-size are for int4 weights, got {args.scheme}")
     if args.kv is not None and args.kv not in KV_FORMATS:
         raise ValueError(f"--kv must be one of {', '.join(KV_FORMATS)}, got {args.kv!r}")
+    check_format(kind, scheme, source.shape)
     scale_dtype = SCALE_TYPES[kind] or source.dtype
     rounding = Rounding(scheme, scale_dtype, fireq=kind == "fireq")
     # QServe's kernels know float16 alone
@@ -166,7 +228,7 @@ def int4_scheme(args: argparse.Namespace, scheme: Scheme, kind: str) -> Scheme:
     if weights not in WEIGHTS:
         raise ValueError(f"--weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     rows = scheme.activations
-    if weights != "symmetric" and rows is not None and rows.dtype == "fp8":
+    if args.weights not in (None, "symmetric") and rows is not None and rows.dtype == "fp8":
         raise ValueError(f"--weights must be symmetric for fp8 activations, got {weights!r}")
     return replace(
         scheme, group_size=group, symmetric=weights != "zeros", progressive=weights == "progressive"
@@ -176,9 +238,15 @@ def int4_scheme(args: argparse.Namespace, scheme: Scheme, kind: str) -> Scheme:
 def read_windows(args: argparse.Namespace, shape: Shape, asked: Recipe) -> calibration.Windows | None:
     if args.calib is not None and args.calib_tokens is not None:
         raise ValueError("give --calib or --calib-tokens, not both")
-    for name, least in (("samples", 1), ("length", 2), ("judged", 0), ("batch", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    given = args.calib is not None or args.calib_tokens is not None
+    for name, least in (("samples", 1), ("length", calibration.SHORTEST), ("judged", 0), ("batch", 1)):
+        # beyond its positions a model says nothing that it learnt
+        most = shape.positions if name == "length" and given else MOST[name]
+        if not least <= getattr(args, name) <= most:
+            where = ", the model's max_position_embeddings" if name == "length" else ""
+            raise ValueError(
+                f"--{name} must be at least {least} and at most {most}{where}, got {getattr(args, name)}"
+            )
     if args.calib is not None:
         found = calibration.from_text(args.calib, args.model, args.length)
     elif args.calib_tokens is not None:
@@ -192,7 +260,7 @@ def read_windows(args: argparse.Namespace, shape: Shape, asked: Recipe) -> calib
     return calibration.split(found, args.samples, args.judged)
 
 
-def open_work(args: argparse.Namespace, job: Job, writer: Writer) -> Work:
+def open_work(folder: Path, args: argparse.Namespace, job: Job, writer: Writer) -> Work:
     key = key_of(
         version=VERSION,
         recipe=str(job.recipe),
@@ -203,34 +271,26 @@ def open_work(args: argparse.Namespace, job: Job, writer: Writer) -> Work:
         judged="" if job.judged_ST is None else job.judged_ST,
         batch=args.batch,
     )
-    work = Work(args.out.with_name(args.out.name + ".work"), key)
+    work = Work(folder, key)
     if work.next_layer:
         say(f"going on after layer {work.next_layer - 1}, found in {work.folder}")
+    if others := work.others():
+        warn(
+            f"{folder} also holds {len(others)} unfinished of other options, models or texts: "
+            f"delete what you will not go on with ({', '.join(p.name for p in others[:4])})"
+        )
     return work
 
 
 def steps_before(job: Job, args: argparse.Namespace) -> list[tuple[str, Outcome]]:
     """Plain rounding, and the recipe cut off after each step but the last."""
-    if job.judged_ST is None:
-        raise ValueError("--steps-report needs held-back windows: more text, or a smaller --length")
     cuts = [r for r in job.recipe.prefixes() if r != job.recipe]
     return [(str(r), Run(replace(job, recipe=r), show=shown(args))()) for r in cuts]
 
 
-def finish(
-    args: argparse.Namespace, work: Work, outcome: Outcome, config: dict[str, Any], report: dict[str, Any]
-) -> list[Path]:
-    files = [work.layer_path(i) for i in range(len(outcome.layers))]
-    files.append(work.write_outer(outcome.outer))
-    written = assemble(args.out, args.model, files, config)
-    path = args.out / REPORT_FILE
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    work.remove()
-    return [*written, path]
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def warn(line: str) -> None:
+    sys.stderr.write(f"python -m quant: {line}\n")
+    sys.stderr.flush()
 
 
 def say(line: str) -> None:

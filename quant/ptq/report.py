@@ -1,137 +1,89 @@
-"""What quantization cost: errors of every matrix and layer, KL and perplexity against the plain model; JSON and a table.
+"""What quantization cost, as JSON and as a table: errors of every matrix and layer, KL and perplexity, step by step."""
 
-`Judge` runs held-back text through the plain layers and the quantized ones side by side, one layer at a time, so that
-a model larger than memory is judged too.  KL is KL(plain || quantized) in nats, mean over tokens; perplexity is over
-whole windows from their second token on.
-"""
-
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from quant.ptq.model import PLAIN, Hooks, Layer, Shape, embed, forward, logits
-from quant.ptq.rotate import Orthogonal
-
-ROWS_AT_ONCE = 256  # tokens whose logits are held at once
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """`top1`: the share of tokens at which both models find the same one likeliest."""
-
-    perplexity: float
-    plain_perplexity: float
-    kl: float
-    top1: float
-    tokens: int
-
-
-class Judge:
-    """Both models' residual streams on `ids_ST` (S windows of T tokens)."""
-
-    def __init__(self, ids_ST: Tensor, batch: int = 8) -> None:
-        self.ids_ST, self.batch = ids_ST, batch
-        self.plain: list[Tensor] = []
-        self.quantized: list[Tensor] = []
-
-    def start(self, plain_outer: Mapping[str, Tensor], outer: Mapping[str, Tensor]) -> None:
-        """The embeddings of both."""
-        self.plain = [embed(dict(plain_outer), ids) for ids in self.ids_ST.split(self.batch)]
-        self.quantized = [embed(dict(outer), ids) for ids in self.ids_ST.split(self.batch)]
-
-    @torch.no_grad()
-    def plain_layer(self, layer: Layer, shape: Shape) -> None:
-        self.plain = [forward(layer, shape, x, PLAIN) for x in self.plain]
-
-    @torch.no_grad()
-    def quantized_layer(self, layer: Layer, shape: Shape, hooks: Hooks) -> None:
-        self.quantized = [forward(layer, shape, x, hooks) for x in self.quantized]
-
-    def stream_error(self, turned: Orthogonal | None) -> float:
-        """|quantized - plain|^2 / |plain|^2 of the residual streams; `turned`: how the quantized one is rotated."""
-        error = whole = 0.0
-        for x_BTD, y_BTD in zip(self.plain, self.quantized, strict=True):
-            if turned is not None:
-                x_BTD = turned.apply(x_BTD).float()
-            error += float((y_BTD - x_BTD).square().sum())
-            whole += float(x_BTD.square().sum())
-        return error / max(whole, 1e-30)
-
-    @torch.no_grad()
-    def finish(self, plain_outer: dict[str, Tensor], outer: dict[str, Tensor], shape: Shape) -> Quality:
-        loss = plain_loss = kl = same = 0.0
-        count = predicted = 0
-        for ids_BT, x, y in zip(self.ids_ST.split(self.batch), self.plain, self.quantized, strict=True):
-            for ids_T, x_TD, y_TD in zip(ids_BT, x, y, strict=True):
-                for start in range(0, len(ids_T), ROWS_AT_ONCE):
-                    rows = slice(start, start + ROWS_AT_ONCE)
-                    p_TV = logits(plain_outer, shape, x_TD[rows]).log_softmax(-1)
-                    q_TV = logits(outer, shape, y_TD[rows]).log_softmax(-1)
-                    kl += float(F.kl_div(q_TV, p_TV, reduction="sum", log_target=True))
-                    same += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
-                    next_T = ids_T[start + 1 : start + 1 + ROWS_AT_ONCE]
-                    plain_loss += float(F.nll_loss(p_TV[: len(next_T)], next_T, reduction="sum"))
-                    loss += float(F.nll_loss(q_TV[: len(next_T)], next_T, reduction="sum"))
-                    count, predicted = count + len(p_TV), predicted + len(next_T)
-        return Quality(
-            perplexity=math.exp(min(700.0, loss / max(1, predicted))),
-            plain_perplexity=math.exp(min(700.0, plain_loss / max(1, predicted))),
-            kl=max(0.0, kl / count),
-            top1=same / count,
-            tokens=count,
-        )
+ERRORS = ("weight_error", "output_error", "total_error")
+MEANING = {
+    "weight_error": "|W' - W|^2 / |W|^2 of the rounded matrix against the one that was rounded, folds included",
+    "output_error": "the same of their outputs on the same rows: of held-back text where there is some, else of the calibration",
+    "total_error": "of the rounded matrix's outputs against the plain model's on its own rows: what was lost before is in it, "
+    "and what match makes up for",
+    "stream_error": "of the residual stream after the layer, against the plain model's",
+}
 
 
 def figures(job: Any, outcome: Any, before: list[tuple[str, Any]]) -> dict[str, Any]:
     """The report as JSON holds it; `before`: shorter recipes and their outcomes."""
+    spent = outcome.spent
     return {
         "model": str(job.model),
         "recipe": str(job.recipe),
         "scheme": str(job.target.rounding.scheme),
         "kv": job.target.kv,
         "calibration_tokens": 0 if job.calib_ST is None else job.calib_ST.numel(),
+        "calibration_windows": 0 if job.calib_ST is None else len(job.calib_ST),
+        "judged_windows": 0 if job.judged_ST is None else len(job.judged_ST),
         "quality": None if outcome.quality is None else asdict(outcome.quality),
-        "steps": [{"recipe": name, "quality": asdict(o.quality)} for name, o in before],
+        **mean_errors(outcome.layers),
+        "steps": [
+            {"recipe": name, "quality": asdict(o.quality), **mean_errors(o.layers)} for name, o in before
+        ],
+        "meaning": MEANING,
         "layers": outcome.layers,
-        "seconds": {name: round(s, 2) for name, s in outcome.seconds.items()},
+        "seconds": {name: round(s, 2) for name, s in spent.seconds.items()},
+        "wall_seconds": round(spent.wall, 2),
+        "legs": spent.legs,
+        "peak_extra_bytes": spent.peak_extra_bytes,
     }
+
+
+def mean_errors(layers: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Over all matrices of all layers."""
+    rows = [row for layer in layers for row in layer["linears"].values()]
+    return {name: mean([r[name] for r in rows]) for name in ERRORS}
 
 
 def table(report: Mapping[str, Any]) -> str:
     """What a person wants to see of it."""
     lines = [
-        "layer   weight error   output error   stream error   (squared, relative; mean over the matrices)"
+        "layer   weight error   output error    total error   stream error   (squared, relative; mean over the matrices)"
     ]
     for i, layer in enumerate(report["layers"]):
-        rows = list(layer["linears"].values())
-        cells = [
-            mean([r["weight_error"] for r in rows]),
-            mean([r["output_error"] for r in rows]),
-            layer["stream_error"],
-        ]
-        lines.append(f"{i:5d}" + "".join(f"{'-':>15}" if c is None else f"{c:15.2e}" for c in cells))
+        lines.append(f"{i:5d}" + cells([*mean_errors([layer]).values(), layer["stream_error"]]))
         lines += [
             f"      {name}: {r['note']}, rounded to nearest"
             for name, r in layer["linears"].items()
             if r["note"]
         ]
-    judged = [(s["recipe"], s["quality"]) for s in report["steps"]]
+    rows = [*report["steps"], report]
+    lines += [
+        "     " + cells([row[name] for name in ERRORS]) + f"{'all':>15}: {row['recipe']}" for row in rows
+    ]
     if report["quality"] is not None:
-        judged.append((report["recipe"], report["quality"]))
         plain = report["quality"]["plain_perplexity"]
         lines.append(f"held-back text, {report['quality']['tokens']} tokens: plain perplexity {plain:.4f}")
-        lines += [
-            f"  perplexity {q['perplexity']:.4f} ({100 * (q['perplexity'] / plain - 1):+.2f} %), KL {q['kl']:.5f}, "
-            f"top-1 {100 * q['top1']:.2f} %: {name}"
-            for name, q in judged
-        ]
+        lines += [f"  {quality_line(row['quality'])}: {row['recipe']}" for row in rows]
+        if any(row["quality"]["perplexity"] < plain for row in rows):
+            lines.append(
+                "  a perplexity below the plain model's (-) is no gain: text that the model does not know well may become "
+                "likelier to a model that is wrong; KL says how far it is from the plain one"
+            )
     seconds = ", ".join(f"{name} {s:.1f}" for name, s in report["seconds"].items())
-    return "\n".join([*lines, f"seconds: {seconds}"])
+    legs = f" over {report['legs']} legs" if report["legs"] > 1 else ""
+    return "\n".join([*lines, f"seconds{legs}: {seconds}"])
+
+
+def cells(errors: list[float | None]) -> str:
+    return "".join(f"{'-':>15}" if c is None else f"{c:15.2e}" for c in errors)
+
+
+def quality_line(q: Mapping[str, Any]) -> str:
+    above = 100 * (q["perplexity"] / q["plain_perplexity"] - 1)
+    return (
+        f"KL {q['kl']:.5f}, top-1 {100 * q['top1']:.2f} %, perplexity {q['perplexity']:.4f} ({above:+.2f} %)"
+    )
 
 
 def mean(values: list[float | None]) -> float | None:

@@ -4,9 +4,7 @@ For every layer: rotate, look at what goes through it, fold, round part by part,
 to the next.  What is finished lies in a `Work` folder; a run that was killed goes on from there.
 """
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quant.ptq.folding import Target, fold, needs
+from quant.ptq.judge import Errors, Judge, Quality
 from quant.ptq.layerwise import LayerQuantizer, Runs
 from quant.ptq.model import LINEARS, Layer, Source, embed
 from quant.ptq.recipe import Recipe
-from quant.ptq.report import Judge, Quality
-from quant.ptq.rotate import Rotation, rotate_layer, rotate_outer, rotation
+from quant.ptq.rotate import Orthogonal, Rotation, rotate_layer, rotate_outer, rotation
+from quant.ptq.spent import Spent
 from quant.ptq.state import Work
 from quant.ptq.stats import Stats, collect
 from quant.ptq.weight import Made, rounding_of
@@ -48,26 +47,25 @@ class Job:
 
 @dataclass(slots=True)
 class Outcome:
-    """`layers`: figures of every decoder layer.  `seconds` by what they went to.  `config` and `files` of a written one."""
+    """`layers`: figures of every decoder layer.  `outer`: the tensors outside them."""
 
     layers: list[dict[str, Any]] = field(default_factory=list)
     quality: Quality | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
     schemes: dict[Scheme, list[str]] = field(default_factory=dict)
     outer: dict[str, Tensor] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+    spent: Spent = field(default_factory=Spent)
 
 
 class Run:
     """One job; `writer` and `work` are None where only the report is wanted."""
 
     def __init__(
-        self, job: Job, writer: Writer | None = None, work: Work | None = None, show: bool = False
+        self,
+        job: Job,
+        writer: Writer | None = None,
+        work: Work | None = None,
+        show: bool = False,
+        spent: Spent | None = None,
     ) -> None:
         recipe = job.recipe
         rounding = rounding_of(recipe, job.target.rounding)
@@ -84,7 +82,7 @@ class Run:
         if turn is not None:
             seed = 0 if turn["signs"] else None
             self.turn = rotation(self.shape, residual=turn["residual"], heads=turn["heads"], seed=seed)
-        self.outcome = Outcome()
+        self.outcome = Outcome(spent=spent or Spent())
         self.judge = None if job.judged_ST is None else Judge(job.judged_ST, job.batch)
         self.streams: list[Tensor] = []
         # of the model that is not rounded
@@ -103,7 +101,7 @@ class Run:
         self.streams, self.references = [], None
         outer = self._outer()
         if self.judge is not None:
-            with self.outcome.timed("report"):
+            with self.outcome.spent.timed("report"):
                 wide = {name: x.float() for name, x in outer.items()}
                 self.outcome.quality = self.judge.finish(self.source.outer(), wide, self.shape)
         self.outcome.outer = outer
@@ -123,6 +121,8 @@ class Run:
         if done:
             assert self.work is not None, "done without a folder"
             held, self.work.streams = self.work.streams, {}
+            if self.work.spent is not None:
+                self.outcome.spent.add_before(self.work.spent)
             self.streams, self.references = held.get(CALIB, []), held.get(REFERENCE)
             if self.judge is not None:
                 self.judge.plain, self.judge.quantized = held[PLAIN_JUDGED], held[JUDGED]
@@ -140,7 +140,7 @@ class Run:
         return 0
 
     def _layer(self, i: int, bar: Any) -> None:
-        timed = self.outcome.timed
+        timed = self.outcome.spent.timed
         with timed("read"):
             layer = self.source.layer(i)
         if self.judge is not None:
@@ -149,20 +149,26 @@ class Run:
         bar.set_postfix_str("folding")
         with timed("fold"):
             channel_GK = self._fold(layer)
+        # matrices are replaced, not written to: a shallow copy keeps the plain ones
+        folded = None if self.judge is None else dict(layer)
         bar.set_postfix_str("rounding")
         with timed("round"):
             made = LayerQuantizer(
                 layer, self.shape, self.target, self.job.recipe, self.streams, self.references, channel_GK
             ).run()
-        if self.judge is not None:
+        errors: dict[str, Errors] = {}
+        if self.judge is not None and folded is not None:
             with timed("report"):
-                self.judge.quantized_layer(layer, self.shape, Runs(self.target, channel_GK))
-        figures = self._figures(made)
+                errors = self.judge.quantized_layer(
+                    layer, folded, self.shape, Runs(self.target, channel_GK), self._turned
+                )
+            del folded
+        figures = self._figures(made, errors)
         self._book(i, figures)
         if self.work is not None and self.writer is not None:
             with timed("write"):
                 tensors = self.writer.layer(i, layer, made, channel_GK)
-                self.work.finish_layer(i, tensors, figures, self._all_streams())
+                self.work.finish_layer(i, tensors, figures, self._all_streams(), self.outcome.spent.told())
 
     def _fold(self, layer: Layer) -> Tensor | None:
         recipe = self.job.recipe
@@ -183,23 +189,27 @@ class Run:
                 layer[name] = value.to(self.target.stored).float()
         return channel_GK
 
-    def _figures(self, made: Mapping[str, Made]) -> dict[str, Any]:
-        linears = {
-            name: {
+    @property
+    def _turned(self) -> Orthogonal | None:
+        """How the quantized model's residual stream is rotated."""
+        return None if self.turn is None else self.turn.residual
+
+    def _figures(self, made: Mapping[str, Made], errors: Mapping[str, Errors]) -> dict[str, Any]:
+        linears = {}
+        for name, m in made.items():
+            seen = errors.get(name)
+            linears[name] = {
                 "scheme": str(m.weight.scheme),
                 "weight_error": m.weight_error,
-                "output_error": m.output_error,
+                "output_error": m.output_error if seen is None else seen.output,
+                "total_error": None if seen is None else seen.total,
                 "note": m.note,
                 "group_size": m.weight.scheme.group_size,
             }
-            for name, m in made.items()
+        return {
+            "linears": linears,
+            "stream_error": None if self.judge is None else self.judge.stream_error(self._turned),
         }
-        figures: dict[str, Any] = {"linears": linears, "stream_error": None}
-        if self.judge is not None:
-            figures["stream_error"] = self.judge.stream_error(
-                None if self.turn is None else self.turn.residual
-            )
-        return figures
 
     def _book(self, i: int, figures: dict[str, Any]) -> None:
         self.outcome.layers.append(figures)

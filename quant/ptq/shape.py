@@ -64,6 +64,7 @@ class Shape:
     attention_bias: bool = False
     mlp_bias: bool = False
     rotary: Rope = Rope()
+    positions: int = 2048  # the longest sequence that the model was made for
 
     @property
     def heads_per_kv(self) -> int:
@@ -163,6 +164,7 @@ def read_shape(folder: str | Path) -> Shape:
         attention_bias=keys.boolean("attention_bias"),
         mlp_bias=keys.boolean("mlp_bias"),
         rotary=_rotary(keys),
+        positions=keys.integer("max_position_embeddings", 2048),
     )
 
 

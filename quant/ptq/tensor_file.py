@@ -9,7 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def write_tensors(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    with naming(path), beside.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
             tensor = get(name)
@@ -70,3 +71,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Tensors that are there already."""
     infos = {name: Info(x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     write_tensors(path, infos, tensors.__getitem__, metadata)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file that appears whole."""
+    beside = path.with_name(path.name + ".part")
+    with naming(path):
+        beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk is told by errors that do not say which file had no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -6,6 +6,7 @@ template, generation settings) is copied, config.json changed where the model ha
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from torch import Tensor
 from quant.formats import ct_save, fireq, qserve
 from quant.ptq.model import HEAD, Layer, Shape
 from quant.ptq.state import PT
-from quant.ptq.tensor_file import Info, write_tensors
+from quant.ptq.tensor_file import Info, naming, write_bytes, write_tensors
 from quant.ptq.weight import Made
 from quant.scheme import QuantWeight, Scheme
 
@@ -89,28 +90,37 @@ class Writer:
         return config
 
 
-def assemble(out: Path, model: Path, files: list[Path], config: Mapping[str, Any]) -> list[Path]:
-    """Makes `out` from the finished `files` of tensors (which it moves or merges); returns what it wrote.
-
-    `out` appears whole: it is filled beside its place and renamed.
-    """
-    beside = out.with_name(out.name + ".part")
-    if beside.exists():
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
+def fill(folder: Path, model: Path, files: list[Path], config: Mapping[str, Any]) -> None:
+    """Makes a checkpoint in `folder` of the finished `files` of tensors (which it links or merges)."""
     total = sum(path.stat().st_size for path in files)
     if total <= ONE_FILE_BYTES:
-        _merge(files, beside / "model.safetensors")
+        _merge(files, folder / "model.safetensors")
     else:
-        _shards(files, beside)
+        _shards(files, folder)
     for path in sorted(model.iterdir()):
         if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name != "config.json":
-            shutil.copyfile(path, beside / path.name)
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if out.exists():
-        out.rmdir()  # empty: it was checked
-    os.replace(beside, out)
+            with naming(folder / path.name):
+                shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", config, indent=2)
+
+
+def publish(result: Path, out: Path) -> list[Path]:
+    """The finished folder takes the place of `out`, which is not there or empty; returns what it holds."""
+    os.replace(result, out)
     return sorted(out.iterdir())
+
+
+def write_json(path: Path, value: Any, indent: int) -> None:
+    """NaN and infinities, which JSON has not, become null."""
+    write_bytes(path, (json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _merge(files: list[Path], to: Path) -> None:
@@ -141,7 +151,7 @@ def _shards(files: list[Path], folder: Path) -> None:
                 total += file.get_tensor(tensor).nbytes
         _place(path, folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model.safetensors.index.json", index, indent=2)
 
 
 def _place(path: Path, to: Path) -> None:
@@ -149,12 +159,5 @@ def _place(path: Path, to: Path) -> None:
     try:
         os.link(path, to)
     except OSError:
-        shutil.copyfile(path, to)
-
-
-def check_out(out: Path) -> None:
-    """ValueError where something is already there: nothing is ever overwritten."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"out must not exist yet or be an empty folder, got {out}: delete it or choose another"
-        )
+        with naming(to):
+            shutil.copyfile(path, to)

@@ -1,9 +1,37 @@
-"""One thread: on matrices this small a second one only waits for the first, a hundred times longer on a busy machine."""
+"""One thread: on matrices this small a second one only waits for the first, a hundred times longer on a busy machine.
+
+And a tiny model with its calibration text, for the tests of the command.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.tiny import write_llama, write_tokenizer
+
+WORDS = [
+    "the",
+    "rain",
+    "in",
+    "spain",
+    "falls",
+    "on",
+    "a",
+    "plain",
+    "roof",
+    "and",
+    "some",
+    "trees",
+    "near",
+    "there",
+    "were",
+    "told",
+    "to",
+    "run",
+    "home",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +40,27 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Groups of 128 divide it; biases, and two query heads to a KV head."""
+    folder = write_llama(
+        tmp_path_factory.mktemp("ptq") / "plain",
+        seed=6,
+        hidden_size=128,
+        intermediate_size=256,
+        attention_bias=True,
+        num_attention_heads=4,
+        head_dim=32,
+    )
+    return write_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def text(plain: Path) -> Path:
+    g = torch.Generator().manual_seed(1)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (900,), generator=g).tolist()]
+    path = plain.parent / "calib.txt"
+    path.write_text("".join(w + ("\n" if i % 9 == 8 else " ") for i, w in enumerate(words)))
+    return path

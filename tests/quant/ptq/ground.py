@@ -13,6 +13,8 @@ from quant.ptq.stats import Collector, Stats
 GQA = Shape(
     hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers=2, vocab=120, eps=1e-5
 )  # fmt: skip
+# options of the command for a model this small
+SMALL = ["--samples", "6", "--length", "24", "--judged", "2", "--batch", "4", "--quiet"]
 SHAPES = {
     "gqa": GQA,
     "mha": replace(GQA, kv_heads=4),
