@@ -8,6 +8,7 @@ tokenizer files are copied.  DST appears when all of it is written, and is never
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,8 @@ COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 # what trainers leave beside the weights
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin", "random_states.bin")
+METADATA = "__metadata__"
+MOST_COPIES = 4  # times the memory that is viewed: tied tensors are twice
 HELP = "write pickled weights (.bin) as safetensors"
 
 
@@ -122,11 +125,12 @@ def _read(path: Path, expected: set[str] | None) -> dict[str, Tensor]:
     """The tensors of one file, contiguous and each in memory of its own."""
     if not path.is_file():
         raise ValueError(f"{path} is missing or not a regular file")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is not a file of plain tensors: it is empty")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a file of plain tensors: {reason:.300}") from error
+        raise ValueError(f"{path} is not a file of plain tensors: {_reason(error)}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
     if expected is not None and set(loaded) != expected:
@@ -134,13 +138,46 @@ def _read(path: Path, expected: set[str] | None) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: {strays[0]!r:.120} is only in one of the file and {INDEX} ({len(strays)} such)"
         )
+    _check_size(path, loaded)
     seen: set[int] = set()
     return {name: _own(path, name, value, seen) for name, value in loaded.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refused, without its advice to read the file with code and all."""
+    text = str(error)
+    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it would call {wanted.group(1)}, which no file of tensors needs"
+    first = text.strip().split("\n")[0]
+    told = (
+        first if first and "weights_only" not in text else "its pickle holds more than tensors and containers"
+    )
+    return f"{type(error).__name__}: {told:.300}"
+
+
+def _check_size(path: Path, loaded: dict[Any, Any]) -> None:
+    """Views of one memory become tensors of their own: few of them are meant, and many would fill a disk."""
+    tensors = [
+        x for x in loaded.values() if isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    ]
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    # what is larger than its memory is refused by itself
+    written = sum(x.nbytes for x in tensors if x.nbytes <= x.untyped_storage().nbytes())
+    held = sum(memory.values())
+    if written > MOST_COPIES * max(held, 1 << 20):
+        raise ValueError(
+            f"{path}: its {len(tensors)} tensors view {held} bytes and would take {written}, more than {MOST_COPIES} "
+            "times as many"
+        )
 
 
 def _own(path: Path, name: Any, value: Any, seen: set[int]) -> Tensor:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         raise ValueError(f"{path}: {name!r:.120} must be a tensor, got {type(value).__name__}")
+    if name == METADATA:
+        raise ValueError(
+            f"{path}: no tensor can be called {METADATA!r} in safetensors, which has that name for another thing"
+        )
     if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
         raise ValueError(f"{path}: {name!r:.120} must be a dense tensor of real numbers, got {value.dtype}")
     tensor: Tensor = value.detach()

@@ -117,9 +117,12 @@ def first(source: Path) -> Path:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "code in a pickle": (lambda s: torch.save({"a": Harmful(s.parent / "run")}, first(s)), "not a file of plain tensors"),
+    "code in a pickle": (
+        lambda s: torch.save({"a": Harmful(s.parent / "run")}, first(s)),
+        "not a file of plain tensors: it would call getattr, which no file of tensors needs",
+    ),
     "a truncated file": (lambda s: first(s).write_bytes(first(s).read_bytes()[:-200]), "not a file of plain tensors"),
-    "no file at all": (lambda s: first(s).write_bytes(b""), "not a file of plain tensors"),
+    "no file at all": (lambda s: first(s).write_bytes(b""), "not a file of plain tensors: it is empty"),
     "a list": (lambda s: torch.save([torch.ones(1)], first(s)), "must hold a dictionary of tensors, got list"),
     "a number": (lambda s: torch.save(SHARDS[first(s).name] | {"a": 3}, first(s)), "'a' must be a tensor, got int"),
     "sparse": (lambda s: torch.save(SHARDS[first(s).name] | {"a": torch.eye(3).to_sparse()}, first(s)), "dense tensor"),
@@ -156,6 +159,42 @@ def test_what_is_wrong_is_named_and_nothing_is_left(case: str, tmp_path: Path) -
         convert(source, tmp_path / "safe", silent)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert not (tmp_path / "run").exists()
+
+
+ODD_TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "a name that safetensors has for itself": (
+        {"__metadata__": torch.ones(2)},
+        "no tensor can be called '__metadata__' in safetensors",
+    ),
+    "views of one memory": (
+        {f"t{i}": whole[i:] for whole in [torch.zeros(200_000)] for i in range(50)},
+        "its 50 tensors view 800000 bytes and would take 39995100, more than 4 times as many",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_TENSORS)
+def test_tensors_that_safetensors_cannot_or_should_not_hold(case: str, tmp_path: Path) -> None:
+    tensors, words = ODD_TENSORS[case]
+    source = folder(tmp_path / "bin", {"pytorch_model.bin": tensors}, index=False)
+    with pytest.raises(ValueError, match=words):
+        convert(source, tmp_path / "safe", silent)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bin"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_refusal_does_not_advise_to_run_the_code(zipped: bool, tmp_path: Path) -> None:
+    """torch's own message says how to."""
+    source = folder(
+        tmp_path / "bin", {"pytorch_model.bin": {"a": Harmful(tmp_path / "run")}}, index=False, zipped=zipped
+    )
+    with pytest.raises(ValueError, match="it would call") as refused:
+        convert(source, tmp_path / "safe", silent)
+    assert "weights_only" not in str(refused.value)
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n.")
+    with pytest.raises(ValueError, match=r"it would call posix\.system") as refused:
+        convert(source, tmp_path / "safe", silent)
+    assert "weights_only" not in str(refused.value)
 
 
 def status(arguments: list[str]) -> object:
