@@ -1,4 +1,4 @@
-"""What /metrics says, in Prometheus' text format: per model what its worker last reported, per pool its slabs.
+"""What /metrics says, in Prometheus' text format: per model what its worker last reported, per pool where its bytes are.
 
 Counters of a worker begin again at 0 when it is restarted, as Prometheus expects of counters.  Names of models and
 pools are checked where they are configured: none needs an escape here.
@@ -7,7 +7,9 @@ pools are checked where they are configured: none needs an escape here.
 from collections.abc import Iterable, Mapping
 
 from minserve.host import Host
+from minserve.pool_metrics import pool_metrics
 from minserve.slab_counts import PoolCounts
+from sched.slabs import PoolPlan
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # metric, its kind, and the field of Stats
@@ -26,18 +28,24 @@ MODEL_METRICS = (
 )
 
 
-def rendered(hosts: Iterable[Host], pools: Mapping[str, PoolCounts | None]) -> str:
+def rendered(
+    hosts: Iterable[Host], plans: Mapping[str, PoolPlan], pools: Mapping[str, PoolCounts | None]
+) -> str:
     """`pools` without counts (a stopped worker sits on the lock) are left out."""
     hosts, lines = list(hosts), []
     for name, kind, field in MODEL_METRICS:
-        lines += _metric(name, kind, "model_name", {h.name: getattr(h.stats, field) for h in hosts})
-    lines += _metric("worker_restarts_total", "counter", "model_name", {h.name: h.restarts for h in hosts})
-    for state in ("leased", "draining", "free"):
-        counts = {name: getattr(c, state) for name, c in pools.items() if c is not None}
-        lines += _metric(f"slabs_{state}", "gauge", "pool", counts)
+        lines += _metric(name, kind, [((("model_name", h.name),), getattr(h.stats, field)) for h in hosts])
+    restarts = [((("model_name", h.name),), h.restarts) for h in hosts]
+    lines += _metric("worker_restarts_total", "counter", restarts)
+    for metric in pool_metrics(plans, pools):
+        lines += _metric(metric.name, metric.kind, metric.rows)
     return "\n".join(lines) + "\n"
 
 
-def _metric(name: str, kind: str, label: str, values: Mapping[str, int]) -> list[str]:
-    rows = [f'minserve:{name}{{{label}="{of}"}} {value}' for of, value in values.items()]
-    return [f"# TYPE minserve:{name} {kind}", *rows]
+def _metric(name: str, kind: str, rows: Iterable[tuple[tuple[tuple[str, str], ...], float]]) -> list[str]:
+    return [f"# TYPE minserve:{name} {kind}", *(_row(name, labels, value) for labels, value in rows)]
+
+
+def _row(name: str, labels: tuple[tuple[str, str], ...], value: float) -> str:
+    shown = ",".join(f'{label}="{of}"' for label, of in labels)
+    return f"minserve:{name}{{{shown}}} {int(value) if value == int(value) else f'{value:.6f}'}"

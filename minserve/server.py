@@ -227,7 +227,8 @@ class Pages:
 
     async def metrics(self, request: Request) -> Plain:
         hosts = [served.host for served in self._front.models.values()]
-        text = metrics.rendered(hosts, await self._front.agent.counts())
+        agent = self._front.agent
+        text = metrics.rendered(hosts, {p.name: p.plan for p in agent.pools}, await agent.counts())
         return Plain(text, media_type=metrics.CONTENT_TYPE)
 
     async def embeddings(self, request: Request) -> Plain:

@@ -15,8 +15,9 @@ import httpx
 import numpy as np
 import pytest
 
-from minserve import LLM, SamplingParams
+from minserve import LLM, SamplingParams, top
 from minserve.pool import SlabPool
+from minserve.slab_counts import PLACES
 from tests.e2e.running import VOCAB, Server, running, wait_for
 from tests.e2e.test_real import attach
 from tests.minserve.small_table import copy_of
@@ -152,3 +153,14 @@ def test_an_idle_model_gives_way_within_a_second_and_so_back(
         assert took <= 1.0, f"{name} took {took:.2f} s: {pool.table.counts()}"
         assert texts == expected[name]
         giver = name
+
+
+def test_top_shows_where_every_byte_is(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = top.fetch(server.url, None)
+    places = sum(sample.get(f"kv_{place}_bytes", "gpu0", m) for place in PLACES for m in LAYERS)
+    assert places + sample.get("kv_free_bytes", "gpu0") == sample.get("kv_pool_bytes", "gpu0") > 0
+    assert all(sample.get("kv_prefix_bytes", "gpu0", m) > 0 for m in LAYERS), "no cache to show"
+    assert top.main([server.url, "--once"]) == 0
+    out = capsys.readouterr().out
+    print(out)
+    assert all(name in out for name in ("pool gpu0", *LAYERS, *PLACES))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from minserve import metrics
 from minserve.text import Tokenizer
 from tests.e2e.oracle import BREAK, LATE_COMPILES, SLOW, SPEAK, oracle_tokens
 from tests.e2e.running import VOCAB, Server, events, running, wait_for, write_config, write_model
@@ -288,8 +290,15 @@ def test_metrics_are_what_the_workers_report(http: httpx.Client) -> None:
     wait_for(lambda: f'late_compiles_total{{model_name="b/c"}} {LATE_COMPILES}' in text(), 10, text)
     wait_for(lambda: 'steps_total{model_name="a"} 0\n' not in text(), 10, text)
     series = [line for line in text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r'minserve:[a-z_]+\{(model_name|pool)="[^"]+"\} \d+', line) for line in series)
-    assert len({line.split()[0] for line in series}) == len(series) == 2 * 7 + 3
+    label = r'(model_name|pool)="[^"]+"'
+    assert all(
+        re.fullmatch(rf"minserve:[a-z_]+\{{{label}(,{label})?\}} \d+(\.\d+)?", line) for line in series
+    )
+    assert len({line.rsplit(" ", 1)[0] for line in series}) == len(series)
+    # of a model, of the pool, of a model in the pool
+    kinds = Counter(tuple(re.findall(r"(\w+)=", line)) for line in series)
+    of_a_model = 2 * (len(metrics.MODEL_METRICS) + 1)
+    assert kinds == {("model_name",): of_a_model, ("pool",): 6, ("pool", "model_name"): 2 * 16}
     assert "# TYPE minserve:late_compiles_total counter" in text()
     assert http.head("/metrics").status_code == 200
 
