@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from bench.gates import LIMITS
 from bench.shapes import MODELS
+from bench.slabs_tables import slab_paths_table, slabs_table
 from kernels.catalog import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 TAGS = ("measured", "static", "simulated")
 GPU = RESULTS / "gpu"
-DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "quantization.md")
+DOCUMENTS = (README, *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "quantization", "kv-slabs")))
 
 
 def checked(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -248,6 +249,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality_table,
     "aot": aot_table,
     "gpu": gpu_table,
+    "slabs": slabs_table,
+    "slab_paths": slab_paths_table,
 }
 
 

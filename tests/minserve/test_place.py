@@ -56,6 +56,7 @@ def write_config(tmp_path: Path, text: str, **changes: Any) -> str:
 def test_the_demo_is_planned_as_it_is_served(capsys: pytest.CaptureFixture[str]) -> None:
     lines, said = placed(capsys, str(DEMO))
     (pool,) = said["pools"]
+    assert "\n".join(lines) in (ROOT / "docs" / "kv-slabs.md").read_text()
     agent = Agent(load_config(DEMO), {})
     try:
         served = agent.pools[0].plan
