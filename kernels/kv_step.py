@@ -4,7 +4,7 @@ Rows of the step are the new tokens of its sequences, one sequence after the oth
 first.  A sequence's blocks are named by its line of the block table; entries past its length are never looked at.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,16 @@ class KvStep:
         first_T = np.repeat(spans.start_B - spans.row_B, spans.count_B)
         pos_T = torch.from_numpy(first_T + np.arange(len(first_T)))
         return cls(layout, spans, pos_T, slab_table_SL, deterministic, rows, None)
+
+    def with_layout(self, layout: KvLayout) -> "KvStep":
+        """The same step for layers that store their keys and values in another format, in blocks of as many tokens."""
+        if layout == self.layout:
+            return self
+        assert layout.with_format(self.layout.fmt) == self.layout, f"{layout} {self.layout}"
+        if self.work is not None:
+            return replace(self, layout=layout)
+        rows = plan_rows(layout, self.slab_table_SL.numpy(), self.spans, self.deterministic)
+        return replace(self, layout=layout, rows=rows)
 
     @property
     def num_tokens(self) -> int:

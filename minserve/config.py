@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minserve.overrides import GROUP_SIZE, OVERRIDES
+from minserve.overrides import GROUP_SIZE, OVERRIDES, by_layer
 from minserve.schema import (
     At,
     boolean,
@@ -58,6 +58,8 @@ KV_DTYPE = choice(
     float16="fp16",
     half="fp16",
 )
+KV_OVERRIDES = by_layer("KV formats", lambda value: KV_DTYPE.read(At("", Path()), value))
+MAPPINGS = ("quantization_overrides", "kv_dtype_overrides")
 QUANTIZATION = choice(
     "auto", "none", "w8a8-int8", "w8a8-fp8", "w4a8-int8", "w4a8-fp8", w8a8="w8a8-int8", w4a8="w4a8-int8"
 )
@@ -129,6 +131,7 @@ class ModelEntry:
     quantization_overrides: tuple[tuple[str, str], ...] = key(OVERRIDES, ())
     lm_head: str = key(LM_HEAD, "auto")
     kv_dtype: str = key(KV_DTYPE, "auto")
+    kv_dtype_overrides: tuple[tuple[str, str], ...] = key(KV_OVERRIDES, ())
     kv_block_tokens: int | None = key(maybe(integer(16, 256), "auto"), None)
     int8_qk: bool = key(boolean(), False)
     fp8_prefill: bool = key(boolean(), False)
@@ -350,7 +353,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "model", "keys of the one model that --model names; examples/full.yaml explains them"
     )
     for name, kind in kinds(ModelEntry).items():
-        if name not in ("path", "aliases", "placement", "slo", "lengths", "quantization_overrides"):
+        if name not in ("path", "aliases", "placement", "slo", "lengths", *MAPPINGS):
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 dest=f"model_{name}",

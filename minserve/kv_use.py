@@ -12,3 +12,7 @@ class KvUse(NamedTuple):
     fmt: str
     declared: KvScheme | None = None
     static: bool = False
+
+    def of(self, fmt: str) -> "KvUse":
+        """That of a layer in format `fmt`: the checkpoint's scales are of its own."""
+        return self._replace(fmt=fmt, static=self.static and fmt == self.fmt)

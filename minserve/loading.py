@@ -64,7 +64,8 @@ def check_kernels(resolved: ResolvedModel, device: torch.device) -> None:
         raise ValueError(
             f"models[{entry.name}].fp8_queries must be false: it needs sm_89 or later, got sm_{gpu_facts(device).capability}"
         )
-    if entry.fp8_prefill and not takes_fp8(gpu_facts(device), resolved.layout):
+    layouts = resolved.layouts or (resolved.layout,)
+    if entry.fp8_prefill and not any(takes_fp8(gpu_facts(device), layout) for layout in layouts):
         raise ValueError(
             f"models[{entry.name}].fp8_prefill must be false: it needs sm_89 or later and a head_dim of at most {WIDEST}, "
             f"got sm_{gpu_facts(device).capability} and {resolved.layout.head_dim}"
@@ -88,7 +89,7 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         quantization_config=config.quantization,
         lm_head=entry.lm_head,
     ) as source:
-        llama = build_llama(config, source, rope, resolved.kv)
+        llama = build_llama(config, source, rope, resolved.kv, resolved.layouts)
     llama = dataclasses.replace(
         llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill, fp8_queries=entry.fp8_queries
     )

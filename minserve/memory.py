@@ -86,10 +86,11 @@ def prefill_scratch(r: ResolvedModel) -> int:
     """A layer's keys and values of all chunks of a step, in the model's type or, for prefill in fp8, in that; single
     tokens have none, and what is fp8 already."""
     layout, entry = r.layout, r.entry
-    if not layout.quantized or entry.deterministic or (entry.fp8_prefill and layout.fmt == "fp8"):
+    in_fp8 = entry.fp8_prefill and {x.fmt for x in r.layouts} <= {"fp8", "int4"}
+    if not layout.quantized or entry.deterministic or (in_fp8 and layout.fmt == "fp8"):
         return 0
     token = 2 * layout.num_kv_heads * layout.head_dim * FLOAT_BYTES[r.dtype]
-    if entry.fp8_prefill:
+    if in_fp8:
         token = layout.with_format("fp8").block_bytes // layout.block_tokens
     most = entry.max_num_seqs * layout.blocks_for(r.max_model_len) * layout.block_tokens
     return min(SCRATCH_BYTES * FLOAT_BYTES[r.dtype] // 2, most * token)

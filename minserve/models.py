@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention import attention
+from kernels.kv_layout import KvLayout
 from kernels.kv_step import KvStep
 from kernels.kv_write_triton import NO_SCALES, KvScales
 from kernels.rmsnorm import rmsnorm
@@ -36,6 +37,7 @@ class Block:
     gate_up: Linear
     down: Linear
     kv: KvScales = NO_SCALES
+    layout: KvLayout | None = None  # of its keys and values, where it is not that of the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +66,17 @@ class Llama:
         x_TD = F.embedding(ids_T, self.embed_VD)
         residual_TD: Tensor | None = None
         scale = c.head_dim**-0.5
+        own = {b.layout: step.with_layout(b.layout) for b in self.blocks if b.layout is not None}
         for layer, b in enumerate(self.blocks):
             h = rmsnorm(x_TD, b.attn_norm_D, c.rms_norm_eps, residual_TD, quant=b.qkv.wants)
             residual_TD = x_TD if h.residual_TD is None else h.residual_TD
             qkv_TX = b.qkv(h.y_TD, h.scale_T, deterministic=deterministic)
             cos_MK, sin_MK = self.rope.cos_MK, self.rope.sin_MK
-            q_THK = rope_kv_write(qkv_TX, cos_MK, sin_MK, pool, step, layer, c.num_heads, b.kv)
+            at = step if b.layout is None else own[b.layout]
+            q_THK = rope_kv_write(qkv_TX, cos_MK, sin_MK, pool, at, layer, c.num_heads, b.kv)
             if self.fp8_queries:
                 q_THK = rounded_in_fp8(q_THK)
-            o = attention(q_THK, pool, step, layer, scale, b.o.wants, self.int8_qk, self.fp8_prefill)
+            o = attention(q_THK, pool, at, layer, scale, b.o.wants, self.int8_qk, self.fp8_prefill)
             o_TX, o_scale_T = (o.flatten(1), None) if isinstance(o, Tensor) else o
             x_TD = b.o(o_TX, o_scale_T, deterministic=deterministic)
             h = rmsnorm(x_TD, b.mlp_norm_D, c.rms_norm_eps, residual_TD, quant=b.gate_up.wants)
@@ -90,11 +94,16 @@ class Llama:
 
 
 def build_llama(
-    config: LlamaConfig, source: WeightSource, rope: RopeTables, kv_use: KvUse | None = None
+    config: LlamaConfig,
+    source: WeightSource,
+    rope: RopeTables,
+    kv_use: KvUse | None = None,
+    layouts: tuple[KvLayout, ...] = (),
 ) -> Llama:
     """Takes every tensor of a Llama from `source`; whatever is left there, or missing, is an error naming it.
 
-    `kv_use`: the KV format, and what the checkpoint says of it; None: floats, and nothing.
+    `kv_use`: the KV format, and what the checkpoint says of it; None: floats, and nothing.  `layouts`: of every layer's
+    keys and values, where they are not all that of the step.
     """
     c, kv_use = config, kv_use or KvUse("fp32")
     d, q, kv = c.hidden_size, c.q_size, c.kv_size
@@ -103,6 +112,8 @@ def build_llama(
     for i in range(c.num_layers):
         p = f"model.layers.{i}"
         attn, mlp = f"{p}.self_attn", f"{p}.mlp"
+        layout = layouts[i] if layouts else None
+        kv_here = kv_use.of(layout.fmt) if layout else kv_use
         blocks.append(
             Block(
                 attn_norm_D=source.tensor(f"{p}.input_layernorm.weight", (d,)),
@@ -118,7 +129,8 @@ def build_llama(
                     (f"{mlp}.gate_proj", f"{mlp}.up_proj"), d, (c.intermediate_size,) * 2, bias=c.mlp_bias
                 ),
                 down=source.linear((f"{mlp}.down_proj",), c.intermediate_size, (d,), bias=c.mlp_bias),
-                kv=layer_scales(source, attn, c, kv_use),
+                kv=layer_scales(source, attn, c, kv_here),
+                layout=layout,
             )
         )
     norm_D = source.tensor("model.norm.weight", (d,))

@@ -5,6 +5,7 @@ a glob (`model.layers.0.*`).  The first that matches a layer decides.  Needs no 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -121,29 +122,29 @@ def _group_size() -> Kind:
     return Kind(says, read)
 
 
-def _overrides() -> Kind:
-    """A mapping of layers to schemes, in its order; kept as pairs."""
+def by_layer(values: str, parse: Callable[[str], object]) -> Kind:
+    """A mapping of layers to `values`, in its order; kept as pairs.  `parse` raises ValueError for what is none of them."""
 
     def read(at: At, value: Any) -> tuple[tuple[str, str], ...]:
         pairs = list(value.items()) if isinstance(value, dict) else value
         good = isinstance(pairs, list | tuple) and len(pairs) <= MAX_OVERRIDES
         if not good or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
             raise refuse(at, says, value)
-        for pattern, scheme in pairs:
+        for pattern, own in pairs:
             for check, part, where in (
                 (check_pattern, pattern, at),
-                (OnlineScheme.parse, scheme, at.sub(str(pattern))),
+                (parse, own, at.sub(str(pattern))),
             ):
                 if not isinstance(part, str):
                     raise refuse(where, "text", part)
                 try:
                     check(part)
                 except ValueError as error:
-                    raise ValueError(f"{where.key:.200} {error}") from None
-        return tuple((pattern, scheme) for pattern, scheme in pairs)
+                    raise ValueError(f"{where.key:.200} {str(error).strip()}") from None
+        return tuple((pattern, own) for pattern, own in pairs)
 
-    says = f"a mapping of at most {MAX_OVERRIDES} layers (names, globs, re: expressions) to schemes"
+    says = f"a mapping of at most {MAX_OVERRIDES} layers (names, globs, re: expressions) to {values}"
     return Kind(says, read)
 
 
-GROUP_SIZE, OVERRIDES = _group_size(), _overrides()
+GROUP_SIZE, OVERRIDES = _group_size(), by_layer("schemes", OnlineScheme.parse)

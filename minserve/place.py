@@ -36,7 +36,10 @@ class PlannedPool:
 def rank_of(model: ResolvedModel, tp: int) -> ResolvedModel:
     """The model as one of `tp` ranks stores it."""
     heads = heads_per_rank(model.layout.num_kv_heads, tp)
-    return dataclasses.replace(model, layout=dataclasses.replace(model.layout, num_kv_heads=heads))
+    layout, *layouts = (
+        dataclasses.replace(layout, num_kv_heads=heads) for layout in (model.layout, *model.layouts)
+    )
+    return dataclasses.replace(model, layout=layout, layouts=tuple(layouts))
 
 
 def plan_memory(config: Config, *, tp: int = 1, given: int | None = None) -> list[PlannedPool]:
@@ -72,12 +75,12 @@ def model_json(model: ResolvedModel, pool: PlannedPool) -> dict[str, Any]:
     ours = Grain(shape.layers * pool.plan.slab_bytes, shape.set_tokens, shape.tail_waste)
     return {
         "name": name,
-        "layers": shape.layers,
+        "layers": model.config.num_layers,
         "kv_heads": layout.num_kv_heads,
         "head_dim": layout.head_dim,
-        "kv_dtype": layout.fmt,
+        "kv_dtype": model.kv_formats,
         "block_tokens": shape.block_tokens,
-        "block_bytes": layout.block_bytes,
+        "block_bytes": model.shape.block_bytes,
         "scale_bytes": (layout.scale_bytes + layout.zero_bytes) * layout.num_kv_heads,
         "slots": shape.slots,
         "max_model_len": model.max_model_len,

@@ -4,24 +4,31 @@ Reads config.json, no weights, and needs no torch: the agent plans the pool of a
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.kv_layout import CODE_BITS, MAX_BLOCK_TOKENS, KvLayout
-from minserve.config import GpuConfig, ModelEntry
+from minserve.config import KV_DTYPE, GpuConfig, ModelEntry
 from minserve.kv_use import KvUse
 from minserve.model_config import LlamaConfig
+from minserve.overrides import matches
 from minserve.schema import At, refuse, show
 from minserve.tensor_names import tensor_names
 from quant.formats.kv_scheme import declared
 from sched.slabs import MAX_SLAB_BYTES, ModelShape, PoolPlan, solve
 
+# a step's tables must serve every layer: those of codes have a scratch, that of fp8 not always
+PLANNED_BY = ("fp32", "bf16", "fp16", "fp8", "int8", "int4z", "int4")
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """`dtype` and `layout.fmt` are short names (fp32, bf16, fp16, fp8, int8, int4, int4z); lengths in tokens."""
+    """`dtype` and `layout.fmt` are short names (fp32, bf16, fp16, fp8, int8, int4, int4z); lengths in tokens.
+
+    `layouts`: of every layer, where they differ; `layout` is that which steps are planned with, then one with codes.
+    """
 
     entry: ModelEntry
     config: LlamaConfig
@@ -30,14 +37,23 @@ class ResolvedModel:
     layout: KvLayout
     kv: KvUse
     max_model_len: int
+    layouts: tuple[KvLayout, ...] = ()
+
+    @property
+    def kv_formats(self) -> str:
+        """For people: the format, or each with its number of layers."""
+        counts = Counter(layout.fmt for layout in self.layouts)
+        return ", ".join(f"{fmt} ({n} layers)" for fmt, n in counts.items()) or self.layout.fmt
 
     @property
     def shape(self) -> ModelShape:
         """What the pool needs to know of the model."""
+        layer_bytes = tuple(layout.block_bytes for layout in self.layouts)
         return ModelShape(
             name=self.entry.name,
             layers=self.config.num_layers,
-            block_bytes=self.layout.block_bytes,
+            block_bytes=max(layer_bytes, default=self.layout.block_bytes),
+            layer_bytes=layer_bytes,
             block_tokens=self.layout.block_tokens,
             max_model_len=self.max_model_len,
             reserve_tokens=min(self.entry.reserve_tokens, self.max_model_len),
@@ -47,7 +63,8 @@ class ResolvedModel:
     def open_shape(self) -> ModelShape:
         """The same with the smaller blocks that the kernels take too, where the configuration leaves the choice."""
         layout, others = self.layout, []
-        tokens = layout.block_tokens // 2 if self.entry.kv_block_tokens is None else 0
+        free = self.entry.kv_block_tokens is None and not self.layouts
+        tokens = layout.block_tokens // 2 if free else 0
         while tokens >= layout.least_block_tokens:
             others.append((tokens, dataclasses.replace(layout, block_tokens=tokens).block_bytes))
             tokens //= 2
@@ -57,7 +74,10 @@ class ResolvedModel:
         """The same with blocks of so many tokens, which its entry then says too."""
         entry = dataclasses.replace(self.entry, kv_block_tokens=tokens)
         return dataclasses.replace(
-            self, entry=entry, layout=dataclasses.replace(self.layout, block_tokens=tokens)
+            self,
+            entry=entry,
+            layout=dataclasses.replace(self.layout, block_tokens=tokens),
+            layouts=tuple(dataclasses.replace(layout, block_tokens=tokens) for layout in self.layouts),
         )
 
 
@@ -74,40 +94,61 @@ def resolve_model(entry: ModelEntry, device: str) -> ResolvedModel:
     own = declared(config.quantization, tensor_names(entry.path))
     auto = entry.kv_dtype == "auto"
     fmt = (own.fmt if own else dtype) if auto else entry.kv_dtype
-    if fmt in SHORT_DTYPE.values() and fmt != dtype:
-        choices = ", ".join(("auto", dtype, *CODE_BITS))
-        raise ValueError(f"models[{entry.name}].kv_dtype must be one of {choices}, got {fmt!r}")
-    check_attention(entry, dtype, fmt)
+    formats = layer_formats(entry, fmt, config.num_layers)
+    for name, asked in (("kv_dtype", {fmt}), ("kv_dtype_overrides", set(formats))):
+        if wrong := sorted(f for f in asked if f in SHORT_DTYPE.values() and f != dtype):
+            choices = ", ".join(("auto", dtype, *CODE_BITS))
+            raise ValueError(f"models[{entry.name}].{name} must be one of {choices}, got {wrong[0]!r}")
+    check_attention(entry, dtype, formats)
     window = longest_window(config)
     max_model_len = entry.max_model_len or config.max_position_embeddings
     if max_model_len > window:
         raise ValueError(
             f"models[{entry.name}].max_model_len must be at most the checkpoint's {window}, got {max_model_len}"
         )
-    layout = KvLayout(fmt, config.num_kv_heads, config.head_dim)
-    tokens = entry.kv_block_tokens or layout.block_tokens
-    if tokens < layout.least_block_tokens or tokens & (tokens - 1):
-        says = f"auto or a power of two from {layout.least_block_tokens} to {MAX_BLOCK_TOKENS} with kv_dtype {fmt}"
+    layouts = [KvLayout(f, config.num_kv_heads, config.head_dim) for f in formats]
+    least = max(layout.least_block_tokens for layout in layouts)
+    tokens = entry.kv_block_tokens or max(least, min(layout.block_tokens for layout in layouts))
+    if tokens < least or tokens & (tokens - 1):
+        says = f"auto or a power of two from {least} to {MAX_BLOCK_TOKENS} with kv_dtype {', '.join(dict.fromkeys(formats))}"
         raise refuse(At(f"models[{entry.name}].kv_block_tokens", Path()), says, tokens)
-    layout = dataclasses.replace(layout, block_tokens=tokens)
+    layouts = [dataclasses.replace(layout, block_tokens=tokens) for layout in layouts]
     return ResolvedModel(
         entry=entry,
         config=config,
         dtype=dtype,
         quantization=entry.quantization,
-        layout=layout,
+        layout=max(layouts, key=lambda layout: PLANNED_BY.index(layout.fmt)),
+        layouts=tuple(layouts) if len(set(layouts)) > 1 else (),
         kv=KvUse(fmt, own, static=auto and own is not None and own.static),
         max_model_len=max_model_len,
     )
 
 
-def check_attention(entry: ModelEntry, dtype: str, fmt: str) -> None:
-    """ValueError for kinds of attention that no device has a kernel for."""
-    at = At(f"models[{entry.name}]", Path())
-    if entry.int8_qk and (fmt not in ("int8", "int4", "int4z") or dtype == "fp32"):
+def layer_formats(entry: ModelEntry, fmt: str, num_layers: int) -> tuple[str, ...]:
+    """The KV format of each layer: that of the first override that matches its name, else `fmt`."""
+    unused = dict.fromkeys(pattern for pattern, _ in entry.kv_dtype_overrides)
+    formats = []
+    for i in range(num_layers):
+        found = [(p, own) for p, own in entry.kv_dtype_overrides if matches(p, f"model.layers.{i}")]
+        for pattern, _ in found:
+            unused.pop(pattern, None)
+        formats.append(KV_DTYPE.read(At("", Path()), found[0][1]) if found else fmt)
+    if unused:
+        raise ValueError(
+            f"models[{entry.name}].kv_dtype_overrides must match layers, named model.layers.0 to "
+            f"model.layers.{num_layers - 1}, got {', '.join(map(repr, unused))}, which match none"
+        )
+    return tuple(fmt if own == "auto" else own for own in formats)
+
+
+def check_attention(entry: ModelEntry, dtype: str, formats: tuple[str, ...]) -> None:
+    """ValueError for kinds of attention that no device has a kernel for in any layer."""
+    at, fmt = At(f"models[{entry.name}]", Path()), ", ".join(dict.fromkeys(formats))
+    if entry.int8_qk and (not {"int8", "int4", "int4z"} & set(formats) or dtype == "fp32"):
         says = f"false unless kv_dtype is int8, int4 or int4z, here {fmt}, and dtype not fp32, here {dtype}"
         raise refuse(at.sub("int8_qk"), says, True)
-    if entry.fp8_prefill and (fmt not in ("fp8", "int4") or entry.deterministic):
+    if entry.fp8_prefill and (not {"fp8", "int4"} & set(formats) or entry.deterministic):
         says = f"false unless kv_dtype is fp8 or int4, here {fmt}, and deterministic false, here {show(entry.deterministic)}"
         raise refuse(at.sub("fp8_prefill"), says, True)
 

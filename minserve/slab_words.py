@@ -171,5 +171,6 @@ def read_plan(fd: int, size: int, given: int) -> PoolPlan:
     fields: dict[str, Any] = json.loads(blob)
     for shape in fields["models"].values():
         shape["groups"] = tuple(LayerGroup(**group) for group in shape["groups"])
+        shape["places"] = tuple((slab, byte) for slab, byte in shape["places"])
     fields["models"] = {name: SetShape(**shape) for name, shape in fields["models"].items()}
     return PoolPlan(**fields)

@@ -83,8 +83,8 @@ class OneBlock:
 
     num_draining = 0
 
-    def __init__(self, layout: KvLayout, num_layers: int, device: torch.device) -> None:
-        self.pool = _Memory(torch.zeros(layout.block_bytes, dtype=torch.uint8, device=device))
+    def __init__(self, block_bytes: int, num_layers: int, device: torch.device) -> None:
+        self.pool = _Memory(torch.zeros(block_bytes, dtype=torch.uint8, device=device))
         self.slab_table_SL = torch.zeros(1, num_layers, dtype=torch.int64)
 
     def take_changed(self) -> list[int]:
@@ -200,7 +200,8 @@ def scratch_runner(
     """A runner whose steps leave nothing behind.  Of layers that launch the same it has one."""
     few = dataclasses.replace(model, blocks=distinct(model.blocks))
     # as many columns as the real table: its stride is a constant of the model that kernels may be compiled for
-    blocks = OneBlock(layout, len(model.blocks), device)
+    size = max((b.layout or layout).block_bytes for b in model.blocks)
+    blocks = OneBlock(size, len(model.blocks), device)
     return Runner(
         few,
         layout,

@@ -99,7 +99,7 @@ def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
     report = (
         *model.report.lines(),
         f"weights: {model.report.nbytes / 1e6:.1f} MB in {resolved.dtype}, loaded in {loaded_s:.1f} s",
-        f"KV cache: {resolved.layout.fmt}, at most {tokens:,} tokens of the shared pool, "
+        f"KV cache: {resolved.kv_formats}, at most {tokens:,} tokens of the shared pool, "
         f"{tokens / resolved.max_model_len:.1f} requests of {resolved.max_model_len:,} tokens",
         *([memory_line(model, start.device, before)] if engine.runner.on_gpu else []),
     )

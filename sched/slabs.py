@@ -3,7 +3,7 @@
 Every model draws from one flat list of slabs, so one slab size S serves them all; `solve` picks the S, and where a
 shape leaves the choice the tokens P of a block, that leave no tail above MAX_TAIL, or else the least tail there is.
 Pure arithmetic on a few ints: it allocates nothing and knows no device.  A set is one slab for each layer, any
-slabs; layers come in groups that share a geometry, one group today.
+slabs; where the layers of a model store blocks of different bytes, as many of the smaller ones as fit share a slab.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ MAX_TAIL = 0.02  # of a slab that no slot covers: below it, the blocks a kernel 
 class ModelShape:
     """What a model asks of the pool.  `block_bytes`: the KV of `block_tokens` tokens in one layer, scales included.
 
-    `others` are further blocks, (tokens, bytes) each, that its kernels take too, the best first.
+    `others` are further blocks, (tokens, bytes) each, that its kernels take too, the best first.  `layer_bytes`: the
+    block of each layer where they differ, `block_bytes` being the largest; there is no choice of blocks then.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ModelShape:
     max_model_len: int
     reserve_tokens: int = 8192
     others: tuple[tuple[int, int], ...] = ()
+    layer_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("layers", "block_bytes", "block_tokens", "max_model_len"):
@@ -45,6 +47,12 @@ class ModelShape:
         if any(tokens < 1 or size < 1 for tokens, size in self.others):
             raise ValueError(
                 f"model {self.name!r}: others must be pairs of (tokens, bytes) of at least 1, got {self.others}"
+            )
+        whole = len(self.layer_bytes) == self.layers and max(self.layer_bytes) == self.block_bytes
+        if self.layer_bytes and not (whole and min(self.layer_bytes) > 0 and not self.others):
+            raise ValueError(
+                f"model {self.name!r}: layer_bytes must be {self.layers} sizes of at most block_bytes="
+                f"{self.block_bytes}, one of them that, without others, got {self.layer_bytes}"
             )
 
     @property
@@ -64,9 +72,10 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class SetShape:
-    """A slab set of one model: `slots` blocks in each of `layers` slabs.
+    """A slab set of one model: `slots` blocks of every layer in `layers` slabs, one a layer.
 
-    `reserve_sets` are kept for this model whatever the others do; `max_len_sets` hold its longest sequence.
+    `places`: the slab and the byte in it where each layer's blocks begin, where some share one; `layers` counts slabs
+    then.  `reserve_sets` are kept for this model whatever the others do; `max_len_sets` hold its longest sequence.
     """
 
     layers: int
@@ -76,6 +85,7 @@ class SetShape:
     reserve_sets: int
     max_len_sets: int
     tail_waste: float
+    places: tuple[tuple[int, int], ...] = ()
 
     @property
     def set_tokens(self) -> int:
@@ -179,15 +189,45 @@ def _set_shape(shape: ModelShape, slab_bytes: int) -> SetShape:
     tail, tokens, size = next((t for t in tails if t[0] <= MAX_TAIL), min(tails, key=lambda t: t[0]))
     slots = min(slab_bytes // size, MAX_SLOTS)
     assert slots, f"a slab of {slab_bytes} bytes holds no block of {shape.name}"
+    slabs, places = shape.layers, tuple[tuple[int, int], ...]()
+    if shape.layer_bytes:
+        slabs, places = _share(shape.layer_bytes, slots, slab_bytes)
+        tail = 1 - slots * sum(shape.layer_bytes) / (slabs * slab_bytes)
     return SetShape(
-        layers=shape.layers,
-        groups=(LayerGroup(0, shape.layers, size),),
+        layers=slabs,
+        groups=_runs(shape.layer_bytes or (size,) * shape.layers),
         slots=slots,
         block_tokens=tokens,
         reserve_sets=-(-min(shape.max_model_len, shape.reserve_tokens) // (slots * tokens)),
         max_len_sets=-(-shape.max_model_len // (slots * tokens)),
         tail_waste=tail,
+        places=places,
     )
+
+
+def _share(
+    layer_bytes: tuple[int, ...], slots: int, slab_bytes: int
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """How many slabs hold all layers, and where each begins: layers of one size, in their order, fill slab after slab."""
+    slabs = 0
+    places: dict[int, tuple[int, int]] = {}
+    for size in sorted(set(layer_bytes), reverse=True):
+        mine = [layer for layer, own in enumerate(layer_bytes) if own == size]
+        room = slab_bytes // (slots * size)
+        places |= {layer: (slabs + i // room, i % room * slots * size) for i, layer in enumerate(mine)}
+        slabs += -(-len(mine) // room)
+    return slabs, tuple(places[layer] for layer in range(len(layer_bytes)))
+
+
+def _runs(layer_bytes: tuple[int, ...]) -> tuple[LayerGroup, ...]:
+    """Neighbouring layers of one size as groups."""
+    groups: list[LayerGroup] = []
+    for layer, size in enumerate(layer_bytes):
+        if groups and groups[-1].block_bytes == size:
+            groups[-1] = replace(groups[-1], layers=groups[-1].layers + 1)
+        else:
+            groups.append(LayerGroup(layer, 1, size))
+    return tuple(groups)
 
 
 def tail_waste(slab_bytes: int, block_bytes: int) -> float:

@@ -114,7 +114,7 @@ def main() -> None:
         serving = Runner(
             model.llama,
             layout,
-            OneBlock(layout, resolved.config.num_layers, device),
+            OneBlock(layout.block_bytes, resolved.config.num_layers, device),
             max_rows=2 * sizes.max_running,
             max_model_len=resolved.max_model_len,
             deterministic=deterministic,
