@@ -19,6 +19,7 @@ from pathlib import Path
 from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
+from minserve.lock_watch import LockWatch
 from minserve.memory import workspace
 from minserve.quota_writer import QuotaWriter
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
@@ -32,6 +33,7 @@ log = logging.getLogger("minserve")
 
 # a stopped worker may sit on the table's lock: nobody waits for it longer than this at a time
 LOCK_TIMEOUT_S = 2.0
+LOOK_AT_LOCK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ class Agent:
         self.hosts: dict[str, Host] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._quotas: list[QuotaWriter] = []
-        self._dividing: list[asyncio.Task[None]] = []
+        self._watches: list[LockWatch] = []
+        self._keeping: list[asyncio.Task[None]] = []
         self._rids = itertools.count(1)
         self._debug = config.server.log_level == "debug"
         broken = dict(broken)
@@ -142,6 +145,7 @@ class Agent:
         self.pools.append(pool)
         rates = {m.entry.name: m.entry.rate for m in resolved if m.entry.rate is not None}
         self._quotas.append(QuotaWriter(pool.table, gpu.quota, rates))
+        self._watches.append(LockWatch(pool.table.fd))
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
             keys = dataclasses.asdict(m.entry)
@@ -153,7 +157,8 @@ class Agent:
         for name, host in self.hosts.items():
             if host.state != "failed":
                 self._lives[name] = asyncio.create_task(host.run(), name=f"life of {name}")
-        self._dividing = [asyncio.create_task(quotas.run(), name="quotas") for quotas in self._quotas]
+        self._keeping = [asyncio.create_task(quotas.run(), name="quotas") for quotas in self._quotas]
+        self._keeping += [asyncio.create_task(self._look_at(w), name="lock watch") for w in self._watches]
 
     async def settled(self) -> None:
         """Waits until every model is ready for the first time or has failed."""
@@ -162,6 +167,18 @@ class Agent:
 
     def next_rid(self) -> int:
         return next(self._rids)
+
+    async def _look_at(self, watch: LockWatch) -> None:
+        """Kills a worker that was stopped inside the table's lock; what it held comes back, and it is restarted."""
+        while True:
+            await asyncio.sleep(LOOK_AT_LOCK_S)
+            pid = await asyncio.to_thread(watch.stopped_holder)
+            for host in self.hosts.values():
+                if pid is not None and host.pid == pid:
+                    log.error(
+                        "[%s] worker %d was stopped inside the slab table's lock: killing it", host.name, pid
+                    )
+                    host.kill()
 
     async def counts(self) -> dict[str, PoolCounts | None]:
         """What the tables say now; None where a stopped worker sits on the lock."""
@@ -176,9 +193,11 @@ class Agent:
     async def stop(self) -> None:
         """Ends all workers; afterwards none of ours is left."""
         await asyncio.gather(*(self.hosts[name].stop(life) for name, life in self._lives.items()))
-        for dividing in self._dividing:
-            dividing.cancel()
-        await asyncio.gather(*self._dividing, return_exceptions=True)
+        for keeping in self._keeping:
+            keeping.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+        for watch in self._watches:
+            watch.close()
         for pool in self.pools:
             pool.close()
 

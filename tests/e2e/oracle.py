@@ -1,7 +1,7 @@
 """A worker whose engine is an oracle: token t of a request is a hash of (prompt, seed, index, t).  No torch.
 
 It runs in the same process arrangement and behind the same loop as the real one, so every byte that a client gets is
-known in advance.  Prompts that begin with one of DIE .. SPEAK make it misbehave, or repeat the rest of the prompt.
+known in advance.  Prompts that begin with one of DIE .. FREEZE make it misbehave, or repeat the rest of the prompt.
 """
 
 import hashlib
@@ -17,12 +17,13 @@ from minserve.loop import ServedEngine, serve
 from minserve.resolve import resolve_model
 from minserve.sampling import SamplingParams
 from minserve.slab_table import Lease, SlabTable
+from minserve.slab_words import H_DIRTY
 from minserve.wire import Loaded, Start, Stats, Submit, TokenEvent, TokenLogprobs
 
 BOOT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.e2e.oracle import main; main()"
 STEP_S = 0.002
 LATE_COMPILES = 3  # what it says of its kernels
-DIE, HANG, BREAK, SLOW, SPEAK = 90, 91, 92, 93, 94
+DIE, HANG, BREAK, SLOW, SPEAK, FREEZE = 90, 91, 92, 93, 94, 95
 
 
 def oracle_tokens(prompt: tuple[int, ...], seed: int, index: int, count: int, vocab: int) -> list[int]:
@@ -67,6 +68,10 @@ class Oracle:
     def add(self, r: Submit) -> None:
         if r.prompt[0] == DIE:
             os.kill(os.getpid(), signal.SIGKILL)
+        if r.prompt[0] == FREEZE:
+            with self.table._lock:
+                self.table._head[H_DIRTY] = 1
+                os.kill(os.getpid(), signal.SIGSTOP)
         if len(r.prompt) >= self.window:
             raise ValueError(f"This model's maximum context length is {self.window} tokens.")
         if len(r.prompt) == 77:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from minserve import serve
-from tests.e2e.oracle import DIE, SLOW
+from tests.e2e.oracle import DIE, FREEZE, SLOW
 from tests.e2e.running import ROOT, Server, events, running, wait_for, write_config, write_model
 
 
@@ -123,6 +123,23 @@ def test_a_request_that_kills_its_worker_is_told_so(server: Server) -> None:
     answer = complete(server, "b", prompt=[DIE])
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "worker_died"
+    wait_for(lambda: complete(server, "b").status_code == 200, 20, server.describe)
+    server.assert_idle()
+
+
+def test_a_worker_stopped_inside_the_lock_is_killed_and_the_others_go_on(server: Server) -> None:
+    wait_for(lambda: complete(server, "b").status_code == 200, 20, server.describe)
+    golden = complete(server, "a", prompt="golden", max_tokens=30, seed=1).json()["choices"]
+    began = time.monotonic()
+    frozen = Reader(server, "b", [FREEZE])
+    # each of these needs the lock
+    for _ in range(20):
+        assert complete(server, "a", prompt="golden", max_tokens=30, seed=1).json()["choices"] == golden
+    frozen.join(30)
+    assert b"worker_died" in frozen.data
+    took = time.monotonic() - began
+    assert took < 5, f"{took:.1f} s until the lock was free and 20 requests answered"
+    assert "stopped inside the slab table's lock" in server.output
     wait_for(lambda: complete(server, "b").status_code == 200, 20, server.describe)
     server.assert_idle()
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from minserve import slab_words as sw
+from minserve.lock_watch import LockWatch, holder_of, is_stopped
 from minserve.shared_memory import create_memfd
 from minserve.slab_table import SlabTable
 from tests.minserve.small_table import PLAN, leased
@@ -98,6 +99,28 @@ def test_a_stopped_holder_is_a_timeout_and_a_killed_one_is_repaired(table: SlabT
         child.wait()
     assert patient.counts().repairs == 1
     patient.check()
+
+
+def test_a_holder_that_was_stopped_is_found_and_one_at_work_is_not(table: SlabTable):
+    watch = LockWatch(table.fd, 0.1)
+    assert watch.stopped_holder() is None
+    child = subprocess.Popen([sys.executable, "-c", STOPPED, str(table.fd)], pass_fds=(table.fd,), cwd=ROOT)
+    try:
+        os.waitpid(child.pid, os.WUNTRACED)
+        assert watch.stopped_holder() == child.pid
+        child.send_signal(signal.SIGCONT)
+        assert child.wait(10) == 0
+        assert not is_stopped(child.pid)
+        assert watch.stopped_holder() is None
+    finally:
+        child.kill()
+        child.wait()
+    with table._lock:
+        assert holder_of(table.fd) == os.getpid()
+        assert watch.stopped_holder() is None, "a holder that is at work was taken for a stopped one"
+    assert holder_of(table.fd) is None
+    watch.close()
+    assert watch.stopped_holder() is None
 
 
 def test_a_thread_that_waits_too_long_for_another_gets_a_timeout(table: SlabTable):
