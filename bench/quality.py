@@ -11,7 +11,9 @@ is scored whole, each further one over its last --stride tokens, the rest being 
 import argparse
 import json
 import math
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.variants import is_quantized
 from minserve import LLM
+from quant.ptq.model import read_shape
 
 PLAIN = "none"
 SCHEMES = ("w8a8-int8", "w8a8-fp8", "w4a8-int8", "w4a8-fp8")
@@ -107,12 +111,6 @@ class Variant:
     kv: str
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether config.json says how the weights are quantized."""
-    config = json.loads((folder / "config.json").read_text())
-    return bool(config.get("quantization_config") or config.get("compression_config"))
-
-
 def variants(args: argparse.Namespace) -> list[Variant]:
     """Every model times its schemes times the KV formats; a quantized checkpoint has its own scheme alone."""
     found = []
@@ -138,15 +136,17 @@ def read_ids(args: argparse.Namespace) -> list[int]:
     """The text's tokens, by the first model's tokenizer, BOS included where that adds one."""
     from transformers import AutoTokenizer  # seconds to import: not for --help
 
-    text = args.text.read_text(encoding="utf-8")
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text must be a UTF-8 text file, and {args.text} is none: {error}") from error
     if not text.strip():
         raise ValueError(f"--text must hold text, and {args.text} is empty")
     ids: list[int] = AutoTokenizer.from_pretrained(args.models[0])(text, verbose=False)["input_ids"]
     return ids[: args.tokens]
 
 
-def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    texts = windows(read_ids(args), args.window, args.stride)
+def rows_of(args: argparse.Namespace, texts: list[Window]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with open_llm(Variant(args.models[0], "auto", "auto"), args) as first:
         vocab = first.logits(texts[0].ids[:1]).shape[1]
@@ -185,6 +185,23 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError for what would fail, or be lost, after minutes of work."""
+    if args.tokens < 2:
+        raise ValueError(f"--tokens must be at least 2, got {args.tokens}")
+    if not 1 <= args.stride < args.window:
+        raise ValueError(
+            f"--stride must be at least 1 and less than --window {args.window}, got {args.stride}"
+        )
+    for model in args.models:
+        if args.window > (most := read_shape(model).positions):
+            raise ValueError(f"--window must be at most {most}, the positions of {model}, got {args.window}")
+    if args.json is not None:
+        folder = args.json.absolute().parent
+        if args.json.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"--json must name a file in a folder that can be written to, got {args.json}")
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,13 +221,22 @@ def parsed() -> argparse.Namespace:
     for path in [*args.models, args.text]:
         if not path.exists():
             parser.error(f"{path} does not exist")
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
 def main() -> None:
     args = parsed()
-    print(HEAD)
-    rows = rows_of(args)
+    try:
+        texts = windows(read_ids(args), args.window, args.stride)
+        print(HEAD)
+        rows = rows_of(args, texts)
+    except ValueError as error:
+        sys.stderr.write(f"python -m bench.quality: {error}\n")
+        raise SystemExit(2) from error
     result = {
         "bench": "quality",
         "device": platform.machine() if args.device in ("auto", "cpu") and not torch.cuda.is_available() else args.device,

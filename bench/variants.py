@@ -82,7 +82,8 @@ def with_folds(model: Path, out: Path, recipe: Recipe, calib_ST: Tensor, kv: str
     target = Target(Rounding(ONLINE["w8a8-int8"], torch.float32), kv, torch.float32)
     turned = None
     if turn is not None:
-        turned = rotation(read_shape(model), residual=turn["residual"], heads=turn["heads"], seed=0)
+        seed = 0 if turn["signs"] else None
+        turned = rotation(read_shape(model), residual=turn["residual"], heads=turn["heads"], seed=seed)
     outer = Source(model).outer()
 
     def change_outer(outer: dict[str, Tensor], shape: Shape) -> None:
@@ -116,6 +117,19 @@ def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
     return {
         f"model.layers.{i}.{name}": shape.weight_shape(name) for i in range(shape.layers) for name in LINEARS
     }
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a linear layer is: config.json says so, or the tensors do, as FireQ's and QServe's files have no config."""
+    raw = json.loads((folder / "config.json").read_text())
+    if raw.get("quantization_config") or raw.get("compression_config"):
+        return True
+    checkpoint = Checkpoint(folder)
+    try:
+        reader = recognise(checkpoint.infos, None)
+        return any(reader.fields(module, checkpoint.infos) for module in _linears(read_shape(folder)))
+    finally:
+        checkpoint.close()
 
 
 def weights_alone(quantized: Path, out: Path, shape: Shape) -> None:

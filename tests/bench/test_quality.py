@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from bench import quality
 from bench.quality import Score, Window, windows
+from bench.variants import is_quantized
+from quant.__main__ import main as quantize
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
@@ -102,6 +104,84 @@ def test_an_empty_text_is_refused(tmp_path: Path) -> None:
     args = quality.argparse.Namespace(text=tmp_path / "t.txt", models=[DEMO], tokens=10)
     with pytest.raises(ValueError, match="must hold text"):
         quality.read_ids(args)
+
+
+WRITERS = {
+    "bytes": ["w8a8-int8"],
+    "floats": ["w8a8-fp8"],
+    "packed": ["w4a8-int8"],
+    "zeros": ["w4a8-int8", "--weights", "zeros"],
+    "fireq": ["w4a8-fp8", "--steps", "grid(e4m3=true)", "--format", "fireq"],
+    "qserve": ["w4a8-int8", "--format", "qserve"],
+    "qserve-channel": ["w4a8-int8", "--format", "qserve", "--group-size", "channel"],
+    "qserve-w8a8": ["w8a8-int8", "--format", "qserve"],
+}
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *given: str) -> object:
+    """The exit status of the command."""
+    monkeypatch.setattr(sys, "argv", ["quality", *given])
+    try:
+        quality.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def test_checkpoints_of_every_writer_are_read_as_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FireQ's and QServe's files say nothing in config.json."""
+    assert not is_quantized(DEMO)
+    for name, given in WRITERS.items():
+        recipe = [] if "--steps" in given else ["--method", "rtn"]
+        assert (
+            quantize([str(DEMO), "--out", str(tmp_path / name), "--quiet", *recipe, "--scheme", *given]) == 0
+        )
+        assert is_quantized(tmp_path / name)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a happy rabbit named Ruby. Ruby liked plums. " * 4)
+    fixed = ["--text", str(text), "--window", "32", "--stride", "16", "--dtype", "fp32", "--device", "cpu"]
+    judged = ("fireq", "qserve")
+    folders = [str(tmp_path / name) for name in judged]
+    assert bench(monkeypatch, str(DEMO), *folders, *fixed, "--weights", "none", "--kv", "auto") == 0
+    plain, *rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert plain["kl"] == 0
+    assert [(r["model"], r["weights"]) for r in rows] == [(name, "auto") for name in judged]
+    assert all(1e-6 < r["kl"] < 0.2 for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["--window", "32", "--stride", "32"],
+            "--stride must be at least 1 and less than --window 32, got 32",
+        ),
+        (["--window", "1025"], "--window must be at most 1024, the positions of"),
+        (["--tokens", "0"], "--tokens must be at least 2, got 0"),
+        (["--json", "/nowhere/at/all.json"], "--json must name a file in a folder that can be written to"),
+        (["--text", "BYTES"], "--text must be a UTF-8 text file"),
+        (["--text", "EMPTY"], "--text must hold text"),
+    ],
+)
+def test_what_is_wrong_is_one_line_at_the_start(
+    given: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "text").write_text("some text " * 40)
+    flags = [str(tmp_path / x) if x.isupper() else x for x in given]
+    flags += [] if "--text" in given else ["--text", str(tmp_path / "text")]
+    assert bench(monkeypatch, str(DEMO), *flags) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "Traceback" not in said.err
+    assert quality.HEAD not in said.out
 
 
 def test_windows_hold_what_they_say() -> None:
