@@ -30,6 +30,7 @@ from bench.quality import (
     Reference,
     Variant,
     Window,
+    check,
     line,
     log_probs,
     measure,
@@ -51,7 +52,7 @@ KEYS = "smooth_attention(alpha=auto)"
 class Job:
     """One checkpoint and the KV formats that it is judged with.  `method`: what the table calls it.
 
-    `weights`: a scheme and its group, or none (then `steps` are folds).  `kv` but the engine's own are calibrated for.
+    `weights`: a scheme and its group, or none (then `steps` are folds, made anew for each of `kv`).
     `steps`: what to do where `method` is no recipe of the tool.  `options`: others of its command.  `run_as`: how the engine
     is asked to read the checkpoint.
     """
@@ -112,7 +113,11 @@ def make(job: Job, model: Path, out: Path, args: Namespace) -> None:
     if job.weights == PLAIN:
         found = calibration.from_text(args.calib, model, args.window)
         with_folds(
-            model, out, parse(job.steps or ""), calibration.split(found, args.samples, 0).calib_ST, job.kv[-1]
+            model,
+            out,
+            parse(job.steps or "rtn"),
+            calibration.split(found, args.samples, 0).calib_ST,
+            job.kv[0],
         )
         return
     scheme, group = job.scheme
@@ -156,10 +161,15 @@ class Bench:
             }
             self._add(plain | base | {"above": 0.0, "tokens": sum(w.scored for w in texts)})
             for job in chosen:
-                self._job(job, texts, reference, base["perplexity"])
+                # folds may be searched for the cache that is judged: one checkpoint each
+                folds = job.weights == PLAIN and job.steps is not None
+                for one in [replace(job, kv=(kv,)) for kv in job.kv] if folds else [job]:
+                    self._job(one, texts, reference, base["perplexity"])
 
     def _job(self, job: Job, texts: list[Window], reference: Reference, base: float) -> None:
-        folder = self.args.work / f"{self.model.name}-{''.join(c if c.isalnum() else '-' for c in job.name)}"
+        folds = job.weights == PLAIN and job.steps is not None
+        name = f"{job.name} {job.kv[0]}" if folds else job.name
+        folder = self.args.work / f"{self.model.name}-{''.join(c if c.isalnum() else '-' for c in name)}"
         start = time.perf_counter()
         recipe, quantized = "", job.weights != PLAIN
         if quantized or job.steps is not None:
@@ -243,6 +253,10 @@ def parsed() -> Namespace:
         if not path.exists():
             parser.error(f"{path} does not exist")
     args.models = [args.model]
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -13,7 +13,8 @@ from bench.variants import FACTOR, OUTLIERS, weights_alone, with_folds, with_out
 from examples.demo_corpus import corpus
 from minserve import LLM
 from quant.ptq.model import read_shape
-from quant.ptq.recipe import parse
+from quant.ptq.recipe import Recipe, parse
+from quant.ptq.rotate import hadamard
 from quant.rtn import quantize
 from quant.scheme import ONLINE
 
@@ -78,6 +79,48 @@ def test_outliers_are_in_every_norm(tmp_path: Path) -> None:
         ratio_D = spread[name] / plain[name].float()
         assert int((ratio_D - FACTOR).abs().lt(1e-2).sum()) == OUTLIERS
         assert int((ratio_D - 1).abs().lt(1e-4).sum()) == len(ratio_D) - OUTLIERS
+
+
+def test_folds_are_made_for_the_cache_that_judges_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searched for int4 and judged as int4z they would be another method's."""
+    calib, text, out = tmp_path / "calib.txt", tmp_path / "text.txt", tmp_path / "quality.json"
+    calib.write_text(corpus(1, 12, 1.0))
+    text.write_text(corpus(2, 2, 1.0))
+    made: list[tuple[Path, str]] = []
+
+    def folds(model: Path, folder: Path, recipe: Recipe, calib_ST: torch.Tensor, kv: str) -> None:
+        made.append((folder, kv))
+        with_folds(model, folder, recipe, calib_ST, kv)
+
+    monkeypatch.setattr(recipes, "with_folds", folds)
+    texts = ["--calib", str(calib), "--text", str(text), "--window", "32", "--stride", "16", "--samples", "4"]
+    command = ["recipes", str(DEMO), *texts, "--only", "none SmoothAttention, searched", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--work", str(tmp_path / "work"), "--json", str(out)])
+    recipes.main()
+    assert [kv for _, kv in made] == ["int4", "int4z"]
+    assert len({folder for folder, _ in made}) == 2
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["method"], r["kv"]) for r in rows[1:]] == [
+        ("SmoothAttention, searched", kv) for kv in ("int4", "int4z")
+    ]
+
+
+def test_folds_turn_as_their_recipe_says(tmp_path: Path) -> None:
+    """Without signs the rotation is the plain Hadamard matrix."""
+    ids_ST = torch.tensor([IDS])
+    for name in ("signs", "plain"):
+        recipe = parse(f"rotate(residual=false, signs={str(name == 'signs').lower()})")
+        with_folds(DEMO, tmp_path / name, recipe, ids_ST, "int4")
+    v = "model.layers.0.self_attn.v_proj.weight"
+    stored, signs, plain = (
+        load_file(f / "model.safetensors")[v].float() for f in (DEMO, tmp_path / "signs", tmp_path / "plain")
+    )
+    heads, K = read_shape(DEMO).kv_heads, read_shape(DEMO).head_dim
+    turned = hadamard(K).float().T / K**0.5 @ stored.view(heads, K, -1)
+    torch.testing.assert_close(plain, turned.reshape(stored.shape), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain, signs, atol=1e-3)
 
 
 def test_folds_alone_leave_the_function_as_it_is(tmp_path: Path) -> None:
