@@ -18,6 +18,8 @@ __all__ = [
     "BLOCK", "FP8", "FP8_ROWS", "GROUP_SIZES", "INT8_ROWS", "ONLINE", "Activations", "QuantWeight", "Scheme", "fuse",
 ]  # fmt: skip
 FP8 = torch.float8_e4m3fn
+# a weight or an activation of more than fp16 holds is no model's, and of less than 2^-40 an empty layer's
+MAX_SCALE, MIN_INPUT_SCALE = 65504.0, 2.0**-40
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class QuantWeight:
             raise ValueError(f"scales must be {want} for {self.scheme}, got {list(self.scale_NQ.shape)}")
         if not bool(torch.isfinite(self.scale_NQ).all()) or bool((self.scale_NQ < 0).any()):
             raise ValueError("scales must be finite and not negative")
+        self._check_sizes()
         # e4m3 has no infinity, and one NaN of each sign; floats would take four times the bytes
         if stored == FP8 and bool((self.codes_NK.view(torch.int8) & 127 == 127).any()):
             raise ValueError("fp8 weights must be finite")
@@ -68,6 +71,21 @@ class QuantWeight:
             raise ValueError(f"the order of the columns must be a permutation of {K}")
         self._check_inputs()
         return self
+
+    def _check_sizes(self) -> None:
+        """What no model has, and what would answer with infinities or zeros."""
+        if self.scale_NQ.numel() and float(self.scale_NQ.max()) > MAX_SCALE:
+            raise ValueError(f"scales must be at most {MAX_SCALE:g}, got {float(self.scale_NQ.max()):.3g}")
+        if self.step_NQ is None and not self.scale_NQ.any() and bool(self._codes_less_zero().any()):
+            raise ValueError("all scales are 0, but not all codes are")
+
+    def _codes_less_zero(self) -> Tensor:
+        codes_NK = self.codes_NK.view(torch.int8)
+        if self.scheme.values == "fp8":
+            return codes_NK & 127
+        if self.zero_NQ is None:
+            return codes_NK
+        return codes_NK.view(len(codes_NK), self.num_groups, -1) != self.zero_NQ[..., None]
 
     def _scale_shape(self) -> list[int]:
         N, K = self.codes_NK.shape
@@ -117,8 +135,10 @@ class QuantWeight:
             raise ValueError(
                 f"an input scale must be {'given' if static else 'absent'} for {self.scheme}, got {self.input_scale}"
             )
-        if self.input_scale is not None and not 0 < self.input_scale < float("inf"):
-            raise ValueError(f"the input scale must be finite and above 0, got {self.input_scale}")
+        if self.input_scale is not None and not MIN_INPUT_SCALE <= self.input_scale <= MAX_SCALE:
+            raise ValueError(
+                f"the input scale must be above 0, from {MIN_INPUT_SCALE:.1g} to {MAX_SCALE:g}, got {self.input_scale}"
+            )
         with_zero = static and rows is not None and not rows.symmetric
         if (self.input_zero is not None) != with_zero:
             raise ValueError(f"an input zero point must be {'given' if with_zero else 'absent'}")

@@ -17,7 +17,7 @@ def row_scales(name: str, scale: Tensor, shape: tuple[int, int]) -> Tensor:
     """float32 [N, Q]; one scale for the whole tensor is repeated a row."""
     N, K = shape
     _check_float(name, scale)
-    if scale.numel() == 1 and scale.ndim <= 1:
+    if scale.numel() == 1:
         return scale.float().reshape(1, 1).repeat(N, 1)
     if scale.shape == (N,):
         return scale.float()[:, None]

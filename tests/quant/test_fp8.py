@@ -37,6 +37,11 @@ def test_static_and_dynamic_scales_by_tensor() -> None:
     q = load(fields, DYNAMIC)
     assert q.scheme == Scheme(8, activations=FP8_ROWS, values="fp8")
     assert torch.equal(q.dequantize(), codes().float() * torch.tensor(0.02))
+    # one scale for the tensor, in whatever rank
+    for shape in ((), (1,), (1, 1)):
+        assert torch.equal(
+            load(fields | {"weight_scale": torch.full(shape, 0.02)}, DYNAMIC).scale_NQ, q.scale_NQ
+        )
     for raw in (STATIC, None):
         q = load(fields | {"input_scale": torch.tensor([0.5])}, raw)
         assert (q.scheme, q.input_scale) == (PER_TENSOR, 0.5)

@@ -96,11 +96,18 @@ def test_columns_in_another_order() -> None:
 
 def test_what_a_weight_must_hold() -> None:
     w, p = quantize(torch.randn(N, K), Scheme(8)), progressive()
+    zeros, f = quantize(torch.randn(N, K), Scheme(4, 16, False)), quantize(torch.randn(N, K), FP8_CHANNEL)
     wrong: list[tuple[QuantWeight, str]] = [
         (replace(w, scheme=STATIC), "input scale must be given"),
         (replace(w, scheme=STATIC, input_scale=0.5), "zero point must be given"),
         (replace(w, scheme=STATIC, input_scale=-1.0, input_zero=3), "above 0"),
+        (replace(w, scheme=STATIC, input_scale=1e-40, input_zero=3), "above 0"),
+        (replace(w, scheme=STATIC, input_scale=1e38, input_zero=3), "to 65504, got 1e"),
         (replace(w, scheme=STATIC, input_scale=0.5, input_zero=300), "an int8"),
+        (replace(w, scale_NQ=w.scale_NQ * 1e38), "scales must be at most 65504, got"),
+        (replace(w, scale_NQ=w.scale_NQ * 0), "all scales are 0, but not all codes are"),
+        (replace(zeros, scale_NQ=zeros.scale_NQ * 0), "all scales are 0"),
+        (replace(f, scale_NQ=f.scale_NQ * 0), "all scales are 0"),
         (replace(w, input_scale=0.5), "input scale must be absent"),
         (replace(w, step_NQ=p.step_NQ, offset_NQ=p.offset_NQ), "belong to progressive"),
         (replace(p, step_NQ=None), "belong to progressive"),
@@ -113,6 +120,12 @@ def test_what_a_weight_must_hold() -> None:
         with pytest.raises(ValueError, match=message):
             weight.check()
     replace(w, scheme=STATIC, input_scale=0.5, input_zero=3).check()
+    # a matrix of zeros is one, and so is one of the codes that mean it
+    replace(w, scale_NQ=w.scale_NQ * 0, codes_NK=w.codes_NK * 0).check()
+    assert zeros.zero_NQ is not None
+    nothing = zeros.zero_NQ.repeat_interleave(16, 1)
+    replace(zeros, scale_NQ=zeros.scale_NQ * 0, codes_NK=nothing).check()
+    replace(f, scale_NQ=f.scale_NQ * 0, codes_NK=torch.zeros(N, K).to(FP8)).check()
 
 
 @pytest.mark.parametrize("parts", [(progressive(3), progressive(5)), (block(128, 64), block(40, 64))])
