@@ -33,11 +33,17 @@ INVERSE_TOLERANCE = 2.0**-6
 
 
 def detect(infos: Mapping[str, Any], raw: Mapping[str, Any] | None) -> bool:
-    """By words of codes under the plain name of a weight, which no other format has."""
-    return any(
-        n.endswith(".per_tensor_scale_inv") or (n.endswith(".weight") and i.dtype == torch.int32)
-        for n, i in infos.items()
-    )
+    """By words of codes under the plain name of a weight, which no other format has.
+
+    One such tensor among others, or under the config of another format, is an error of its layer's.
+    """
+    if any(n.endswith(".per_tensor_scale_inv") for n in infos):
+        return True
+    if raw is not None and raw.get("quant_method", NAME) != NAME:
+        return False
+    scaled = [i for n, i in infos.items() if n.endswith(".weight") and n + "_scale" in infos]
+    words = sum(1 for i in scaled if i.dtype == torch.int32)
+    return 2 * words > len(scaled)
 
 
 def read_config(raw: Mapping[str, Any] | None) -> None:
@@ -69,6 +75,11 @@ def load(
         )
     scale_NQ = scale.float() * bias_factor(fields)
     return QuantWeight(SCHEME, _unpack(words), scale_NQ).check()
+
+
+def targets(module: str, config: None) -> bool:
+    """False: there is no config that could say it."""
+    return False
 
 
 def bias_factor(fields: Mapping[str, Tensor]) -> float:

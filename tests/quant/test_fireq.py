@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.gemm_w4a8 import gemm_w4a8, prepare_w4a8
 from kernels.quant_rows import quant_rows
-from quant.formats import fireq
+from quant.formats import compressed_tensors, fireq
 from quant.formats.catalog import recognise
 from quant.rtn import quantize
 from quant.scheme import FP8, FP8_ROWS, QuantWeight, Scheme
@@ -130,13 +130,34 @@ class Header(NamedTuple):
 
 def test_detection_needs_no_config() -> None:
     for infos in (
-        {"m.weight": Header(torch.int32)},
+        {"m.weight": Header(torch.int32), "m.weight_scale": Header(FP8)},
         {"m.per_tensor_scale_inv": Header(torch.bfloat16, (1,))},
     ):
         reader = recognise(infos, None)
         assert reader.format is fireq
         assert reader.bias_factor({"per_tensor_scale_inv": torch.tensor([0.25])}) == 0.25
     assert recognise({"m.weight": Header(torch.bfloat16)}, None).bias_factor({}) == 1.0
+
+
+def test_one_odd_weight_does_not_make_a_checkpoint_fireqs() -> None:
+    int8 = {
+        f"{m}.{f}": Header(d)
+        for m in "abc"
+        for f, d in (("weight", torch.int8), ("weight_scale", torch.float32))
+    }
+    stray = int8 | {"a.weight": Header(torch.int32)}
+    assert recognise(stray, None).format is compressed_tensors
+    assert recognise({"model.norm.weight": Header(torch.int32)}, None).format is compressed_tensors
+    # every layer of words, but of a config that says what they are
+    words = {n: Header(torch.int32) if n.endswith(".weight") else h for n, h in int8.items()}
+    assert recognise(words, None).format is fireq
+    raw = {"quant_method": "compressed-tensors", "config_groups": {}}
+    reader = recognise(words, raw)
+    assert reader.format is compressed_tensors
+    with pytest.raises(ValueError, match=r"b: found tensors weight int32 \[8, 8\], weight_scale"):
+        reader.load(
+            "b", {"weight": torch.zeros(8, 8, dtype=torch.int32), "weight_scale": torch.ones(8, 1)}, 8, 8
+        )
 
 
 GOOD = written(*weights())
