@@ -42,7 +42,10 @@ def prepare_quantized(w: QuantWeight, bias_N: Tensor | None, dtype: torch.dtype)
     """`dtype` is the model's: of weights that are dequantized.  ValueError for what no kernel here computes."""
     rows, device = w.scheme.activations, w.codes_NK.device
     if rows is None or (needs_fp8(w) and lacks_fp8(device)):
-        ready = prepare_plain(w.dequantize().to(dtype), bias_N)
+        weight_NK = w.dequantize()
+        if problem := overflow(weight_NK, rounded_NK := weight_NK.to(dtype)):
+            raise ValueError(f"the dequantized weight {problem}")
+        ready = prepare_plain(rounded_NK, bias_N)
         why = (
             "weight-only" if rows is None else "a GPU before sm_89 has no fp8: activations are not quantized"
         )
@@ -57,6 +60,13 @@ def prepare_quantized(w: QuantWeight, bias_N: Tensor | None, dtype: torch.dtype)
     kernel = "gemm_w8a8" if isinstance(inner, W8Weight) else "gemm_w4a8"
     part = _adjust(inner, w, rows, bias_N if late_bias else None)
     return Ready(part, kernel, arithmetic(w, rows), note)
+
+
+def overflow(value: Tensor, rounded: Tensor) -> str:
+    """What to say where `value` in fp16, which ends at 65504, is not finite: it would answer NaN.  Empty where all is well."""
+    if rounded.dtype != torch.float16 or torch.isfinite(rounded).all():
+        return ""
+    return f"does not fit float16 (largest {value.abs().max().item():.3g}): choose bfloat16"
 
 
 def needs_fp8(w: QuantWeight) -> bool:

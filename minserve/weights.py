@@ -25,7 +25,7 @@ from minserve.checkpoint import Checkpoint, listed
 from minserve.linear import Linear, Prepared
 from minserve.load_report import LoadReport
 from minserve.overrides import CHANNEL, OnlineScheme, Overrides
-from minserve.prepare import Ready, lacks_fp8, prepare_plain, prepare_quantized, short
+from minserve.prepare import Ready, lacks_fp8, overflow, prepare_plain, prepare_quantized, short
 from quant.formats import fireq
 from quant.formats.catalog import PLAIN, recognise
 from quant.rtn import quantize
@@ -82,6 +82,8 @@ class WeightSource:
         self._quantized = any(name.rpartition(".")[2] in own for name in self._checkpoint)
         self._left = dict.fromkeys(self._checkpoint)
         self._held: list[str] = []
+        self._zero_biases: list[str] = []
+        self._plain_layers: list[str] = []
         show = sys.stderr.isatty() if progress is None else progress
         self._bar = tqdm(
             total=self._checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not show
@@ -112,7 +114,7 @@ class WeightSource:
         for n, N in zip(names, out_features, strict=True):
             weight, factor = self._shard(n, in_features, N)
             shards.append(weight)
-            biases.append(self._plain(f"{n}.bias", (N,)) * factor if bias else None)
+            biases.append(self._plain(f"{n}.bias", (N,)) * factor if bias else self._no_bias(n))
         stacked = _joined(names, shards, biases)
         del shards
         parts: list[Prepared] = []
@@ -130,6 +132,7 @@ class WeightSource:
         V, D = embed_VD.shape
         stored = f"{name}.weight"
         weight: Tensor | QuantWeight = embed_VD
+        self._no_bias(name)
         if not tied:
             weight, _ = self._shard(name, D, V, online=False)
         elif stored in self._checkpoint and not torch.equal(self._plain(stored, (V, D)), embed_VD):
@@ -174,6 +177,14 @@ class WeightSource:
                 f"{listed(left, most=50)}"
             )
         self.overrides.check_used()
+        if zero := self._zero_biases:
+            self.report.remark(
+                f"{len(zero)} biases are all zero and dropped, as the config has none: {listed(zero, most=3)}"
+            )
+        if plain := self._plain_layers:
+            self.report.remark(
+                f"{len(plain)} layers are plain although the config targets them: {listed(plain, most=3)}"
+            )
         self.report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         self.report.derived = derived
         return self.report
@@ -209,18 +220,18 @@ class WeightSource:
         if value.dtype not in PLAIN:
             raise ValueError(f"{name} must be a float tensor, got {value.dtype}")
         out = value.to(self.device, self.dtype, copy=True)
-        # fp16 ends at 65504: a bf16 checkpoint may not fit, and would answer NaN
-        if self.dtype == torch.float16 != value.dtype and not torch.isfinite(out).all():
-            raise ValueError(
-                f"{name} does not fit float16 (largest {value.abs().max().item():.3g}): choose bfloat16"
-            )
+        if value.dtype != self.dtype and (problem := overflow(value, out)):
+            raise ValueError(f"{name} {problem}")
         return out
 
-    def _bias(self, module: str, out_features: int) -> Tensor:
-        """At the scale of the result: a format may keep it at that of its codes."""
-        suffixes = self._reader.fields(module, self._checkpoint.infos)
-        fields = {s: self._checkpoint.tensor(f"{module}.{s}") for s in suffixes}
-        return self._plain(f"{module}.bias", (out_features,)).mul_(self._reader.bias_factor(fields))
+    def _no_bias(self, module: str) -> Tensor | None:
+        """Where the config has no biases: one of zeros, which tools write beside every layer, is dropped; another stays
+        among what is left over, an error in the end."""
+        name = f"{module}.bias"
+        if name in self._left and not bool(self._checkpoint.tensor(name).any()):
+            self._take(name)
+            self._zero_biases.append(name)
+        return None
 
     def _shard(
         self, module: str, in_features: int, out_features: int, online: bool = True
@@ -232,6 +243,8 @@ class WeightSource:
             as_stored = not online or (self._quantized and not suffixes)
             wanted = OnlineScheme("none" if as_stored else self.quantization)
         if not suffixes:
+            if self._reader.targets(module):
+                self._plain_layers.append(module)
             plain = self._plain(f"{module}.weight", (out_features, in_features))
             online = wanted.name not in AS_STORED
             return (quantize(plain, self._scheme(wanted, in_features)) if online else plain), 1.0
@@ -265,7 +278,7 @@ class WeightSource:
         more = () if stored.activations or stored.block else rows[stored.bits]
         more = (AS_FIREQ,) if as_published else more
         raise ValueError(
-            f"quantization must be {' or '.join(('auto', stored.name, *more))} for this checkpoint, got {wanted!r}: "
+            f"quantization must be {' or '.join(('auto', *(n for n in (stored.name, *more) if n in ONLINE)))} for this checkpoint, got {wanted!r}: "
             f"{module} is stored as {stored}"
         )
 

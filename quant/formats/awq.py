@@ -17,6 +17,7 @@ from quant.scheme import QuantWeight, Scheme
 
 NAME = "awq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
+MAX_SKIPPED = 10_000  # names that are looked at
 INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)
 # place of output i among the nibbles
 PLACE = tuple(INTERLEAVE.index(i) for i in range(8))
@@ -24,7 +25,10 @@ PLACE = tuple(INTERLEAVE.index(i) for i in range(8))
 
 @dataclass(frozen=True, slots=True)
 class AwqConfig:
+    """`skipped`: parts of names of modules that stay plain."""
+
     group_size: int | None
+    skipped: tuple[str, ...] = ()
 
 
 def detect(infos: Mapping[str, Any], raw: Mapping[str, Any] | None) -> bool:
@@ -47,7 +51,18 @@ def read_config(raw: Mapping[str, Any] | None) -> AwqConfig | None:
             raise ValueError(
                 f"quantization_config: {key} must be {choice!r} for AWQ's tensors, got {value!r:.80}"
             )
-    return AwqConfig(read_group_size(raw.get("group_size", raw.get("q_group_size", 128))))
+    skipped = raw.get("modules_to_not_convert") or []
+    if not isinstance(skipped, list) or not all(isinstance(s, str) for s in skipped):
+        raise ValueError(
+            f"quantization_config: modules_to_not_convert must be a list of module names, got {skipped!r:.80}"
+        )
+    size = read_group_size(raw.get("group_size", raw.get("q_group_size", 128)))
+    return AwqConfig(size, tuple(skipped[:MAX_SKIPPED]))
+
+
+def targets(module: str, config: AwqConfig | None) -> bool:
+    """Whether the config says that `module` is quantized."""
+    return config is not None and module != "lm_head" and not any(s in module for s in config.skipped)
 
 
 def load(

@@ -1,8 +1,8 @@
 """Which format a checkpoint's quantized layers have: its tensors decide, then its config; and the one way to read them.
 
 A format is a module of this folder with `NAME`, `SUFFIXES` (every tensor it may put beside a linear layer, the bias
-apart), `detect(infos, raw)` over all tensors of the checkpoint, `read_config(raw)` and `load(module, fields, N, K,
-config)`.  A new one is a file and a line in FORMATS; they are asked in that order.
+apart), `detect(infos, raw)` over all tensors of the checkpoint, `read_config(raw)`, `load(module, fields, N, K, config)`
+and `targets(module, config)`.  A new one is a file and a line in FORMATS; they are asked in that order.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,7 @@ class Format(Protocol):
     def load(
         self, module: str, fields: Mapping[str, Tensor], out_features: int, in_features: int, config: Any
     ) -> QuantWeight: ...
+    def targets(self, module: str, config: Any) -> bool: ...
 
 
 # the most particular tensors first; compressed-tensors takes what no other does
@@ -54,6 +55,10 @@ class Reader:
         found = [s for s in self.format.SUFFIXES if f"{module}.{s}" in infos]
         plain = found in ([], ["weight"]) and all(infos[f"{module}.{s}"].dtype in PLAIN for s in found)
         return [] if plain else found
+
+    def targets(self, module: str) -> bool:
+        """Whether the config says that `module` is quantized; without one nothing does."""
+        return self.format.targets(module, self.config)
 
     def load(
         self, module: str, fields: Mapping[str, Tensor], out_features: int, in_features: int

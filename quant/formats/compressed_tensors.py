@@ -29,7 +29,7 @@ REFUSED = {"weight_global_scale", "input_global_scale"}  # of FP4
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAME = "compressed-tensors"
 read_config = ct_config.read_config
-__all__ = ["NAME", "SUFFIXES", "config_object", "detect", "load", "read_config", "save"]
+__all__ = ["NAME", "SUFFIXES", "config_object", "detect", "load", "read_config", "save", "targets"]
 
 
 def detect(infos: Mapping[str, Any], raw: Mapping[str, Any] | None) -> bool:
@@ -66,6 +66,11 @@ def load(
     if order_K is not None:
         codes_NK = codes_NK[:, order_K]
     return QuantWeight(scheme, codes_NK, scale_NQ, zero_NQ, order_K=order_K, **constants).check()
+
+
+def targets(module: str, config: CtConfig | None) -> bool:
+    """Whether the config says that `module` is quantized."""
+    return config is not None and config.match(module) is not None
 
 
 def _check_fields(fields: Mapping[str, Tensor]) -> None:

@@ -16,15 +16,18 @@ from quant.scheme import BLOCK, FP8, Activations, QuantWeight, Scheme
 NAME = "fp8"
 SUFFIXES: tuple[str, ...] = ("weight", "weight_scale", "weight_scale_inv", "input_scale")
 ACTIVATIONS = ("static", "dynamic")
+MAX_SKIPPED = 10_000  # names that are looked at
 SKIPPED = ("ignored_layers", "modules_to_not_convert")
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Config:
-    """`static` and `block` None: the tensors decide."""
+    """`static` and `block` None: the tensors decide.  `said`: there is a config; `skipped`: parts of names it leaves plain."""
 
     static: bool | None = None
     block: bool | None = None
+    said: bool = False
+    skipped: tuple[str, ...] = ()
 
 
 def detect(infos: Mapping[str, Any], raw: Mapping[str, Any] | None) -> bool:
@@ -52,7 +55,14 @@ def read_config(raw: Mapping[str, Any] | None) -> Fp8Config:
         names = raw.get(key)
         if names is not None and (not isinstance(names, list) or not all(isinstance(n, str) for n in names)):
             raise _wrong(key, names, "a list of module names")
-    return Fp8Config(None if scheme is None else scheme == "static", block is not None)
+    skipped = [n for key in SKIPPED for n in raw.get(key) or ()]
+    static = None if scheme is None else scheme == "static"
+    return Fp8Config(static, block is not None, True, tuple(skipped[:MAX_SKIPPED]))
+
+
+def targets(module: str, config: Fp8Config) -> bool:
+    """Whether the config says that `module` is quantized."""
+    return config.said and module != "lm_head" and not any(s in module for s in config.skipped)
 
 
 def _wrong(key: str, value: Any, choices: str) -> ValueError:

@@ -110,6 +110,11 @@ def load(
     ).check()
 
 
+def targets(module: str, config: GptqConfig | None) -> bool:
+    """Whether the config says that `module` is quantized; of modules of their own settings it is not asked."""
+    return config is not None and config.uniform and module != "lm_head"
+
+
 def check_fields(fields: Mapping[str, Tensor], words: tuple[int, int], N: int, K: int) -> Tensor:
     """The scales as float32 [N, Q], once all shapes and types are right; `words` is the shape of qweight."""
     if missing := {"qweight", "qzeros", "scales"} - set(fields):

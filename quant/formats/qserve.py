@@ -95,6 +95,11 @@ def load(
     return QuantWeight(scheme, codes_NK, scale_N[:, None], step_NQ=step_NQ, offset_NQ=offset_NQ).check()
 
 
+def targets(module: str, config: QoqConfig | None) -> bool:
+    """Whether the config says that `module` is quantized."""
+    return config is not None and module != "lm_head"
+
+
 def _shaped(
     fields: Mapping[str, Tensor], suffix: str, dtypes: tuple[torch.dtype, ...], shape: list[int]
 ) -> Tensor:

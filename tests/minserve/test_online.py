@@ -155,7 +155,7 @@ def test_a_weight_only_checkpoint_runs_as_it_is_or_with_rows_in_8_bits(plain: Pa
     assert (mixed.qkv.wants, mixed.down.wants) == (None, torch.int8)
     with pytest.raises(
         ValueError,
-        match="must be auto or w4a16 or w4a8-int8 or w4a8-fp8 for this checkpoint, got 'w8a8-int8'",
+        match="must be auto or w4a8-int8 or w4a8-fp8 for this checkpoint, got 'w8a8-int8'",
     ):
         load(folder, quantization="w8a8")
     with pytest.raises(

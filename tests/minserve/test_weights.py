@@ -175,6 +175,54 @@ def test_a_biased_layer(tmp_path: Path) -> None:
         read(path)
 
 
+def test_biases_of_zeros_are_dropped_where_the_config_has_none(tmp_path: Path) -> None:
+    """As AutoGPTQ writes them beside every layer."""
+    tensors = plain_tensors() | {f"{n}.bias": torch.zeros(r).half() for n, r in zip(QKV, ROWS, strict=True)}
+    linear, report = read(folder(tmp_path / "m", tensors))
+    plain, _ = read(folder(tmp_path / "plain", plain_tensors()))
+    assert torch.equal(linear(X), plain(X))
+    assert report.notes == [
+        f"3 biases are all zero and dropped, as the config has none: {', '.join(repr(f'{n}.bias') for n in QKV)}"
+    ]
+    tensors[f"{QKV[1]}.bias"][5] = 0.5
+    with pytest.raises(ValueError, match=r"1 tensors .* belong to nothing in the model: '.*k_proj\.bias'$"):
+        read(folder(tmp_path / "m", tensors))
+    head = {"lm_head.weight": torch.randn(40, D).bfloat16(), "lm_head.bias": torch.zeros(40)}
+    with WeightSource(folder(tmp_path / "head", head), dtype=torch.bfloat16) as source:
+        source.head("lm_head", torch.zeros(40, D, dtype=torch.bfloat16), tied=False)
+        assert "1 biases are all zero" in source.finish().notes[0]
+
+
+FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128}
+# which of q, k and v a config says are quantized
+TARGETED: list[tuple[dict[str, Any] | None, str]] = [
+    (None, ""),
+    (ct(Scheme(8)), "qkv"),
+    (ct(Scheme(8)) | {"ignore": ["re:.*k_proj"]}, "qv"),
+    (FP8_CONFIG, "qkv"),
+    (FP8_CONFIG | {"ignored_layers": [QKV[0]]}, "kv"),
+    (FP8_CONFIG | {"modules_to_not_convert": ["self_attn"]}, ""),
+    (GPTQ_CONFIG, "qkv"),
+    (GPTQ_CONFIG | {"dynamic": {"-:.*": {}}}, ""),
+    (AWQ_CONFIG, "qkv"),
+    (AWQ_CONFIG | {"modules_to_not_convert": ["v_proj"]}, "qk"),
+    ({"quant_method": "qoq", "wbits": 8}, "qkv"),
+]
+
+
+@pytest.mark.parametrize(("config", "targeted"), TARGETED, ids=range(len(TARGETED)))
+def test_plain_layers_that_the_config_targets_are_said(
+    config: dict[str, Any] | None, targeted: str, tmp_path: Path
+) -> None:
+    _, report = read(folder(tmp_path / "m", plain_tensors()), quantization_config=config)
+    names = [repr(f"{ATTN}.{p}_proj") for p in targeted]
+    said = f"{len(names)} layers are plain although the config targets them: {', '.join(names)}"
+    assert report.notes == ([said] if names else [])
+    assert (report.lines()[-1] == said) == bool(names)
+
+
 def test_what_is_left_over_is_named(tmp_path: Path) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     _, report = read(folder(tmp_path / "a", plain_tensors() | extra))
@@ -217,6 +265,31 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.norm\.weight does not fit float16 .*bfloat16"):
         read(path, dtype=torch.float16)
     read(path, dtype=torch.bfloat16)
+
+
+def test_float16_overflow_of_what_is_dequantized_is_an_error(tmp_path: Path) -> None:
+    scheme = Scheme(4, 32, activations=None)
+    stored = quantized(plain_tensors(), dict.fromkeys(QKV, scheme), "packed")
+    stored[f"{QKV[1]}.weight_scale"][2] = 60000.0
+    path = folder(tmp_path / "m", stored)
+    with pytest.raises(
+        ValueError, match=r"k_proj.*: the dequantized weight does not fit float16 \(largest .*bfloat16"
+    ):
+        read(path, dtype=torch.float16, quantization_config=ct(scheme))
+    read(path, dtype=torch.bfloat16, quantization_config=ct(scheme))
+
+
+def test_no_message_proposes_what_is_refused(tmp_path: Path) -> None:
+    for bits, group in ((4, 32), (8, None)):
+        scheme = Scheme(bits, group, activations=None)
+        stored = quantized(plain_tensors(), dict.fromkeys(QKV, scheme), "packed")
+        path = folder(tmp_path / f"m{bits}", stored)
+        with pytest.raises(ValueError, match="quantization must be auto or w") as error:
+            read(path, quantization="none", quantization_config=ct(scheme))
+        proposed = str(error.value).split(" for this checkpoint")[0].split("must be ")[1].split(" or ")
+        assert len(proposed) > 1
+        for name in proposed:
+            read(path, quantization=name, quantization_config=ct(scheme))
 
 
 def test_quantization_that_contradicts_the_checkpoint(tmp_path: Path) -> None:
