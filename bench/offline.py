@@ -5,9 +5,9 @@
 
 Decode is what the tokens after the first cost: (B * (new - 1)) / (time of `new` tokens - time of one token), medians
 of both times.  Prefill is the prompt tokens over the time of one token.  Every arm runs in turn, `--repeats` times;
-the spread is that of single turns, the last line is one JSON object.  Nothing is compared that does not decode the same number of tokens.
-A CPU without bf16 instructions runs transformers' bf16 far below its fp32, so there both are baselines (`x best HF`
-is against the faster one), and ours runs in both types too.
+the spread is that of single turns, the last line is one JSON object.  All arms decode the same number of tokens, none
+caches a prefix.  A CPU without bf16 instructions runs transformers' bf16 far below its fp32, so there both are
+baselines (`x best HF` is against the faster one), and ours runs in both types too.
 """
 
 import argparse
@@ -101,7 +101,10 @@ def hf_continuous_arm(path: Path, device: str) -> Arm:
 
 
 def our_arm(path: Path, device: str, **keys: Any) -> Arm:
-    llm = LLM(path, device=device, max_model_len=2048, pool_bytes=512 << 20, **keys)
+    # each prompt comes twice, and the others compute it twice
+    llm = LLM(
+        path, device=device, max_model_len=2048, pool_bytes=512 << 20, enable_prefix_caching=False, **keys
+    )
 
     def run(ids_BT: torch.Tensor, new: int) -> float:
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)

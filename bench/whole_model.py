@@ -291,6 +291,7 @@ def engine_rows(
             cell = Cell("bf16" if weights == "none" else weights, "bf16" if kv == "auto" else kv)
             room = batch * (prompt + new) * kv_token_bytes(model, cell.kv)
             keys = {"quantization": weights, "kv_dtype": kv, "max_model_len": prompt + new + 1}
+            keys["enable_prefix_caching"] = False  # each prompt comes twice
             with LLM(
                 folder, device=str(device), dtype="bf16", pool_bytes=int(1.5 * room) + POOL_FLOOR, **keys
             ) as llm:

@@ -107,19 +107,23 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less.  The last one frees the block, and its set may go back to the source; or makes it idle:
         those released first are the first to be evicted."""
+        live, shared, cached = self._live, self._shared, self._cached
         for block in blocks:
-            if block not in self._live:
-                raise _not_allocated(block)
-            extra = self._shared.pop(block, 0)
-            if extra > 1:
-                self._shared[block] = extra - 1
-            elif not extra:
-                self._live.remove(block)
-                self.num_released += 1
-                if block in self._cached:
-                    self._rest(block)
+            if shared and block in shared:
+                if shared[block] > 1:
+                    shared[block] -= 1
                 else:
-                    self._free_block(block)
+                    del shared[block]
+                continue
+            try:
+                live.remove(block)
+            except KeyError:
+                raise _not_allocated(block) from None
+            self.num_released += 1
+            if block in cached:
+                self._rest(block)
+            else:
+                self._free_block(block)
 
     def trim(self) -> None:
         """Give back every empty set."""
@@ -202,7 +206,7 @@ class BlockPool:
         key, _ = self._cached.pop(block)
         del self._by_key[key]
         self._leave_idle(block)
-        self._put_free(block)
+        self._free_block(block, evicted=True)
 
     def _leave_idle(self, block: int) -> None:
         set_id = block >> SLOT_BITS
@@ -214,31 +218,32 @@ class BlockPool:
 
     # -- sets
 
-    def _free_block(self, block: int) -> None:
-        self._put_free(block)
-        set_id = block >> SLOT_BITS
-        free = len(self._free[set_id])
-        if free == self.slots:
-            # what came out of the liveness reserve is not for keeping: another model may need it to move at all
-            if set_id in self._urgent:
-                self._give_back(set_id)
-            self._keep_one()
-        elif self._idle_in and free + self._idle_in.get(set_id, 0) == self.slots:
-            self._spared(set_id)
-
-    def _put_free(self, block: int) -> None:
+    def _free_block(self, block: int, *, evicted: bool = False) -> None:
+        """`evicted`: an empty set is kept, whoever evicts wants its blocks."""
         set_id = block >> SLOT_BITS
         free = self._free[set_id]
         free.append(block)
         self.num_free += 1
-        if len(free) == self.slots:
-            if set_id == self._current:
-                self._current, self._current_free = None, []
-            self._open.pop(set_id, None)
-            self._spare.pop(set_id, None)
-            self._empty.append(set_id)
-        elif len(free) == 1 and set_id != self._current:
+        count = len(free)
+        if count == self.slots:
+            self._emptied(set_id)
+            if not evicted:
+                # what came out of the liveness reserve is not for keeping: another model may need it to move at all
+                if set_id in self._urgent:
+                    self._give_back(set_id)
+                self._keep_one()
+            return
+        if count == 1 and set_id != self._current:
             self._open[set_id] = free
+        if self._idle_in and not evicted and count + self._idle_in.get(set_id, 0) == self.slots:
+            self._spared(set_id)
+
+    def _emptied(self, set_id: int) -> None:
+        if set_id == self._current:
+            self._current, self._current_free = None, []
+        self._open.pop(set_id, None)
+        self._spare.pop(set_id, None)
+        self._empty.append(set_id)
 
     def _keep_one(self) -> None:
         while len(self._empty) > 1:

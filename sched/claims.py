@@ -14,8 +14,10 @@ def claim(pool: BlockPool, seq: Seq, headroom: int, alone: bool) -> bool:
     At least the last token is left to compute: its row is sampled.  `alone`: the liveness reserve may be used.
     """
     P = pool.block_tokens
-    hits = pool.match(seq.keys[: (seq.total - 1) // P]) if seq.request.reads_cache else []
-    pool.share(hits)  # before anything is evicted for the rest
+    hits: list[int] = []
+    if seq.keys and seq.request.reads_cache:
+        hits = pool.match(seq.keys[: (seq.total - 1) // P])
+        pool.share(hits)  # before anything is evicted for the rest
     needed = -(-seq.total // P) - len(hits)
     blocks = pool.allocate(needed, headroom=headroom)
     if blocks is None and alone:
@@ -26,12 +28,14 @@ def claim(pool: BlockPool, seq: Seq, headroom: int, alone: bool) -> bool:
     seq.blocks = hits + blocks
     seq.keyed = len(hits)
     seq.computed = len(hits) * P
-    seq.source = pool.written(hits)
+    seq.source = pool.written(hits) if hits else -1
     return True
 
 
 def publish(pool: BlockPool, seq: Seq, tokens: int, step: int = -1) -> None:
     """The first `tokens` of `seq` are written when `step` has run, -1: they have been."""
+    if seq.keyed == len(seq.keys):
+        return
     count = min(tokens // pool.block_tokens, len(seq.keys))
     if seq.keyed < count:
         new = slice(seq.keyed, count)
