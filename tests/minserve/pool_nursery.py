@@ -8,6 +8,7 @@ it inherited, and ends with _exit or SIGKILL.  Prints one line of JSON.
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from sched.slabs import PoolPlan
 
 LIBC = ctypes.CDLL(None)
 CANARY_BROKEN, RULE_BROKEN = 3, 4
+SLOTS = 8
 TRACED = {module.__file__ for module in (slab_table, slab_words, slab_quota, shared_memory)}
 
 
@@ -57,28 +59,71 @@ def wait_killed(pid: int, *, may_end: bool = False) -> bool:
 # ---- random kills
 
 
-def churn(table_fd: int, pool_fd: int, owner: int, seed: int) -> None:
-    """Leases, marks, checks and returns for ever: what a pool worker does, without the model."""
+def churn(table_fd: int, pool_fd: int, owner: int, seed: int, ops: int | None = None) -> None:
+    """Leases, marks, checks and returns: what a pool worker does, without the model.  For ever, or `ops` times and then
+    it gives everything back.  Each slot of a slab begins with the generation of its lease: a canary."""
     table, rng = SlabTable.attach(table_fd), random.Random(seed)
-    plan = table.plan
-    pool = np.memmap(f"/proc/self/fd/{pool_fd}", np.int64, "r+").reshape(plan.num_slabs, -1)
-    held = []
-    while True:
-        table.publish(owner, demand=rng.randrange(0, 20), heartbeat_ns=time.monotonic_ns())
+    slots = slots_of(table.plan, pool_fd)
+    held: list[Lease] = []
+
+    def give_back() -> None:
+        lease = held.pop(rng.randrange(len(held)))
+        if not (slots[lease.slabs] == lease.generation).all():
+            os._exit(CANARY_BROKEN)
+        if rng.random() < 0.5:
+            table.drain(owner, lease)
+        table.free(owner, lease)
+
+    for turn in itertools.count():
+        if turn == ops:
+            break
+        if turn % 16 == 0:
+            table.publish(owner, demand=rng.randrange(0, 20), heartbeat_ns=time.monotonic_ns())
         if held and (rng.random() < 0.5 or len(held) > 30 or table.quotas.excess(owner)):
-            lease = held.pop(rng.randrange(len(held)))
-            if not (pool[lease.slabs][:, [0, -1]] == lease.generation).all():
-                os._exit(CANARY_BROKEN)
-            if rng.random() < 0.5:
-                table.drain(owner, lease)
-            table.free(owner, lease)
+            give_back()
             continue
         lease = table.lease(owner, rng.randrange(1, 40), urgent=rng.random() < 0.2)
         if lease is not None:
             if not table.holds(owner, lease):
                 os._exit(RULE_BROKEN)
-            pool[lease.slabs, 0] = pool[lease.slabs, -1] = lease.generation
+            slots[lease.slabs] = lease.generation
             held.append(lease)
+    while held:
+        give_back()
+
+
+def slots_of(plan: PoolPlan, pool_fd: int) -> np.ndarray:
+    """[slab, slot]: the first word of each of SLOTS slots, in shared memory."""
+    pool = np.memmap(f"/proc/self/fd/{pool_fd}", np.int64, "r+")
+    return pool.reshape(plan.num_slabs, SLOTS, -1)[:, :, 0]
+
+
+def operations(table_fd: int, pool_fd: int, ops: int, seed: int, corrupt: bool) -> dict[str, float]:
+    """`ops` random operations by one process a model, while the quotas change under them.  `corrupt`: one slot of
+    somebody's slab is overwritten in the middle."""
+    table, rng, began = SlabTable.attach(table_fd), random.Random(seed), time.perf_counter()
+    owners, slots = range(len(table.names)), slots_of(table.plan, pool_fd)
+    share = ops // len(owners)
+    workers = {forked(lambda o=o: churn(table_fd, pool_fd, o, seed + o, share)): o for o in owners}
+    statuses: dict[int, int] = {}
+    while workers:
+        table.quotas.write(random_division(table.plan, rng), strict=rng.random() < 0.2)
+        time.sleep(0.002)
+        table.check()
+        if corrupt and table.counts().leases > share // 4:
+            held = np.flatnonzero(slab_words.state_of(table._words) == slab_words.LIVE)
+            slots[held, rng.randrange(SLOTS)] = -1
+            corrupt = False
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            statuses[workers.pop(pid)] = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - began
+    assert CANARY_BROKEN not in statuses.values(), f"a slot was overwritten: workers ended with {statuses}"
+    assert set(statuses.values()) == {0}, f"workers ended with {statuses}"
+    table.check()
+    counts = table.counts()
+    return {"operations": share * len(owners), "seconds": seconds, "leases": counts.leases, "refused": counts.refused,
+            "leaked": counts.mapped - counts.free, "repairs": counts.repairs}  # fmt: skip
 
 
 def random_division(plan: PoolPlan, rng: random.Random) -> list[int]:
@@ -222,10 +267,12 @@ def forget_to_repair() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["random", "instructions"])
+    parser.add_argument("mode", choices=["random", "instructions", "operations"])
     parser.add_argument("--table-fd", type=int)
     parser.add_argument("--pool-fd", type=int)
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--operations", type=int, default=10**6)
+    parser.add_argument("--corrupt", action="store_true")
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forget-to-repair", action="store_true")
@@ -235,6 +282,8 @@ def main() -> None:
     try:
         if args.mode == "random":
             out = random_kills(args.table_fd, args.pool_fd, args.kills, args.seed)
+        elif args.mode == "operations":
+            out = operations(args.table_fd, args.pool_fd, args.operations, args.seed, args.corrupt)
         else:
             plan = SlabTable.attach(args.table_fd).plan
             out = every_instruction(plan, args.stride)

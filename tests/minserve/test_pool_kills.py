@@ -20,11 +20,12 @@ def shape(layers: int, reserve_sets: int) -> SetShape:
 
 
 PLAN = PoolPlan(4096, 1000, {"a": shape(8, 3), "b": shape(16, 2), "c": shape(5, 4)}, 40)
+FOUR = PoolPlan(4096, 1000, {**PLAN.models, "d": shape(12, 1)}, 40)
 
 
-def nursery(*args: str) -> tuple[dict[str, float], SlabTable]:
+def nursery(*args: str, plan: PoolPlan = PLAN) -> tuple[dict[str, float], SlabTable]:
     """The nursery's report and the table it worked on, seen from this process."""
-    table, pool_fd = SlabTable.create(PLAN, timeout_s=10), create_memfd("test-pool", PLAN.pool_bytes)
+    table, pool_fd = SlabTable.create(plan, timeout_s=10), create_memfd("test-pool", plan.pool_bytes)
     fds = ("--table-fd", str(table.fd), "--pool-fd", str(pool_fd))
     command = [sys.executable, "-m", "tests.minserve.pool_nursery", *args, *fds]
     # numpy's own threads would make the fork unsafe
@@ -66,3 +67,20 @@ def test_a_kill_before_every_instruction_of_every_operation(stride: int):
 def test_a_kill_at_some_instruction_without_repair_is_caught_by_the_same_check():
     report, _ = nursery("instructions", "--stride", "1", "--forget-to-repair")
     assert "fault" in report, f"a table that nobody repairs went unnoticed: {report}"
+
+
+@pytest.mark.parametrize("count", [40_000, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_random_operations_by_four_processes_keep_every_rule(count: int):
+    report, table = nursery("operations", "--operations", str(count), "--seed", "2", plan=FOUR)
+    assert "fault" not in report, report
+    assert report["operations"] == count
+    assert report["leaked"] == report["repairs"] == 0, report
+    assert report["leases"] > count / 4, report
+    assert report["refused"] > count / 100, f"nobody was ever short: {report}"
+    table.check()
+    print(report)
+
+
+def test_an_overwritten_slot_is_found():
+    report, _ = nursery("operations", "--operations", "40000", "--seed", "2", "--corrupt", plan=FOUR)
+    assert "overwritten" in str(report.get("fault")), report
