@@ -24,7 +24,7 @@ from minserve.models import Llama, build_llama
 from minserve.overrides import Overrides
 from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model
-from minserve.rope import rope_tables
+from minserve.rope import check_positions, rope_tables
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
 from minserve.warmup import Sizes, compile_monitor, warm_up
@@ -79,7 +79,8 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         torch.cuda.set_device(device)  # kernels launch on the current device
     check_kernels(resolved, torch.device(device))
     config, entry = resolved.config, resolved.entry
-    rope = rope_tables(config, resolved.max_model_len, device)
+    room = torch.cuda.mem_get_info(device)[1] // 4 if device.startswith("cuda") else host_pool_bytes()
+    check_positions(config, resolved.max_model_len, 2 * entry.max_num_seqs, room)
     with WeightSource(
         entry.path,
         dtype=TORCH_DTYPE[resolved.dtype],
@@ -89,7 +90,9 @@ def load_model(resolved: ResolvedModel, device: str) -> LoadedModel:
         quantization_config=config.quantization,
         lm_head=entry.lm_head,
     ) as source:
-        llama = build_llama(config, source, rope, resolved.kv, resolved.layouts)
+        llama = build_llama(config, source, rope_tables(config, 1, device), resolved.kv, resolved.layouts)
+    # the whole tables once the weights are there: a damaged checkpoint must not cost seconds and gigabytes first
+    llama = dataclasses.replace(llama, rope=rope_tables(config, resolved.max_model_len, device))
     llama = dataclasses.replace(
         llama, int8_qk=entry.int8_qk, fp8_prefill=entry.fp8_prefill, fp8_queries=entry.fp8_queries
     )

@@ -7,6 +7,7 @@ what has been taken is let go of in the mapped files too.
 """
 
 import difflib
+import itertools
 import resource
 import sys
 from dataclasses import replace
@@ -38,6 +39,7 @@ AS_STORED = ("auto", "none")
 AS_FIREQ = "w8a8-fp8"
 # what the head may be quantized to, one scale a token and one an entry of the vocabulary
 HEAD_DTYPES = {"int8": torch.int8, "fp8": FP8}
+MOST_COMPARED = 4000  # names, for the one that a missing tensor may have been meant to have
 # rows of it that are quantized at once: their float32 copy is small beside the head
 ROWS_AT_ONCE = 4096
 
@@ -169,7 +171,7 @@ class WeightSource:
     def finish(self) -> LoadReport:
         """Ends the loading; raises ValueError naming every tensor that nobody took."""
         derived = [name for name in self._left if name.endswith(DERIVED)]
-        left = [name for name in self._left if name not in derived]
+        left = [name for name in self._left if not name.endswith(DERIVED)]
         self.close()
         if left:
             raise ValueError(
@@ -202,7 +204,9 @@ class WeightSource:
     def _take(self, name: str) -> Tensor:
         """A view of the file, struck off the list of what is left."""
         if name not in self._checkpoint:
-            near = difflib.get_close_matches(name, self._checkpoint, n=3, cutoff=0.5)
+            # comparing is slow, and a damaged header may have very many names, or very long ones
+            names = [n for n in itertools.islice(self._checkpoint, MOST_COMPARED) if len(n) < 2 * len(name)]
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             hint = f"; it holds {listed(near)}" if near else ""
             raise ValueError(
                 f"{self._checkpoint.folder}: tensor {name!r} is missing from the checkpoint{hint}"
