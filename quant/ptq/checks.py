@@ -77,6 +77,10 @@ def chosen_container(given: str | None, kind: str, scheme: Scheme) -> str:
     """The container of compressed-tensors: that which the most tools read, where none is given."""
     if given is not None and kind != "compressed-tensors":
         raise ValueError(f"--container is of compressed-tensors, and the format is {kind}: leave it out")
+    if given is not None and scheme.values == "fp8":
+        raise ValueError(
+            f"--container is for integer codes, and those of {scheme.name} are floats: leave it out"
+        )
     if given is not None and given not in CONTAINERS:
         raise ValueError(f"--container must be one of {', '.join(CONTAINERS)}, got {given!r}")
     return given or ("packed" if scheme.bits == 4 and scheme.symmetric else "int8")

@@ -72,8 +72,8 @@ def scale_keys_for_cache(
     K = shape.head_dim
     if not 0 <= top_k <= K:
         raise ValueError(f"top_k must be in [0, head_dim = {K}], got {top_k}")
-    if alpha <= 0 or beta <= 0:
-        raise ValueError(f"alpha and beta must be above 0, got {alpha} and {beta}")
+    if not 0 < alpha < float("inf") or not 0 < beta < float("inf"):
+        raise ValueError(f"alpha and beta must be above 0 and finite, got {alpha} and {beta}")
     heads = stats.heads
     at_GX = heads.after_GK.topk(top_k, dim=1).indices
     picked_GK = torch.zeros_like(heads.after_GK).scatter_(1, at_GX, 1.0)

@@ -69,6 +69,12 @@ BAD = {
         "--container",
         "int8",
     ],
+    "--container is for integer codes, and those of w8a8-fp8 are floats": [
+        "--scheme",
+        "w8a8-fp8",
+        "--container",
+        "packed",
+    ],
     r"scale_keys\(top_k\) must be at most head_dim = 32, got 40": ["--steps", "scale_keys(top_k=40)"],
     r"grid\(multiples=true\) is for progressive weights": ["--steps", "grid(multiples=true)"],
     r"clip\(sides=true\) is for weights with zero points": ["--steps", "clip(sides=true)"],
