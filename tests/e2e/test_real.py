@@ -3,6 +3,7 @@
 A third model has no weights, so it never runs: the test holds slabs in its name and fills them with a canary.
 """
 
+import json
 import os
 import random
 import signal
@@ -98,6 +99,90 @@ def test_what_cannot_run_is_refused(server: Server) -> None:
     failed = httpx.post(f"{server.url}/v1/completions", json={**body, "model": "canary"})
     assert (failed.status_code, failed.json()["error"]["code"]) == (503, "model_failed")
     assert "model canary failed:" in server.output
+
+
+def streamed_usage(server: Server, route: str = "completions", **body: Any) -> Any:
+    fields = {
+        "temperature": 0,
+        "max_tokens": 3,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **body,
+    }
+    answer = httpx.post(f"{server.url}/v1/{route}", json=fields, timeout=60)
+    *_, last, done = [line for line in answer.text.splitlines() if line]
+    assert done == "data: [DONE]"
+    return json.loads(last.removeprefix("data: "))["usage"]
+
+
+def cached(usage: Any) -> int:
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    found = usage["prompt_tokens_details"]["cached_tokens"]
+    assert isinstance(found, int)
+    return found
+
+
+def metric(server: Server, name: str, model: str = "left") -> float:
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith(f'minserve:{name}{{model_name="{model}"}}'):
+            return float(line.split()[-1])
+    raise AssertionError(f"no metric {name} of {model}")
+
+
+def settled(server: Server) -> tuple[float, ...]:
+    """Queries and hits of the model left, once its worker has told of all that it did before."""
+    found: list[tuple[float, ...]] = []
+
+    def same_twice() -> bool:
+        time.sleep(1.2)  # a worker is asked once a second
+        names = ("prefix_cache_queries_total", "prefix_cache_hits_total")
+        found.append(tuple(metric(server, name) for name in names))
+        return found[-2:-1] == found[-1:]
+
+    wait_for(same_twice, 30, server.describe)
+    return found[-1]
+
+
+def test_usage_says_what_was_cached(server: Server) -> None:
+    """float32: 16 tokens a block, so 64 of these 70 are found."""
+    prompt = [(11 * i) % 390 for i in range(70)]
+    queries, hits = settled(server)
+    first = complete(server, model="left", prompt=prompt)
+    again = complete(server, model="left", prompt=prompt)
+    assert (cached(first["usage"]), cached(again["usage"])) == (0, 64)
+    assert again["choices"] == first["choices"]
+    assert cached(streamed_usage(server, model="left", prompt=prompt)) == 64
+    both = complete(server, model="left", prompt=[prompt, prompt[:40]], n=2, temperature=1)
+    assert cached(both["usage"]) == 64 + 32, "a prompt counts once, however many answers it has"
+    assert cached(complete(server, model="left", prompt=prompt, cache_salt="mine")["usage"]) == 0
+    salted = complete(server, model="left", prompt=prompt, cache_salt="mine")
+    assert cached(salted["usage"]) == 64
+    assert salted["choices"] == first["choices"]
+    assert cached(complete(server, model="left", prompt=prompt, cache_salt="other")["usage"]) == 0
+    # echoed log probabilities are computed, and no query
+    echoed = complete(server, model="left", prompt=prompt, echo=True, logprobs=1, max_tokens=1)
+    assert cached(echoed["usage"]) == 0
+
+    asked = 2 * 70 + 70 + 2 * (70 + 40) + 3 * 70
+    found = 64 + 64 + 2 * (64 + 32) + 64
+    assert settled(server) == (queries + asked, hits + found)
+    assert metric(server, "prefix_cache_blocks") >= 3 * 4
+
+
+def test_chat_says_what_was_cached(server: Server) -> None:
+    body = {"model": "left", "temperature": 0, "max_tokens": 5, "cache_salt": "chat"}
+    body["messages"] = [{"role": "user", "content": "tell me a story of the sea and of the wind that sank"}]
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    again = streamed_usage(server, "chat/completions", **body)
+    assert cached(answer["usage"]) == 0
+    assert cached(again) == (again["prompt_tokens"] - 1) // 16 * 16 > 0
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 1025, 5])
+def test_a_salt_that_is_none_is_refused(server: Server, salt: Any) -> None:
+    body = {"model": "left", "prompt": "a", "cache_salt": salt}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cache_salt")
 
 
 def attach(server: Server) -> SlabPool:
