@@ -83,6 +83,9 @@ class BlockPool:
             free = self._current_free or self._next_set()
             if self._spare and self._current is not None:
                 self._spare.pop(self._current, None)
+            if n == 1:  # what a decode takes
+                taken.append(free.pop())
+                break
             part = free[-n:]
             del free[-n:]
             part.reverse()

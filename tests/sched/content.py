@@ -48,9 +48,21 @@ class Flight:
     sampled: dict[int, int] = field(default_factory=dict)
 
 
+class Generous(BlockPool):
+    """Nobody is refused, paused or preempted while a block is free or idle."""
+
+    def allocate(self, n: int, *, headroom: int = 0, urgent: bool = False) -> list[int] | None:
+        idle = self.num_idle
+        blocks = super().allocate(n, headroom=headroom, urgent=urgent)
+        if blocks is None:
+            assert n + headroom > self.num_available, f"{n} refused with {self.num_available} to be had"
+            assert self.num_idle == idle, "a refusal evicted something"
+        return blocks
+
+
 class Content:
     def __init__(self, sets: Sets, slots: int, P: int, limits: Limits, *, cache: bool = True) -> None:
-        self.pool = BlockPool(sets, slots, P)
+        self.pool = Generous(sets, slots, P)
         self.batcher = Batcher(self.pool, limits)
         self.P, self.cache = P, cache
         self.memory: dict[int, list[int]] = {}
