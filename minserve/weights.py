@@ -78,7 +78,8 @@ class WeightSource:
         self.quantization, self.lm_head = quantization, lm_head
         self.report = LoadReport()
         self._checkpoint = Checkpoint(folder)
-        self._reader = recognise(self._checkpoint.infos, quantization_config)
+        infos = self._checkpoint.infos
+        self._reader = recognise(infos, quantization_config).settled(infos, self._checkpoint.tensor)
         own = set(self._reader.format.SUFFIXES) - {"weight"}
         # whoever quantized it left its plain layers plain on purpose
         self._quantized = any(name.rpartition(".")[2] in own for name in self._checkpoint)

@@ -5,8 +5,8 @@ apart), `detect(infos, raw)` over all tensors of the checkpoint, `read_config(ra
 and `targets(module, config)`.  A new one is a file and a line in FORMATS; they are asked in that order.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +55,13 @@ class Reader:
         found = [s for s in self.format.SUFFIXES if f"{module}.{s}" in infos]
         plain = found in ([], ["weight"]) and all(infos[f"{module}.{s}"].dtype in PLAIN for s in found)
         return [] if plain else found
+
+    def settled(self, infos: Mapping[str, Info], tensor: Callable[[str], Tensor]) -> "Reader":
+        """With what only the tensors of the whole checkpoint can tell: the order of QServe's scales.  ValueError where
+        they do not."""
+        if self.format is not qserve:
+            return self
+        return replace(self, config=qserve.settled(self.config, infos, tensor))
 
     def targets(self, module: str) -> bool:
         """Whether the config says that `module` is quantized; without one nothing does."""

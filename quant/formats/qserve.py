@@ -2,12 +2,12 @@
 
 Detected by tensors, since its files bring no config; `quant_method: qoq`, which people add by hand, is checked.
 Codes lie in tiles of 32 outputs x 32 inputs, second-level scales permuted among each 32 outputs.  Two writers permute
-them differently: `_second_level` finds out which it was.
+them differently: `settled` finds out, once for the file, which it was.
 W = (code * s2 + zero) * s1, code 0..15 and the sum mod 256; per channel W = code * s1 - szero.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,10 @@ LAYOUTS = {
 }
 # how many times better centred the groups of one order must be to be it: those of a wrong one are 20 times off
 CLEARLY = 2.0
+OFTEN = 0.01  # of all groups that must leave int8 to speak against an order
+SAMPLED_ROWS = 128  # outputs of each layer that are looked at for it
+# what a config that people write may call an order of ORDERS
+S2_ORDERS = {"kernel": "the kernels'", "deepcompressor": "deepcompressor's"}
 # how far a zero point may be from a whole one and still be that, in steps of the codes: fp16 rounds 15 by 1/128
 WHOLE = 1 / 64
 # how far the nearest legal zero point may be from the stored one: less than what rounding to 4 bits costs on average
@@ -38,10 +42,14 @@ MAX_ZERO_ERROR = 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class QoqConfig:
-    """`bits` of the weights; `group_size` None is one scale a channel."""
+    """`bits` of the weights, None: the tensors decide; `group_size` None is one scale a channel; `order`: see ORDERS."""
 
-    bits: int
+    bits: int | None
     group_size: int | None
+    order: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {'channels' if self.group_size is None else f'groups of {self.group_size}'}"
 
 
 def detect(infos: Mapping[str, Any], raw: Mapping[str, Any] | None) -> bool:
@@ -63,7 +71,12 @@ def read_config(raw: Mapping[str, Any] | None) -> QoqConfig | None:
         raise ValueError(f"quantization_config: wbits must be 4 or 8, got {bits!r:.80}")
     if type(size) is not int or size not in (-1, GROUP):
         raise ValueError(f"quantization_config: group_size must be -1 or {GROUP}, got {size!r:.80}")
-    return QoqConfig(bits, None if size == -1 else size)
+    order = raw.get("s2_order")
+    if order is not None and (not isinstance(order, str) or order not in S2_ORDERS):
+        raise ValueError(
+            f"quantization_config: s2_order must be one of {', '.join(S2_ORDERS)}, got {order!r:.80}"
+        )
+    return QoqConfig(bits, None if size == -1 else size, S2_ORDERS[order] if order else None)
 
 
 def load(
@@ -76,7 +89,7 @@ def load(
         choices = "; or ".join(", ".join(sorted(s)) for s in LAYOUTS.values())
         raise ValueError(f"found tensors {', '.join(fields) or 'none'}; QServe has {choices}")
     has = QoqConfig(8 if layout == "w8a8" else 4, GROUP if layout == "groups" else None)
-    if config is not None and config != has:
+    if config is not None and config.bits and (config.bits, config.group_size) != (has.bits, has.group_size):
         raise ValueError(f"tensors hold {has}, but the config says {config}")
     if layout == "w8a8":
         codes_NK = _shaped(fields, "weight", (torch.int8,), [N, K])
@@ -90,14 +103,14 @@ def load(
     if K % GROUP:
         raise ValueError(f"QServe's groups of {GROUP} do not divide {K} inputs")
     s2_QN, zeros_QN = (_shaped(fields, s, (torch.int8,), [K // GROUP, N]) for s in ("s2_scales", "s2_zeros"))
-    step_NQ, offset_NQ = _second_level(codes_NK, s2_QN, zeros_QN)
+    step_NQ, offset_NQ = _second_level(codes_NK, s2_QN, zeros_QN, config.order if config else None)
     scheme = Scheme(4, GROUP, progressive=True)
     return QuantWeight(scheme, codes_NK, scale_N[:, None], step_NQ=step_NQ, offset_NQ=offset_NQ).check()
 
 
 def targets(module: str, config: QoqConfig | None) -> bool:
     """Whether the config says that `module` is quantized."""
-    return config is not None and module != "lm_head"
+    return config is not None and config.bits is not None and module != "lm_head"
 
 
 def _shaped(
@@ -154,29 +167,24 @@ ORDERS: dict[str, Callable[[Tensor], Tensor]] = {"the kernels'": _by_kernel, "de
 
 
 class Reading(NamedTuple):
-    """The second level in one order: how many groups leave int8, and how far from 0 their means are."""
+    """The second level of one layer in one order: how many groups leave int8, and how far their means are from what
+    the layer's rows and columns make of them."""
 
-    order: str
     step_NQ: Tensor
     offset_NQ: Tensor
     outside: int
-    off_centre: float
+    off: float
 
 
-def _second_level(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> tuple[Tensor, Tensor]:
-    """step int8 and offset int16 [N, Q], in the order that whoever wrote the layer used.
-
-    It is the one whose groups are centred, where one clearly is: a group's zero point lies by the mean of its codes, that
-    of another row does not.  Else it is the first in which every code * s2 + zero is an int8.  ValueError with the counts
-    where that does not hold: the range alone would mistake the order, as all groups of rotated weights use all codes.
-    """
+def _readings(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> dict[str, Reading]:
+    """By the name of the order."""
     if int(s2_QN.min()) < 0 or int(s2_QN.max()) > MAX_STEP:
         raise ValueError(f"s2_scales must be 0..{MAX_STEP}, got {int(s2_QN.min())}..{int(s2_QN.max())}")
     Q, N = s2_QN.shape
     groups = codes_NK.view(N, Q, -1)
     low_NQ, high_NQ = ((e + 8).int() for e in torch.aminmax(groups, dim=-1))
     mean_NQ = groups.sum(-1, dtype=torch.int32) / groups.shape[-1] + 8
-    readings = []
+    readings = {}
     for name, natural in ORDERS.items():
         step_NQ = natural(s2_QN).int()
         # a byte stands for itself modulo 256: down to -255 in files of the paper's zero points, which are never above 0
@@ -184,19 +192,104 @@ def _second_level(codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> tuple[Te
         fits_NQ = (low_NQ * step_NQ + zero_NQ >= -128) & (high_NQ * step_NQ + zero_NQ <= 127)
         above_NQ = (low_NQ * step_NQ + zero_NQ >= -384) & (high_NQ * step_NQ + zero_NQ <= -129)
         zero_NQ += 256 * (above_NQ & ~fits_NQ)
-        off_centre = float((mean_NQ * step_NQ + zero_NQ).square().sum())
+        off_NQ = mean_NQ * step_NQ + zero_NQ
+        if Q > 1:
+            # a whole row or column of the matrix may lie off 0 and say nothing
+            off_NQ = off_NQ - off_NQ.mean(1, keepdim=True) - off_NQ.mean(0) + off_NQ.mean()
         outside = int((~fits_NQ & ~above_NQ).sum())
-        readings.append(Reading(name, step_NQ, -zero_NQ - 8 * step_NQ, outside, off_centre))
-    centred, other = sorted(readings, key=lambda r: r.off_centre)
-    if centred.off_centre * CLEARLY >= other.off_centre:
-        # the sort is stable: min too takes the kernels' of two that are alike
-        centred = min(readings, key=lambda r: r.outside > 0)
-    if centred.outside:
-        counts = ", ".join(f"in {r.order} {r.outside}" for r in readings)
+        off = float(off_NQ.double().square().sum())
+        readings[name] = Reading(step_NQ, -zero_NQ - 8 * step_NQ, outside, off)
+    return readings
+
+
+@dataclass(slots=True)
+class Evidence:
+    """For each order, over the layers of a file: groups that leave int8, and the squares that `Reading.off` sums."""
+
+    outside: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORDERS, 0))
+    off: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ORDERS, 0.0))
+    groups: int = 0
+    alike: bool = True  # no layer reads differently in the two
+
+    def add(self, codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor) -> None:
+        readings = _readings(codes_NK, s2_QN, zeros_QN)
+        for name, reading in readings.items():
+            self.outside[name] += reading.outside
+            self.off[name] += reading.off
+        self.groups += s2_QN.numel()
+        one, other = readings.values()
+        self.alike &= torch.equal(one.step_NQ, other.step_NQ) and torch.equal(one.offset_NQ, other.offset_NQ)
+
+    def order(self) -> str:
+        """The one whose groups are clearly better centred, else the only one that gives int8, where the other often does not.
+
+        A group's zero point lies by the mean of its codes, that of another row does not.  ValueError where nothing tells:
+        the range alone would mistake the order, as all groups of rotated weights use all codes.
+        """
+        kernels, _ = ORDERS
+        if self.alike:
+            return kernels
+        best, other = sorted(ORDERS, key=lambda name: self.off[name])
+        if self.off[best] * CLEARLY < self.off[other]:
+            return best
+        legal = [name for name in ORDERS if not self.outside[name]]
+        if len(legal) == 1 and max(self.outside.values()) > OFTEN * self.groups:
+            return legal[0]
+        ratio = self.off[other] / self.off[best] if self.off[best] else 1.0
+        counts = ", ".join(f"in {name} {self.outside[name]}" for name in ORDERS)
         raise ValueError(
-            f"no known order of s2_scales and s2_zeros gives int8 weights: of {N * Q} groups leave int8 {counts}"
+            f"no known order of s2_scales and s2_zeros stands out: groups are {ratio:.2f} times better centred in {best}, "
+            f"where {CLEARLY:g} times would tell, and of {self.groups} groups leave int8 {counts}; "
+            f"say it by quantization_config, s2_order: {' or '.join(S2_ORDERS)}"
         )
-    return centred.step_NQ.to(torch.int8), centred.offset_NQ.to(torch.int16)
+
+
+def settled(
+    config: QoqConfig | None, infos: Mapping[str, Any], tensor: Callable[[str], Tensor]
+) -> QoqConfig | None:
+    """`config` with the order of the second level that the whole file is written in, as the beginning of each layer tells.
+
+    Whatever is no such layer, or none that can be read, is left to `load`, which names it.
+    """
+    modules = [n.removesuffix(".s2_scales") for n in infos if n.endswith(".s2_scales")]
+    if not modules or (config is not None and config.order is not None):
+        return config
+    evidence = Evidence()
+    for module in modules:
+        parts = [f"{module}.{s}" for s in ("qweight", "s2_scales", "s2_zeros")]
+        if any(p not in infos or infos[p].dtype != torch.int8 or len(infos[p].shape) != 2 for p in parts):
+            continue
+        (Q, N), (rows, half) = infos[parts[1]].shape, infos[parts[0]].shape
+        if infos[parts[2]].shape != (Q, N) or rows != N or not Q or half * 2 != Q * GROUP or N % TILE:
+            continue
+        n = min(N, SAMPLED_ROWS)
+        qweight, s2_QN, zeros_QN = (tensor(p) for p in parts)
+        try:
+            # tile rows lie one after the other: the first outputs are the first bytes
+            evidence.add(untile(qweight[:n], n, 2 * half), s2_QN[:, :n], zeros_QN[:, :n])
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+    return (
+        QoqConfig(None, None, evidence.order()) if config is None else replace(config, order=evidence.order())
+    )
+
+
+def _second_level(
+    codes_NK: Tensor, s2_QN: Tensor, zeros_QN: Tensor, order: str | None
+) -> tuple[Tensor, Tensor]:
+    """step int8 and offset int16 [N, Q], in `order`, or without one in that which the layer itself tells."""
+    if order is None:
+        evidence = Evidence()
+        evidence.add(codes_NK, s2_QN, zeros_QN)
+        order = evidence.order()
+    readings = _readings(codes_NK, s2_QN, zeros_QN)
+    if readings[order].outside:
+        counts = ", ".join(f"in {name} {r.outside}" for name, r in readings.items())
+        raise ValueError(
+            f"s2_scales and s2_zeros in {order} order, that of the file, must give int8 weights: of {s2_QN.numel()} groups "
+            f"leave int8 {counts}"
+        )
+    return readings[order].step_NQ.to(torch.int8), readings[order].offset_NQ.to(torch.int16)
 
 
 def _channel(codes_NK: Tensor, scale_N: Tensor, szero_N: Tensor) -> QuantWeight:

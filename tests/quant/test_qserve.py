@@ -148,6 +148,80 @@ def test_an_order_that_nobody_writes_is_refused_with_the_counts() -> None:
         read(fields)
 
 
+class Layer(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def file_of(layers: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    tensors = {f"{name}.{s}": t for name, fields in layers.items() for s, t in fields.items()}
+    return {n: Layer(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors
+
+
+def lopsided(seed: int) -> Groups:
+    """One sign, in two steps of scale: no group's mean tells whose it is, nor does any leave int8."""
+    g = torch.Generator().manual_seed(seed)
+    step = torch.randint(1, 3, (32, 1), generator=g).expand(32, 2)
+    codes = torch.randint(0, 16, (32, 128), generator=g).repeat(1, 2)
+    return Groups(codes, step, torch.zeros(32, 2, dtype=torch.long), torch.ones(32))
+
+
+@pytest.mark.parametrize("order", ["kernel", "packer"])
+def test_the_order_is_decided_once_for_all_layers(order: str) -> None:
+    small = lopsided(0)
+    with pytest.raises(
+        ValueError, match=r"1\.00 times better centred .* 2 times would tell, .* s2_order: kernel or deep"
+    ):
+        qserve.load("small", written(small, order), 32, K, None)
+    layers = {"small": written(small, order)}
+    layers |= {f"large{i}": written(groups(i, n=64, alike=True, k=512, top=104), order) for i in range(2)}
+    infos, tensors = file_of(layers)
+    # what is no such layer is left to the one that reads it
+    infos["odd.s2_scales"] = Layer(torch.int8, (2, 64))
+    reader = recognise(infos, None).settled(infos, tensors.__getitem__)
+    got = reader.load("small", layers["small"], 32, K)
+    assert torch.equal(got.integers().long(), small.integers())
+
+
+@pytest.mark.parametrize("order", ["kernel", "packer"])
+def test_a_file_that_does_not_tell_its_order_is_refused_unless_the_config_says_it(order: str) -> None:
+    w = lopsided(1)
+    infos, tensors = file_of({"a": written(w, order)})
+    with pytest.raises(ValueError, match="s2_order: kernel or deepcompressor"):
+        recognise(infos, None).settled(infos, tensors.__getitem__)
+    raw = {"quant_method": "qoq", "wbits": 4, "group_size": 128}
+    named = raw | {"s2_order": {"kernel": "kernel", "packer": "deepcompressor"}[order]}
+    reader = recognise(infos, named).settled(infos, tensors.__getitem__)
+    assert torch.equal(reader.load("a", written(w, order), 32, K).integers().long(), w.integers())
+    with pytest.raises(ValueError, match="s2_order must be one of kernel, deepcompressor, got 'best'"):
+        recognise(infos, raw | {"s2_order": "best"})
+
+
+@pytest.mark.parametrize("order", ["kernel", "packer"])
+@pytest.mark.parametrize("lie", ["rows", "columns"])
+def test_rows_and_columns_that_lie_off_zero_hide_no_order(lie: str, order: str) -> None:
+    g = torch.Generator().manual_seed(5)
+    n, k = 64, 1024
+    w = torch.randn(n, k, generator=g) + torch.randn((n, 1) if lie == "rows" else (1, k), generator=g)
+    scale = (w.abs().amax(1) / 119).half().float()
+    wide = (w / scale[:, None]).round().clamp(-119, 119).view(n, -1, 128)
+    step = ((wide.amax(2) - wide.amin(2)) / 15).round().clamp(min=1)
+    zero = (-wide.amin(2) / step).round().clamp(0, 15)
+    codes = (wide / step[..., None] + zero[..., None]).round().clamp(0, 15)
+    made = Groups(codes.view(n, k).long(), step.long(), (-zero * step).long(), scale)
+    assert torch.equal(qserve.load("m", written(made, order), n, k, None).integers().long(), made.integers())
+
+
+def test_a_layer_in_another_order_than_the_file_is_refused() -> None:
+    layers = {f"m{i}": written(groups(i), "kernel") for i in range(3)} | {"odd": written(groups(3), "packer")}
+    infos, tensors = file_of(layers)
+    reader = recognise(infos, None).settled(infos, tensors.__getitem__)
+    with pytest.raises(
+        ValueError, match=r"odd: s2_scales and s2_zeros in the kernels' order, that of the file"
+    ):
+        reader.load("odd", layers["odd"], N, K)
+
+
 def controls() -> Iterator[tuple[str, dict[str, Tensor]]]:
     w = groups()
     good = written(w)
@@ -274,8 +348,8 @@ def test_detection_needs_no_config() -> None:
 GOOD = written(groups())
 CHANNEL = channel(torch.full((N,), 7.0))[3]
 BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, str]] = {
-    "a config for channels": (GOOD, {"wbits": 4, "group_size": -1}, "the config says"),
-    "a config for groups": (CHANNEL, {"wbits": 4, "group_size": 128}, "the config says"),
+    "a config for channels": (GOOD, {"wbits": 4, "group_size": -1}, "hold 4-bit groups of 128, but the config says 4-bit channels$"),
+    "a config for groups": (CHANNEL, {"wbits": 4, "group_size": 128}, "hold 4-bit channels, but the config says 4-bit groups"),
     "another method": (GOOD, {"quant_method": "awq"}, "quant_method must be 'qoq'"),
     "three bits": (GOOD, {"wbits": 3}, "wbits must be 4 or 8, got 3"),
     "another group": (GOOD, {"group_size": 64}, "group_size must be -1 or 128"),
