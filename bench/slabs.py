@@ -33,8 +33,8 @@ from sched.slabs import MAX_SLAB_BYTES
 RESULT = Path(__file__).parent / "results" / "slabs.json"
 PLOT = Path(__file__).parent / "out" / "slabs.png"
 POOL_BYTES = 40 * GIB
-SECONDS, SEEDS = 90.0, 20
-QUICK_SECONDS, QUICK_SEEDS, QUICK_REGIMES = 60.0, 2, ("light", "deep")
+SECONDS, SEEDS = 60.0, 20
+QUICK_SEEDS, QUICK_REGIMES = 2, ("light", "deep")
 PACKED, IDEAL, OURS = "head-wise, packed", "ideal, no grain", "slabs, compacted"
 LIVE, AHEAD, TIE = 0.97, 1.15, 0.99
 
@@ -81,7 +81,7 @@ ARMS: dict[str, Entry] = {
     ),
     "slabs, not compacted": Entry(slabs(compact=False), "ours"),
     OURS: Entry(slabs(compact=True), "ours"),
-    "slabs, compacted, with reserves": Entry(slabs(compact=True, reserves=True), "ours"),
+    "slabs, compacted, with reserves": Entry(slabs(compact=True, reserves=True), "ours", regimes=DEEP),
     IDEAL: Entry(lambda m, b, w: peers.ideal(m, b), "bound"),
     "slabs up to 1 MiB, not compacted": Entry(slabs(compact=False, max_slab=1 << 20), "ours", regimes=DEEP),
     "slabs up to 512 KiB, not compacted": Entry(slabs(compact=False, max_slab=1 << 19), "ours", regimes=DEEP),
@@ -228,7 +228,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> str:
 
     regimes = list(dict.fromkeys(r["regime"] for r in rows))
     arms = [n for n, e in ARMS.items() if len(e.regimes) > 1]
-    figure, axes = plt.subplots(1, len(regimes), figsize=(4 * len(regimes), 5), sharey=True, squeeze=False)
+    size = (4 * len(regimes), 5)
+    figure, axes = plt.subplots(
+        1, len(regimes), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, regime in zip(axes[0], regimes, strict=True):
         cells = {r["arm"]: r for r in rows if r["regime"] == regime}
         left = np.zeros(len(arms))
@@ -238,8 +241,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> str:
             left += width
         axis.set(title=regime, xlim=(0, 1), xlabel="of the pool, when refused")
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(loc="lower left")
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return f"plot: {path}"
@@ -251,7 +253,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="2 seeds of a minute, two regimes")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, two regimes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"how many, default {SEEDS}")
     parser.add_argument("--seconds", type=float, help=f"simulated, default {SECONDS:.0f}")
@@ -260,7 +262,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help=f"write {RESULT.parent.name}/{RESULT.name}")
     parser.add_argument("--paths", action="store_true", help="time the paths in place of E1")
     args = parser.parse_args(argv)
-    if args.seed < 0 or (args.seeds or 1) < 1 or args.workers < 1 or (args.seconds or 60) < 40:
+    counts = [n for n in (args.seeds, args.workers) if n is not None]
+    if args.seed < 0 or min(counts) < 1 or (args.seconds is not None and args.seconds < 40):
         parser.error("--seed must not be negative, --seeds and --workers at least 1, --seconds at least 40")
     return args
 
@@ -277,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"bench.slabs: {error}\n")
         return 2
-    seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
+    seconds = args.seconds or SECONDS
     count = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     regimes = [r for r in REGIMES if not args.quick or r.name in QUICK_REGIMES]
     began = time.monotonic()

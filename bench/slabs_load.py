@@ -93,11 +93,10 @@ class Regime:
 
 
 # deep is the deep saturation of the allocator study that set the targets: what no allocator could serve is refused in a
-# few steps of a hundred.  In flood and overload every model is short all the time, and all pools are full of something
+# few steps of a hundred.  In overload every model is short all the time, and all pools are full of something
 REGIMES = (
     Regime("light", 0.55, 1.3),
     Regime("deep", 0.8, 0.9),
-    Regime("flood", 1.1, 0.9),
     Regime("overload", 2.5, 0.9),
 )
 

@@ -123,12 +123,13 @@ class Slabs:
             return
         for pool in self.pools:
             pool.trim()
-        budget = STEP_COPY_BYTES
-        while self._compact and self.free_slabs < self._wanted:
+        budget, goal = STEP_COPY_BYTES, 2 * self._wanted  # not again in the next step
+        while self._compact and self.free_slabs < goal:
             m = self._cheapest()
             if m is None:
                 return
-            moved = self._vacate(m, tables[m], budget)
+            missing = -(-(goal - self.free_slabs) // self.models[m].layers)
+            moved = self._vacate(m, tables[m], budget, missing)
             if not moved:
                 return
             budget -= moved
@@ -150,13 +151,12 @@ class Slabs:
                 costs.append((sets[0][0] / pool.slots, m))
         return min(costs)[1] if costs else None
 
-    def _vacate(self, m: int, lane: Lane, budget: int) -> int:
-        """Empties sets of model m within the budget, and says how many bytes were moved."""
+    def _vacate(self, m: int, lane: Lane, budget: int, most: int) -> int:
+        """Empties at most so many sets of model m within the budget, and says how many bytes were moved."""
         pool, model = self.pools[m], self.models[m]
-        missing = -(-(self._wanted - self.free_slabs) // model.layers)
         victims: set[int] = set()
         count = 0
-        for live, set_id in self._emptiest(m)[:missing]:
+        for live, set_id in self._emptiest(m)[:most]:
             if (count + live) * model.whole_bytes > budget:
                 break
             victims.add(set_id)

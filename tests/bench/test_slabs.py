@@ -1,12 +1,17 @@
 """E1: every arm keeps its own books under random work, the replay conserves blocks, and the targets hold at small size."""
 
 import dataclasses
+import json
 import math
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bench import slabs
 from bench import slabs_arms as peers
 from bench.slabs import ARMS, OURS, PACKED, compare, judge, models_of, print_table, ratio, row, run_one
 from bench.slabs_arms import Pages, Split, depth_pools
@@ -331,3 +336,52 @@ def test_a_target_can_be_missed() -> None:
     rows = [cell(OURS, 0.96), cell(PACKED, 0.99), cell("static split, equal", 0.9)]
     assert list(judge(compare(rows)).values()) == [False, False, False]
     assert ratio(rows[0], rows[2]) == (pytest.approx(0.96 / 0.9),) * 3
+
+
+# ---- the command
+
+
+def test_the_command_prints_a_table_and_one_object(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a replay of two arms in place of all: the figures are real, the process pool is not."""
+    kept = {name: e for name, e in ARMS.items() if name in (OURS, PACKED, "static split, equal")}
+    monkeypatch.setattr(slabs, "ARMS", kept)
+    monkeypatch.setattr(slabs, "RESULT", tmp_path / "slabs.json")
+    monkeypatch.setattr(slabs, "PLOT", tmp_path / "slabs.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    def run_here(regimes, seeds, seconds, trace, workers):
+        return [row(n, r, [run_one(n, r, s, seconds, trace) for s in seeds]) for r in regimes for n in kept]
+
+    monkeypatch.setattr(slabs, "run_all", run_here)
+    assert slabs.main(["--quick", "--seeds", "1", "--seconds", "60", "--record"]) == 0
+    out = capsys.readouterr().out
+    assert "no plot: matplotlib is not installed" in out
+    assert "live >= 0.97: met; x best peer >= 1.15: met; x packed >= 0.99: met" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "slabs.json").read_text())
+    assert {r["tag"] for r in result["rows"]} == {"simulated"}
+    assert len(result["rows"]) == 2 * len(kept)
+
+
+@pytest.mark.parametrize("args", [["--seeds", "0"], ["--seed", "-1"], ["--seconds", "5"], ["--workers", "0"]])
+def test_numbers_out_of_range_are_refused(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(slabs, "run_all")
+    with pytest.raises(SystemExit):
+        slabs.main(args)
+
+
+def test_a_missing_trace_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert slabs.main(["--trace", "none.csv"]) == 2
+    assert capsys.readouterr().err.startswith("bench.slabs: --trace 'none.csv' cannot be read")
+
+
+@pytest.mark.slow
+def test_quick_takes_less_than_a_minute() -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "bench.slabs", "--quick", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout.splitlines()[-1])["targets"].values()) == {True}
+    assert time.monotonic() - began < 60
