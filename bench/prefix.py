@@ -3,12 +3,10 @@
     python -m bench.prefix                       # the demo model, 512 shared tokens, 32 of each request's own
     python -m bench.prefix --model DIR --shared 2048
 
-TTFT is that of one request alone, in process: a prompt of `--shared` tokens that all have and `--own` that differ, one
-token of answer.  Two engines of the same weights, the cache on and off, take turns; every answer must be the same.
-Host time: a block by its ways through the pool, hashing a prompt, and `plan` with 64 requests that run and arrivals to
-replace them, without keys, with keys that are never found, with 512 of 544 tokens found, and with a pool so small that
-each block taken is one evicted.  Host times are this thread's own, whatever else runs on the machine.  Medians over
-repeats; the last line is one JSON object.
+TTFT is that of one request alone, in process; two engines of the same weights, the cache on and off, take turns, and
+every answer must be the same.  Host time, this thread's own whatever else runs: a block by its ways through the pool,
+hashing, and `plan` with 64 that run and arrivals to replace them, without keys, with keys that are never found, with
+512 of 544 tokens found, and with a pool so small that each block taken is one evicted.  Medians; ends with JSON.
 """
 
 import argparse

@@ -229,6 +229,7 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("reserve_tokens: -1"), ("models[0].reserve_tokens", "-1")),
     (model("deterministic: yes"), ("models[0].deterministic", "yes", "true or false")),
     (model("deterministic: 1"), ("models[0].deterministic", "1")),
+    (model("enable_prefix_caching: lru"), ("models[0].enable_prefix_caching", "lru", "true or false")),
     (model("seed: -1"), ("models[0].seed", "-1")),
     (model("seed: 9223372036854775808"), ("models[0].seed", "9223372036854775808")),
     (model("placement: gpu0"), ("models[0].placement", "gpu0", "list")),
