@@ -203,19 +203,24 @@ class LeasedSets:
         """The set is empty and no planned step names it; what the GPU may still be doing, the fence covers."""
         if set_id not in self._leases:
             raise ValueError(f"set {set_id} is not leased by {self.model}; leased are {sorted(self._leases)}")
-        lease = self._leases.pop(set_id)
-        self.pool.table.drain(self.owner, lease)
-        self._draining.append(_Draining(set_id, lease, self._fence()))
+        lease, passed = self._leases.pop(set_id), self._fence()
+        if passed():
+            self._free(set_id, lease)
+        else:
+            self.pool.table.drain(self.owner, lease)
+            self._draining.append(_Draining(set_id, lease, passed))
         self.poll()
 
     def poll(self) -> None:
         """Frees the draining sets whose fence has passed, oldest first: cheap, call it every step."""
         while self._draining and self._draining[0].passed():
-            done = self._draining[0]
-            self.pool.table.free(self.owner, done.lease)
+            self._free(self._draining[0].set_id, self._draining[0].lease)
             self._draining.popleft()
-            self._rows[done.set_id] = 0
-            heapq.heappush(self._ids, done.set_id)
+
+    def _free(self, set_id: int, lease: Lease) -> None:
+        self.pool.table.free(self.owner, lease)
+        self._rows[set_id] = 0
+        heapq.heappush(self._ids, set_id)
 
     def take_changed(self) -> list[int]:
         """The rows of `slab_table_SL` to copy to the device: sets leased since the last call."""
