@@ -4,12 +4,17 @@ Constant scales count where the KV format is the checkpoint's own (`kv_dtype: au
 at run time, a token and head each, and those of the file are read, reported and dropped.
 """
 
+import torch
+
 from kernels.kv_layout import CODE_BITS
 from kernels.kv_write_triton import NO_SCALES, KvScales
 from minserve.kv_use import KvUse
 from minserve.model_config import LlamaConfig
 from minserve.weights import WeightSource
 from quant.formats import fireq, kv_cache
+
+PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+KEPT = "in fp16 as the cache keeps them"
 
 
 def layer_scales(source: WeightSource, attn: str, config: LlamaConfig, kv: KvUse) -> KvScales:
@@ -18,10 +23,10 @@ def layer_scales(source: WeightSource, attn: str, config: LlamaConfig, kv: KvUse
     fields = source.fields(attn, kv_cache.SUFFIXES) if kv.declared else {}
     scales = NO_SCALES
     if kv.static:
-        k_G, v_G = kv_cache.load(attn, fields, config.num_kv_heads, kv.fmt)
+        k_G, v_G = kv_cache.load(attn, fields, config.num_kv_heads, kv.fmt, PLAIN[source.dtype])
         if bool((k_G == k_G[0]).all() and (v_G == v_G[0]).all()):
             scales = KvScales(static=(float(k_G[0]), float(v_G[0])))
-            source.report.remark(f"KV cache: constant {kv.fmt} scales of the checkpoint, one a layer")
+            source.report.remark(f"KV cache: constant {kv.fmt} scales of the checkpoint, one a layer, {KEPT}")
         else:
             source.report.remark("KV cache: the checkpoint's scales a head give way to ones made at run time")
     elif fields:

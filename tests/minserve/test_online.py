@@ -196,7 +196,10 @@ def test_auto_is_what_the_checkpoint_declares(fmt: str, plain: Path, tmp_path: P
     model = load(with_kv(plain, tmp_path / "m", K_SCALE, V_SCALE, **declares(fmt)))
     assert model.resolved.layout.fmt == fmt
     assert [b.kv for b in model.llama.blocks] == [KvScales(static=(0.5, 0.25)), KvScales(static=(1.0, 0.5))]
-    assert f"KV cache: constant {fmt} scales of the checkpoint, one a layer" in model.report.lines()
+    assert (
+        f"KV cache: constant {fmt} scales of the checkpoint, one a layer, in fp16 as the cache keeps them"
+        in model.report.lines()
+    )
 
 
 def test_a_named_kv_format_overrides_and_makes_its_own_scales(plain: Path, tmp_path: Path) -> None:
@@ -224,6 +227,13 @@ def test_kv_scales_are_accounted_for(plain: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.v_scale is missing"):
         load(missing)
+    # what a message proposes can be chosen
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(
+            ValueError, match=f"set kv_dtype to fp8 for .*, or to {dtype} for no quantization"
+        ):
+            load(missing, dtype=dtype)
+        assert load(missing, dtype=dtype, kv_dtype=dtype).resolved.layout.fmt == dtype
     undeclared = with_kv(plain, tmp_path / "b", K_SCALE, V_SCALE)
     with pytest.raises(
         ValueError,

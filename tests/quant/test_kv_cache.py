@@ -112,6 +112,13 @@ def test_the_pair_of_qserve() -> None:
         load(LAYER, {"kv_scale_quant_orig": pair[:1]}, 2, "int8")
 
 
+def test_scales_that_the_cache_can_keep_are_taken() -> None:
+    for value in (65504.0, 0.013, 2.0**-14 / 1.001, 2.0**-17, 1.3 * 2.0**-17):
+        assert load(LAYER, {"k_scale": ONE * value, "v_scale": ONE}, 2).k_G.tolist() == pytest.approx(
+            [value] * 2
+        )
+
+
 def test_a_scale_a_head_keeps_its_head() -> None:
     k, v = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1), torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1)
     scales = load(LAYER, {"k_scale": k, "v_scale": v}, 3)
@@ -129,6 +136,12 @@ BAD: list[tuple[dict[str, Tensor], str]] = [
     ({"k_scale": ONE.int(), "v_scale": ONE}, "k_scale must be 1 or 2 floats, got torch.int32"),
     ({"k_scale": ONE, "v_scale": -ONE}, "v_scale must be finite and above 0, got"),
     ({"k_scale": ONE * float("nan"), "v_scale": ONE}, "k_scale must be finite"),
+    (
+        {"k_scale": ONE * 1e6, "v_scale": ONE},
+        "k_scale must be 8e-06 to 65504, since the cache keeps scales in fp16, got",
+    ),
+    ({"k_scale": ONE, "v_scale": ONE * 1e-9}, "v_scale must be 8e-06 to 65504"),
+    ({"k_scale": ONE, "v_scale": ONE * 2.5 * 2.0**-24}, "v_scale must be 8e-06 to 65504"),
     ({"k_scale": ONE, "v_scale": ONE, "k_zero_point": ONE}, "k_zero_point must be 0"),
 ]
 
