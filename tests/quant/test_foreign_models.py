@@ -246,9 +246,19 @@ def test_fireq_factors_after_rope_make_4_bit_keys_better(plain: Path, tmp_path: 
 def test_int8_kv_scales_of_qserve(plain: Path, tmp_path: Path) -> None:
     good, _, _ = written(plain, CASES["qserve-channel"])
     base = our_logits(folder(tmp_path / "base", plain, good, None))
+    scales = torch.tensor([[0.04, 0.05], [0.045, 0.035]])
     for layer in range(LAYERS):
-        good[f"model.layers.{layer}.self_attn.kv_scale_quant_orig"] = torch.tensor([0.06, 0.03])
+        good[f"model.layers.{layer}.self_attn.kv_scale_quant_orig"] = scales[layer]
     path = folder(tmp_path / "kv", plain, good, None)
     with LLM(str(path), device="cpu", dtype="fp32", pool_bytes=8 << 20, max_model_len=64) as llm:
         near = kl(base, llm.logits(IDS))
-    assert 1e-7 < near < 5e-2
+        pairs = [b.kv.static for b in llm._local.engine.runner.model.blocks]
+    assert pairs == [(float(k), float(v)) for k, v in scales]
+    # the scales of the file are what is multiplied with: a tenth of them clips
+    for layer in range(LAYERS):
+        good[f"model.layers.{layer}.self_attn.kv_scale_quant_orig"] = scales[layer] / 10
+    other = folder(tmp_path / "clipped", plain, good, None)
+    with LLM(str(other), device="cpu", dtype="fp32", pool_bytes=8 << 20, max_model_len=64) as llm:
+        far = kl(base, llm.logits(IDS))
+    print(f"KL of int8 KV {near:.2e}, of a tenth of the scales {far:.2e}")
+    assert 1e-7 < near < 5e-3 < 0.1 * far

@@ -143,6 +143,19 @@ def test_gptq_without_a_config_reads_what_cannot_be_mistaken() -> None:
         read_gptq(gptq_fields(w, 0), gptq_config(sym=True, checkpoint_format="gptq"))
 
 
+def test_gptqmodel_gives_modules_settings_of_their_own() -> None:
+    """`dynamic`: what the outer keys say of groups and symmetry is then not what every layer has."""
+    w = plain()
+    outer = gptq_config(sym=True, group_size=128, checkpoint_format="gptq")
+    for raw in (outer, outer | {"dynamic": None}, outer | {"dynamic": {}}):
+        with pytest.raises(ValueError, match=r"under sym|the config says group_size"):
+            read_gptq(gptq_fields(w), raw)
+    raw = outer | {"dynamic": {"+:.*down_proj": {"group_size": GROUP, "sym": False}, "-:.*o_proj": {}}}
+    got = read_gptq(gptq_fields(w), raw)
+    assert got.scheme == Scheme(4, GROUP, symmetric=False, activations=None)
+    assert torch.equal(got.dequantize(), w.dequantized())
+
+
 def test_gptq_shards_of_other_orders_are_not_fused() -> None:
     one = read_gptq(gptq_fields(plain(scattered=True)), gptq_config())
     assert one.order_K is not None
