@@ -53,7 +53,8 @@ def test_others_have_their_turn_between_the_choices_of_a_long_answer() -> None:
     ]  # fmt: skip
     job: Any = SimpleNamespace(
         body=CompletionBody(prompt="x"), served=served("well", stalled=False), tokenizer=None, done=True,
-        error=None, sequences=sequences, prompt_tokens=1, completion_tokens=PROMPTS, close=lambda: None,
+        error=None, sequences=sequences, prompt_tokens=1, completion_tokens=PROMPTS, cached_tokens=0,
+        close=lambda: None,
     )  # fmt: skip
     sent: list[Any] = []
 

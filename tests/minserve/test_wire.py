@@ -115,9 +115,13 @@ def test_a_channel_waits_and_sees_the_end() -> None:
         channel.receive(wait_s=None)
 
 
-def test_a_worker_reports_late_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reports_late_compiles_and_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "compile_monitor", lambda: SimpleNamespace(late=3))
+    blocks = SimpleNamespace(num_cached=5)
+    counters = engine.Counters(prefix_queries=70, prefix_hits=64)
     own: Any = SimpleNamespace(
-        batcher=SimpleNamespace(num_running=1, num_waiting=2), counters=engine.Counters()
+        batcher=SimpleNamespace(num_running=1, num_waiting=2, blocks=blocks), counters=counters
     )
-    assert worker.EngineServed(own).stats() == Stats(running=1, waiting=2, late_compiles=3)
+    sets: Any = SimpleNamespace()
+    want = Stats(running=1, waiting=2, late_compiles=3, prefix_queries=70, prefix_hits=64, cached_blocks=5)
+    assert worker.EngineServed(own, sets).stats() == want
