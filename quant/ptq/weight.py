@@ -1,6 +1,5 @@
 """One matrix to its QuantWeight by the rounding steps of a recipe: a grid, clipped or not, then codes on it."""
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +11,9 @@ from quant.ptq.gptq import Rounded, gptq, refine
 from quant.ptq.grid import Rounding, plain_grid
 from quant.ptq.recipe import AUTO, Recipe
 from quant.scheme import QuantWeight
+
+
+LARGEST = 1e30  # of a Hessian: sums of its products must stay below float32's end
 
 
 class Made(NamedTuple):
@@ -78,9 +80,9 @@ def quantize_weight(w_NK: Tensor, rounding: Rounding, recipe: Recipe, products: 
 def unusable(products: Products) -> str:
     """Why nothing can be learnt from these inputs; empty where something can."""
     for part in products:
-        # NaN is handed on to both ends
-        if part is not None and not all(math.isfinite(x) for x in torch.stack(torch.aminmax(part)).tolist()):
-            return "the inputs of the calibration are not finite"
+        # NaN is handed on to both ends, and is not below anything
+        if part is not None and not all(abs(x) < LARGEST for x in torch.stack(torch.aminmax(part)).tolist()):
+            return "the inputs of the calibration are not finite, or too large to be added up"
     return "" if float(products.hessian_KK.diagonal().sum()) > 0 else "the inputs are all 0"
 
 
