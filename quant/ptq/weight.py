@@ -12,7 +12,6 @@ from quant.ptq.grid import Rounding, plain_grid
 from quant.ptq.recipe import AUTO, Recipe
 from quant.scheme import QuantWeight
 
-
 LARGEST = 1e30  # of a Hessian: sums of its products must stay below float32's end
 
 
