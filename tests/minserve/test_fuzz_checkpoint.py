@@ -1,5 +1,5 @@
 """Damaged checkpoints through the loading path itself: a ValueError that says something, or a model whose every tensor
-lies inside its file.  Seeded; each must take under five seconds.
+lies inside its file and that answers three tokens.  Seeded; each must take under five seconds.
 
 The damage: values of config.json, of a file's header or of the index exchanged, removed or doubled, and bytes of them
 changed, cut off or added.  What tensors hold is left alone: any bytes are numbers.
@@ -12,106 +12,31 @@ import random
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from minserve import LLM
 from minserve.checkpoint import Checkpoint
-from minserve.config import ModelEntry
-from minserve.loading import load_model
-from minserve.resolve import resolve_model
-from quant.formats.compressed_tensors import config_object, save
-from quant.rtn import quantize
-from quant.scheme import FP8_ROWS, Activations, QuantWeight, Scheme
-from tests.tiny import write_llama
+from tests.minserve.checkpoint_bases import NAMES, write_bases
 
 SECONDS = 5.0
-INDEX = "model.safetensors.index.json"
-STATIC = Scheme(8, activations=Activations(dynamic=False, symmetric=False))
-SHARDS = ("one.safetensors", "two.safetensors")
+LENGTHS = (32, 32, 8, 1000, None)  # max_model_len, None: what the config says
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 4, 8, 16, 31, 128, 2**31, 2**63, 10**30, -0.0, 0.5, 1e308, "", "x", "4", "int", "float",
     "re:(", "re:.*", "re:(x+x+)+y", "Linear", "fp8", "gptq", "awq", "tensor", "group", "block", "token", "I8", "F32", "F8_E4M3",
+    1 << 22, 1 << 24, "re:(?:.|.)*!", "re:" + ".?" * 31 + "." * 31, "re:" + ".*" * 8 + "!", ["re:(?:a{1000}){1000}"], ["x"] * 1000,
     "one.safetensors", "../x.safetensors", [], [[]], [0], [-1, 2], [2**40, 2**40], [128, 128], {}, {"a": {}},
     {"num_bits": 4}, "\u0000", "é" * 300,
 )  # fmt: skip
 
 
-def _modules(plain: Path) -> tuple[dict[str, Tensor], list[str]]:
-    tensors = load_file(plain / "model.safetensors")
-    return tensors, [n.removesuffix(".weight") for n in tensors if n.endswith("_proj.weight")]
-
-
-def _replaced(
-    plain: Path, fields: Callable[[Tensor], dict[str, Tensor]], quantization: dict[str, Any], out: Path
-) -> dict[str, Tensor]:
-    """Writes config.json; returns all tensors, those of linear layers as `fields` makes them."""
-    tensors, modules = _modules(plain)
-    for module in modules:
-        made = fields(tensors.pop(f"{module}.weight"))
-        tensors |= {f"{module}.{suffix}": value.contiguous() for suffix, value in made.items()}
-    out.mkdir()
-    config = json.loads((plain / "config.json").read_text()) | quantization
-    (out / "config.json").write_text(json.dumps(config))
-    return tensors
-
-
-def groups_with_zeros(plain: Path, out: Path) -> Path:
-    """int4 in groups with zero points, packed; fp8 KV with constant scales; two shards."""
-    scheme = Scheme(4, 32, symmetric=False)
-    kv = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
-    raw = config_object({scheme: ["re:.*_proj"]}, "packed", ["lm_head"], kv)
-    made = _replaced(
-        plain, lambda w: save(quantize(w, scheme), "packed", torch.float32), {"quantization_config": raw}, out
-    )
-    made |= {f"model.layers.0.self_attn.{kind}_scale": torch.tensor([0.05]) for kind in "kv"}
-    names = sorted(made)
-    halves = {SHARDS[0]: names[::2], SHARDS[1]: names[1::2]}
-    for file, held in halves.items():
-        save_file({name: made[name] for name in held}, out / file)
-    weight_map = {name: file for file, held in halves.items() for name in held}
-    (out / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return out
-
-
-def static_rows(plain: Path, out: Path) -> Path:
-    """int8 with constant scales and zero points of the inputs, in the old key."""
-
-    def fields(w: Tensor) -> dict[str, Tensor]:
-        return save(replace(quantize(w, STATIC), input_scale=0.0625, input_zero=-9), "int8", torch.float32)
-
-    raw = config_object({STATIC: ["Linear"]}, "int8", ["lm_head"])
-    save_file(_replaced(plain, fields, {"compression_config": raw}, out), out / "model.safetensors")
-    return out
-
-
-def native_fp8(plain: Path, out: Path) -> Path:
-    scheme = Scheme(8, activations=FP8_ROWS, values="fp8")
-
-    def fields(w: Tensor) -> dict[str, Tensor]:
-        weight: QuantWeight = quantize(w, scheme)
-        return {"weight": weight.codes_NK, "weight_scale": weight.scale_NQ[:1, 0]}
-
-    raw = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]}
-    save_file(_replaced(plain, fields, {"quantization_config": raw}, out), out / "model.safetensors")
-    return out
-
-
-BASES = (groups_with_zeros, static_rows, native_fp8)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    at = tmp_path_factory.mktemp("bases")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    plain = write_llama(at / "plain", seed=1, vocab_size=40, num_key_value_heads=1, **small)
-    return [make(plain, at / make.__name__) for make in BASES]
+    return write_bases(tmp_path_factory.mktemp("bases"))
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -184,19 +109,13 @@ def damaged(data: bytes, is_tensors: bool, r: random.Random) -> bytes:
             return struct.pack("<Q", len(header)) + header + rest
 
 
-def load(folder: Path) -> str:
-    """What came of it.  Whatever is not a ValueError passes through and fails the test."""
-    entry = ModelEntry.read(
-        {
-            "name": "m",
-            "path": str(folder),
-            "max_model_len": 32,
-            "max_num_seqs": 2,
-            "max_num_batched_tokens": 32,
-        }
-    )
+def load(folder: Path, max_model_len: int | None = 32) -> str:
+    """What came of it, with the logits of three tokens if it loads.  Whatever is not a ValueError fails the test."""
+    options = {"max_model_len": max_model_len, "max_num_seqs": 2, "max_num_batched_tokens": 32}
     try:
-        load_model(resolve_model(entry, "cpu"), "cpu")
+        with LLM(str(folder), device="cpu", pool_bytes=4 << 20, **options) as llm:
+            logits = llm.logits([1, 3, 2])
+            assert logits.shape == (3, llm._local.resolved.config.vocab_size), logits.shape
     except ValueError as error:
         message = str(error)
         assert 10 < len(message) < 8000, message
@@ -222,13 +141,14 @@ def fuzz(bases: list[Path], at: Path, count: int, seed: int) -> Counter[str]:
         (folder / victim.name).write_bytes(damaged(victim.read_bytes(), victim.suffix == ".safetensors", r))
         start = time.perf_counter()
         try:
-            outcome = load(folder)
+            outcome = load(folder, r.choice(LENGTHS))
         except Exception as error:
             raise AssertionError(f"case {seed}/{i}, {base.name}/{victim.name}: {error!r:.300}") from error
         took = time.perf_counter() - start
         assert took < SECONDS, f"case {seed}/{i}, {base.name}/{victim.name}: {took:.1f} s"
         outcomes[outcome] += 1
         outcomes[f"{outcome} {victim.suffix}"] += 1
+        outcomes[f"{outcome} {base.name}"] += 1
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
@@ -236,7 +156,7 @@ def fuzz(bases: list[Path], at: Path, count: int, seed: int) -> Counter[str]:
 
 
 def test_the_bases_load(bases: list[Path]) -> None:
-    assert [load(base) for base in bases] == ["loaded"] * len(bases)
+    assert {base.name: load(base) for base in bases} == dict.fromkeys(NAMES, "loaded")
 
 
 @pytest.fixture
@@ -254,6 +174,10 @@ def test_damage_is_a_clear_error_or_no_harm(bases: list[Path], tmp_path: Path) -
     print(outcomes)
     assert outcomes["refused"] > 500, outcomes
     assert outcomes["loaded"] > 50, outcomes
+    # every format has its share of both
+    assert all(outcomes[f"loaded {name}"] > 2 and outcomes[f"refused {name}"] > 10 for name in NAMES), (
+        outcomes
+    )
 
 
 @pytest.mark.slow
