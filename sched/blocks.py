@@ -28,6 +28,7 @@ class BlockPool:
         self.num_free = 0
         self.num_released = 0  # ever: a refusal is worth no second try before it has grown
         self.num_evicted = 0  # ever: idle blocks that were forgotten for want of a free one
+        self.num_revived = 0  # ever: idle blocks that a request took up again, what the cache is worth
         self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
         self._live: set[int] = set()
         self._shared: dict[int, int] = {}  # references beyond the first, where there are any
@@ -101,6 +102,7 @@ class BlockPool:
             if block in self._live:
                 self._shared[block] = self._shared.get(block, 0) + 1
             elif block in self._idle:
+                self.num_revived += 1
                 self._leave_idle(block)
                 self._spare.pop(block >> SLOT_BITS, None)
                 self._live.add(block)

@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **keys: Any) -> LLM:
-    return LLM(folder, device="cpu", **({"dtype": "fp32", "pool_bytes": 8 << 20, "overlap": True} | keys))
+    device = keys.pop("device", "cpu")
+    return LLM(folder, device=device, **({"dtype": "fp32", "pool_bytes": 8 << 20, "overlap": True} | keys))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,18 @@ def test_equal_tokens_in_deterministic_mode(folder: Path, keys: dict[str, str]) 
     with load(folder, dtype="bf16", deterministic=True, enable_prefix_caching=False, **keys) as plain:
         want = tokens(plain.generate(asked, GREEDY))
     with load(folder, dtype="bf16", deterministic=True, **keys) as llm:
+        for _ in range(2):
+            assert tokens(llm.generate(asked, GREEDY)) == want
+        assert llm.engine.counters.prefix_hits > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{}, {"dtype": "bf16", "deterministic": True, "kv_dtype": "int8"}])
+def test_equal_tokens_on_a_gpu(folder: Path, keys: dict[str, Any]) -> None:
+    asked = [SHARED + p for p in prompts(6)]
+    with load(folder, enable_prefix_caching=False, device="cuda:0", **keys) as plain:
+        want = tokens(plain.generate(asked, GREEDY))
+    with load(folder, device="cuda:0", **keys) as llm:
         for _ in range(2):
             assert tokens(llm.generate(asked, GREEDY)) == want
         assert llm.engine.counters.prefix_hits > 0

@@ -309,6 +309,7 @@ def test_a_hundred_thousand_random_operations() -> None:
         clerk.pool.give_up(99)
         clerk.pool.check()
         assert clerk.sets.num_leased == clerk.pool.num_cached == 0
+        assert clerk.pool.num_revived == clerk.hits
         for name in seen:
             seen[name] += getattr(clerk, name)
     assert all(count > 1000 for count in seen.values()), f"the runs did not visit what they are for: {seen}"
