@@ -16,7 +16,7 @@ from quant.ptq.model import PLAIN, Hooks, Layer, Shape, embed, forward, logits
 from quant.ptq.rotate import Orthogonal
 
 ROWS_AT_ONCE = 256  # tokens whose logits are held at once
-ERROR_TOKENS = 1024  # whose outputs are compared, matrix by matrix: each costs two more passes
+ERROR_TOKENS = 512  # whose outputs are compared, matrix by matrix: each costs two more passes
 
 
 @dataclass(slots=True)
