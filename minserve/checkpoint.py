@@ -120,12 +120,12 @@ class Checkpoint:
                     f"{index}: {name!r:.120} must lie in a .safetensors file beside it, got {file!r:.120}"
                 )
         files = dict.fromkeys(weight_map.values())
+        if len(files) > MAX_FILES:
+            raise ValueError(f"{index}: names {len(files)} files, more than the {MAX_FILES} allowed")
         for file in files:
             # a plain name beside the index: no way out of the folder, and nothing that a terminal would obey
             if Path(file).name != file or not file.isprintable() or len(file) > MAX_FILE_NAME:
                 raise ValueError(f"{index}: a .safetensors file beside it must be named, got {file!r:.120}")
-        if len(files) > MAX_FILES:
-            raise ValueError(f"{index}: names {len(files)} files, more than the {MAX_FILES} allowed")
         for file in files:
             self._merge(index, weight_map, self._open_file(self.folder / file))
         missing = [name for name in weight_map if name not in self.infos]
