@@ -40,21 +40,22 @@ class Holder(Protocol):
 
 
 class KvShare:
-    """`preempt()` frees the blocks of one request; asked once a turn when the sets without requests were not enough for
-    PREEMPT_AFTER_S."""
+    """`preempt(n)` preempts requests so that `n` sets have none, and says how many; asked when the sets without requests
+    were not enough for PREEMPT_AFTER_S, and not more often than that."""
 
     def __init__(
         self,
         sets: LeasedSets,
         holder: Holder,
         demand: Callable[[], Demand],
-        preempt: Callable[[], object] | None = None,
+        preempt: Callable[[int], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sets, self._holder, self._demand = sets, holder, demand
         self._preempt, self._clock = preempt, clock
         self._step_us = 0.0
         self._since: float | None = None  # when the reclaim under way began
+        self._preempted = 0.0
         self._given_up = self._reclaims = 0
         self._reclaim_us = self._reclaim_max_us = 0
 
@@ -95,15 +96,19 @@ class KvShare:
             if self._since is not None:
                 self._done()
             return
+        now = self._clock()
         if self._since is None:
-            self._since = self._clock()
+            self._since = self._preempted = now
         given = self._holder.give_up(wanted)
+        if given < wanted and self._preempt is not None and now - self._preempted > PREEMPT_AFTER_S:
+            self._preempted = now
+            if self._preempt(wanted - given):
+                # before the next plan: it would take the blocks back
+                given += self._holder.give_up(wanted - given)
         self._given_up += given
         self._sets.poll()
         if given >= wanted:
             self._done()
-        elif self._preempt is not None and self._clock() - self._since > PREEMPT_AFTER_S:
-            self._preempt()
 
     def _done(self) -> None:
         assert self._since is not None, "no reclaim is under way"

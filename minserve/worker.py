@@ -21,7 +21,7 @@ from minserve.pool import LeasedSets, SlabPool
 from minserve.resolve import resolve_model
 from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
-from sched.pressure import demand, preempt_one
+from sched.pressure import demand, preempt_for
 
 
 class EngineServed:
@@ -33,7 +33,7 @@ class EngineServed:
             sets,
             batcher.blocks,
             lambda: demand(batcher, time.monotonic()),
-            lambda: preempt_one(batcher),
+            lambda n: preempt_for(batcher, n),
         )
 
     @property

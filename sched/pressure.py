@@ -1,8 +1,10 @@
-"""What a Batcher lacks, and what it can do without: its side of sharing a pool.  Each costs no more than a step does."""
+"""What a Batcher lacks, and what it can do without: its side of sharing a pool."""
 
 from typing import NamedTuple
 
 from sched.batching import Batcher
+from sched.blocks import BlockPool
+from sched.step import SLOT_BITS
 
 
 class Demand(NamedTuple):
@@ -31,10 +33,35 @@ def demand(batcher: Batcher, now: float) -> Demand:
     return Demand(max(0, wanted - blocks.num_available), waiting, slack_s, budget_s, mean)
 
 
-def preempt_one(batcher: Batcher) -> bool:
-    """Takes the blocks of the youngest, which is to be computed again; False where that would leave nobody, or while
-    steps under way will free some anyway."""
-    if batcher._flights.pending or len(batcher._active) < 2:
-        return False
-    batcher._preempt(max(batcher._active.values(), key=lambda seq: seq.order))
-    return True
+def preempt_for(batcher: Batcher, n: int) -> int:
+    """Preempts the youngest, as many as it takes to have `n` sets without requests, and says how many; never the eldest.
+
+    Nobody where not half of the blocks to be computed again would come back as sets, or while steps under way will free
+    some anyway: a set pinned by a few blocks of many is for compaction.
+    """
+    active, pool = batcher._active, batcher.blocks
+    if batcher._flights.pending or len(active) < 2:
+        return 0
+    left: dict[int, int] = {}  # blocks of requests in a set
+    unshared: dict[int, int] = {}  # references to a block
+    emptied = blocks = worth = 0
+    victims = sorted(active.values(), key=lambda seq: -seq.order)[:-1]
+    for count, seq in enumerate(victims, 1):
+        blocks += len(seq.blocks)
+        for block in seq.blocks:
+            unshared[block] = unshared.get(block, 1 + pool._shared.get(block, 0)) - 1
+            if unshared[block] == 0:
+                set_id = block >> SLOT_BITS
+                left[set_id] = left.get(set_id, _live_in(pool, set_id)) - 1
+                emptied += left[set_id] == 0
+        if 2 * emptied * pool.slots >= blocks:
+            worth = count
+        if emptied >= n:
+            break
+    for seq in victims[:worth]:
+        batcher._preempt(seq)
+    return worth
+
+
+def _live_in(pool: BlockPool, set_id: int) -> int:
+    return pool.slots - len(pool._free[set_id]) - pool._idle_in.get(set_id, 0)

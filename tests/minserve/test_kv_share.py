@@ -14,7 +14,7 @@ from minserve.quota_writer import SILENT_S, TICK_S, QuotaWriter
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits
-from sched.pressure import demand, preempt_one
+from sched.pressure import demand, preempt_for
 from sched.quota import POLICIES
 from sched.slabs import LayerGroup, PoolPlan, SetShape
 from sched.step import Request
@@ -43,7 +43,7 @@ class Model:
         )
         self.batcher = Batcher(self.blocks, limits)
         self.share = KvShare(
-            self.sets, self.blocks, lambda: demand(self.batcher, clock()), lambda: preempt_one(self.batcher), clock
+            self.sets, self.blocks, lambda: demand(self.batcher, clock()), lambda n: preempt_for(self.batcher, n), clock
         )  # fmt: skip
         self.added = 0
         self.ended: set[int] = set()
