@@ -191,7 +191,7 @@ def test_the_refusal_does_not_advise_to_run_the_code(zipped: bool, tmp_path: Pat
     with pytest.raises(ValueError, match="it would call") as refused:
         convert(source, tmp_path / "safe", silent)
     assert "weights_only" not in str(refused.value)
-    (source / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n.")
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x02cposix\nsystem\n.")
     with pytest.raises(ValueError, match=r"it would call posix\.system") as refused:
         convert(source, tmp_path / "safe", silent)
     assert "weights_only" not in str(refused.value)
