@@ -1,7 +1,7 @@
 """Writes text as the demo models were trained on, fresh by seed: to calibrate on one file and to judge on another.
 
-    python -m examples.demo_corpus --seed 11 --documents 400 --out calib.txt
-    python -m examples.demo_corpus --seed 13 --documents 400 --plain 1 --out test.txt
+    python -m examples.demo_corpus --seed 11 --documents 1500 --out calib.txt
+    python -m examples.demo_corpus --seed 13 --documents 250 --plain 1 --out test.txt
 
 Chats carry the template's special tokens, which the models' tokenizer reads back as such.  Judge on plain documents
 alone: training weighed what a user says with 0, so the models cannot predict it.

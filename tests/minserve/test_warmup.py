@@ -19,7 +19,13 @@ from tests.source import ROOT
 from tests.tiny import write_llama
 
 FEW: tuple[dict[str, Any], ...] = (
-    {"dtype": "bf16", "quantization": "w4a8-fp8", "kv_dtype": "int4", "fp8_prefill": True, "fp8_queries": True},
+    {
+        "dtype": "bf16",
+        "quantization": "w4a8-fp8",
+        "kv_dtype": "int4",
+        "fp8_prefill": True,
+        "fp8_queries": True,
+    },
     {"dtype": "bf16", "quantization": "w4a8-int8", "kv_dtype": "int4", "int8_qk": True},
 )
 SMALL, LARGE = (40, 300, 500), (64, 2048, 2500)
