@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from quant.formats.compressed_tensors import config_object, save
 from quant.rtn import quantize
 from quant.scheme import Scheme
-from tests.minserve.test_package_models import ALL, CASES, KV_FP8, MORE, our_logits, written
+from tests.minserve.test_package_models import ALL, CASES, KV_FP8, MORE, our_logits, package_config
 from tests.minserve.test_quantized_models import IDS, kl
+from tests.quant.ct_writer import write_model
 from tests.tiny import write_llama
 
 Tensors = dict[str, Tensor]
@@ -40,7 +41,7 @@ def originals(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def get(case: str) -> tuple[Path, Tensor]:
         if case not in made:
             path = tmp_path_factory.mktemp("original") / case
-            written(*SCHEMES[case], plain, path)
+            write_model(plain, path, package_config(*SCHEMES[case]), IDS)
             made[case] = path, our_logits(path)
         return made[case]
 
