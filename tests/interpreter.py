@@ -7,6 +7,7 @@ Inline PTX is executed (tests/ptx.py); descriptors of host tensors are right as 
 be used in our kernels: libdevice, tl.dot_scaled, autotune.
 """
 
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,6 +202,21 @@ def by_numpy(stock):
         return self.min_max(operands[0], val_reduce_op=reduction)
 
     return apply_impl
+
+
+# what the interpreter puts functions of its own into while it runs a kernel
+LANGUAGE = (tl, tl.core, tl.core.tensor, tl.core.tensor_descriptor_base, tl.math)
+AS_IMPORTED = [dict(vars(owner)) for owner in LANGUAGE]
+
+
+def restore_language() -> None:
+    """Makes Triton's language fit for its compiler again: a function called within an interpreted kernel leaves it changed."""
+    for owner, names in zip(LANGUAGE, AS_IMPORTED, strict=True):
+        for name, value in list(vars(owner).items()):
+            if name in names and names[name] is not value:
+                setattr(owner, name, names[name])
+            elif name not in names and isinstance(value, FunctionType):
+                delattr(owner, name)
 
 
 def repair() -> None:
