@@ -220,19 +220,23 @@ def kv_dequant(
     run(scratch, pool, layout, slab_table_SL, blocks_X2, layer, out_fmt)
 
 
-def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
-    """`blocks` blocks of a sequence, the last with one lane less than half of it; nothing else but NaN is there."""
-    layout = KvLayout(c["fmt"], c["G"], c["K"])
+def some_blocks(layout: KvLayout, blocks: int, generator: torch.Generator) -> tuple[Paged, Tensor]:
+    """A sequence of so many blocks in layer 1, the last with one lane less than half of it, and the list of them, int32
+    [blocks, 2]; nothing else but NaN is there."""
     last = layout.block_tokens // 2 - 1
-    length = (c["blocks"] - 1) * layout.block_tokens + last
+    length = (blocks - 1) * layout.block_tokens + last
     paged = Paged.make(layout, (length,), generator)
-    qkv_TX = torch.randn(length, 3 * c["G"] * c["K"], generator=generator)
+    qkv_TX = torch.randn(length, 3 * layout.num_kv_heads * layout.head_dim, generator=generator)
     step = paged.step(places((0, 0, length)), triton=False)
-    rope_kv_write_cpu(qkv_TX, *rope_tables(length, c["K"]), paged.pool, step, 1)
-    blocks_X2 = torch.full((c["blocks"], 2), layout.block_tokens, dtype=torch.int32)
+    rope_kv_write_cpu(qkv_TX, *rope_tables(length, layout.head_dim), paged.pool, step, 1)
+    blocks_X2 = torch.full((blocks, 2), layout.block_tokens, dtype=torch.int32)
     blocks_X2[:, 0] = paged.block_table_BN[0]
     blocks_X2[-1, 1] = last
-    return paged, blocks_X2, c.dtype
+    return paged, blocks_X2
+
+
+def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
+    return *some_blocks(KvLayout(c["fmt"], c["G"], c["K"]), c["blocks"], generator), c.dtype
 
 
 def _run(

@@ -14,24 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_case import Paged, places, rope_tables
+from kernels.kv_case import Paged
+from kernels.kv_dequant import kv_dequant_ref, some_blocks
 from kernels.kv_layout import BIAS, SLOT_BITS, KvLayout
 from kernels.kv_read import read_kv
 from kernels.launch import launch
-from kernels.rope_kv_write import rope_kv_write_cpu
 from kernels.spec import Case, Cost, KernelSpec, ModelShape, case
 
 FP8 = torch.float8_e4m3fn
-
-
-def kv_to_fp8_ref(paged: Paged, blocks_X2: Tensor) -> Tensor:
-    """[X, G, 2, P, K] of layer 1 in float64: keys, then values; zeros past the valid lanes."""
-    blocks = []
-    for block, lanes in blocks_X2.tolist():
-        both = torch.stack(read_kv(paged.pool, paged.layout, paged.slab_table_SL, [block], 1)).double()
-        both[:, lanes:] = 0.0
-        blocks.append(both.permute(2, 0, 1, 3))
-    return torch.stack(blocks)
 
 
 @triton.jit(do_not_specialize=["stride_slab", "layer"])
@@ -118,17 +108,7 @@ def kv_to_fp8(
 
 
 def _make(c: Case, generator: torch.Generator) -> tuple[Any, ...]:
-    """`blocks` blocks of a sequence, the last one not full; nothing else but NaN is there."""
-    layout = KvLayout("int4", c["G"], c["K"])
-    last = layout.block_tokens // 2 - 1
-    length = (c["blocks"] - 1) * layout.block_tokens + last
-    paged = Paged.make(layout, (length,), generator)
-    qkv_TX = torch.randn(length, 3 * c["G"] * c["K"], generator=generator)
-    rope_kv_write_cpu(qkv_TX, *rope_tables(length, c["K"]), paged.pool, paged.step(places((0, 0, length))), 1)
-    blocks_X2 = torch.full((c["blocks"], 2), layout.block_tokens, dtype=torch.int32)
-    blocks_X2[:, 0] = paged.block_table_BN[0]
-    blocks_X2[-1, 1] = last
-    return paged, blocks_X2
+    return some_blocks(KvLayout("int4", c["G"], c["K"]), c["blocks"], generator)
 
 
 def _scratch(paged: Paged, blocks_X2: Tensor) -> Tensor:
@@ -168,7 +148,7 @@ SPEC = KernelSpec(
     name="kv_to_fp8",
     runs={"triton": _run},
     timed={"triton": _timed},
-    ref=kv_to_fp8_ref,
+    ref=partial(kv_dequant_ref, dtype=torch.float64),
     make=_make,
     cost=_cost,
     row_args=(1,),

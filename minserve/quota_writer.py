@@ -63,10 +63,15 @@ class QuotaWriter:
         self._last = sets
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled.  A division that fails ends nothing: the quotas written last hold, and serving goes on."""
+        failed = ""
         while True:
             try:
                 self.tick(time.monotonic())
-            except Exception:
-                log.exception("the pool could not be divided anew: its quotas stay")
+                failed = ""
+            except Exception as error:
+                # five times a second: what stays wrong is said once
+                if repr(error) != failed:
+                    log.exception("the pool could not be divided anew: its quotas stay")
+                failed = repr(error)
             await asyncio.sleep(TICK_S)
