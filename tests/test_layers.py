@@ -37,7 +37,7 @@ ORDER = {
     "minserve": """
         sampling schema overrides config
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
-        slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory pool keeper
+        slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory mps pool keeper
         models sampler inputs graphs runner warmup engine cache_identity loading kv_share
         text outputs llm
         wire host quota_writer agent protocol answers loop worker frontend listener responses pool_metrics metrics server serve place top
