@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 
 from minserve.slab_table import SlabTable
+from minserve.slab_words import OUT, liveness_of, planned_reserves
 from sched.quota import POLICIES, Need
 
 log = logging.getLogger("minserve")
@@ -29,9 +30,11 @@ class QuotaWriter:
         self._last: tuple[int, ...] | None = None
 
     def needs(self, now_ns: int) -> list[Need]:
-        """The models as their rows show them, in the table's order."""
+        """The models that take part or ask to, as their rows show them, in the table's order."""
         found = []
         for owner, (name, shape) in enumerate(self._plan.models.items()):
+            if not self._counts(owner):
+                continue
             said, held = self._table.status(owner), self._table.held(owner) // shape.layers
             silent_s = (now_ns - said["heartbeat_ns"]) / 1e9
             heard = silent_s < max(SILENT_S, SILENT_STEPS * said["step_us"] / 1e6)
@@ -53,12 +56,26 @@ class QuotaWriter:
             )
         return found
 
+    def _counts(self, owner: int) -> bool:
+        """Whether a part of the pool is this model's: it has its reserve, or is about to."""
+        return self._table.takes_part(owner) or self._table.quotas.wanted(owner) > 0
+
+    def _room(self) -> int:
+        """Slabs to divide, with the liveness reserve that there will be when those that ask take part."""
+        planned = planned_reserves(self._plan)
+        reserves = [r if self._counts(owner) else OUT for owner, r in enumerate(planned)]
+        return self._plan.num_slabs - liveness_of(self._plan, reserves)
+
     def tick(self, now_s: float) -> None:
         """One division.  `now_s` on the machine's monotonic clock."""
         needs = self.needs(int(now_s * 1e9))
-        sets = self._policy.divide(needs, self._plan.num_slabs - self._plan.liveness_slabs, now_s)
+        if not needs:
+            return  # nobody to divide it among
+        sets = self._policy.divide(needs, self._room(), now_s)
         if sets is not None:
-            self._table.quotas.write(sets, strict=self._policy.strict)
+            quotas = dict(zip((n.name for n in needs), sets, strict=True))
+            written = [quotas.get(name, 0) for name in self._plan.models]
+            self._table.quotas.write(written, strict=self._policy.strict)
         self.changes += sets != self._last
         self._last = sets
 

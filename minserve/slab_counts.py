@@ -1,7 +1,18 @@
 """What a slab table counts, as values to show: every slab of a pool is in exactly one of these places.  No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minserve.slab_words import (
+    R_DRAINING,
+    R_LEASES,
+    R_LIVE,
+    R_REFUSED,
+    R_RESERVE,
+    R_RETURNS,
+    R_STATUS,
+    STATUS,
+)
 from sched.slabs import PoolPlan
 
 # where the bytes of a model's slabs are
@@ -38,6 +49,26 @@ class PoolCounts:
     repairs: int
     liveness_holder: str | None
     models: dict[str, ModelCounts]
+
+
+def count_pool(
+    plan: PoolPlan,
+    rows: Sequence[Sequence[int]],
+    quotas: Sequence[int | None],
+    whole: tuple[int, int, str | None],
+) -> PoolCounts:
+    """From the rows of a table, read together; `whole`: free slabs, repairs, and who holds the liveness reserve."""
+    free, repairs, holder = whole
+    models = {
+        name: ModelCounts(
+            row[R_LIVE], row[R_DRAINING], max(0, row[R_RESERVE]), row[R_LEASES], row[R_RETURNS], row[R_REFUSED],
+            quota, dict(zip(STATUS, row[R_STATUS:], strict=False)),
+        )
+        for name, row, quota in zip(plan.models, rows, quotas, strict=True)
+    }  # fmt: skip
+    leased, draining = (sum(getattr(m, what) for m in models.values()) for what in ("live", "draining"))
+    leases, refused = (sum(getattr(m, what) for m in models.values()) for what in ("leases", "refused"))
+    return PoolCounts(plan.num_slabs, leased, draining, free, leases, refused, repairs, holder, models)
 
 
 def bytes_by_place(plan: PoolPlan, name: str, counts: ModelCounts) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 A quota promises nothing: the reserves do.  It says who gives way when there is not enough for all.  A model within its
 quota has a claim to what it wants and cannot get; a lease beyond the quota leaves what is claimed alone, and whoever
-holds more than its quota gives back its part of what is missing.  While nobody has a claim, quotas bind nobody.
+holds more than its quota gives back its part of what is missing.  While nobody has a claim, quotas bind nobody.  A model
+that is loaded or woken claims its reserve; to make room for that, all beyond the own reserve counts as beyond a quota
+where there are no quotas.
 All of it is single words, each with one writer, and read as they are: a stale one costs a moment, never a slab.
 """
 
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 
 from minserve.slab_words import (
     ALWAYS,
+    H_LIVENESS,
     H_QUOTAS,
     H_TOP,
     H_UNFILLED,
@@ -18,6 +21,8 @@ from minserve.slab_words import (
     R_DRAINING,
     R_LIVE,
     R_QUOTA,
+    R_RESERVE,
+    R_WANTED,
     ROW_WORDS,
     WHILE_CLAIMED,
 )
@@ -30,8 +35,7 @@ class SlabQuotas:
     def __init__(self, head: "memoryview[int]", rows: "memoryview[int]", plan: PoolPlan) -> None:
         self._head, self._rows = head, rows
         self._layers = tuple(m.layers for m in plan.models.values())
-        self._reserves = tuple(m.reserve_sets * m.layers for m in plan.models.values())
-        self._slabs, self._liveness = plan.num_slabs, plan.liveness_slabs
+        self._slabs = plan.num_slabs
 
     def write(self, sets: Sequence[int] | None, *, strict: bool = False) -> None:
         """New quotas of all models, None: there are none any more.  One process writes them, at any moment.
@@ -57,7 +61,18 @@ class SlabQuotas:
         """Slabs, at least the reserve; None: as much as there is."""
         if self._head[H_QUOTAS] == NO_QUOTAS:
             return None
-        return max(self._reserves[owner], self._rows[owner * ROW_WORDS + R_QUOTA])
+        return max(self._reserve(owner), self._rows[owner * ROW_WORDS + R_QUOTA])
+
+    def _reserve(self, owner: int) -> int:
+        return max(0, self._rows[owner * ROW_WORDS + R_RESERVE])
+
+    def wanted(self, owner: int) -> int:
+        """Slabs that must come free before the model can take part; 0 where it does not ask, or does."""
+        return max(0, self._rows[owner * ROW_WORDS + R_WANTED])
+
+    @property
+    def _asked(self) -> bool:
+        return any(self.wanted(i) for i in range(len(self._layers)))
 
     @property
     def strict(self) -> bool:
@@ -67,14 +82,16 @@ class SlabQuotas:
     def beyond(self, owner: int, n: int) -> bool:
         """Whether `n` slabs more would be over its quota."""
         row, mode = owner * ROW_WORDS, self._head[H_QUOTAS]
-        if mode == NO_QUOTAS:
+        if mode == NO_QUOTAS and not self._asked:
             return False
         held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING] + n
-        return held > self._rows[row + R_QUOTA] and held > self._reserves[owner]
+        limit = 0 if mode == NO_QUOTAS else self._rows[row + R_QUOTA]
+        return held > limit and held > self._rows[row + R_RESERVE]
 
     def claims(self, but: int = -1) -> int:
-        """Slabs beyond their reserves that models within their quotas want and do not have."""
-        return sum(self._claim(i) for i in range(len(self._layers)) if i != but)
+        """Slabs beyond their reserves that models within their quotas want and do not have, and reserves of those that ask
+        to take part."""
+        return sum(self._claim(i) + self.wanted(i) for i in range(len(self._layers)) if i != but)
 
     def excess(self, owner: int) -> int:
         """Slabs that the model is to give back now: of what is missing for the claims its part, as it is over quota."""
@@ -82,7 +99,7 @@ class SlabQuotas:
         if over <= 0 or self.strict:
             return max(0, over)
         draining = sum(self._rows[i * ROW_WORDS + R_DRAINING] for i in range(len(self._layers)))
-        coming = self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._liveness
+        coming = self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._head[H_LIVENESS]
         missing = self.claims(but=owner) - coming
         if missing <= 0:
             return 0
@@ -96,12 +113,16 @@ class SlabQuotas:
             return 0
         held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
         # what is within the reserve, the reserve rule keeps free
-        least = max(held, self._reserves[owner])
+        least = max(held, self._reserve(owner))
         return max(0, min(quota, held + demand * self._layers[owner]) - least)
 
     def _over(self, owner: int) -> int:
         quota = self.quota(owner)
-        return 0 if quota is None else self._rows[owner * ROW_WORDS + R_LIVE] - quota
+        if quota is None:
+            if not self._asked:
+                return 0
+            quota = self._reserve(owner)
+        return self._rows[owner * ROW_WORDS + R_LIVE] - quota
 
     def fault(self) -> str | None:
         """What is impossible in the words, or None."""
@@ -111,4 +132,7 @@ class SlabQuotas:
         quotas = [self._rows[i * ROW_WORDS + R_QUOTA] for i in range(len(self._layers))]
         if min(quotas) < 0 or sum(quotas) > self._slabs:
             return f"quotas of {quotas} slabs in a pool of {self._slabs}"
+        asked = [self._rows[i * ROW_WORDS + R_WANTED] for i in range(len(self._layers))]
+        if min(asked) < 0 or max(asked) > self._slabs:
+            return f"reserves of {asked} slabs are asked for in a pool of {self._slabs}"
         return None

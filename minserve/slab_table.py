@@ -8,12 +8,13 @@ reclaims them: a generation catches a bug, but no word in a table can fence a po
 
 import mmap
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from minserve.shared_memory import SharedLock, create_memfd, reopen_memfd
-from minserve.slab_counts import ModelCounts, PoolCounts
+from minserve.slab_counts import PoolCounts, count_pool
 from minserve.slab_quota import SlabQuotas
 from minserve.slab_words import (
     DRAINING,
@@ -21,6 +22,7 @@ from minserve.slab_words import (
     H_BYTES,
     H_DIRTY,
     H_HOLDER,
+    H_LIVENESS,
     H_REPAIRS,
     H_SERIAL,
     H_TOP,
@@ -28,15 +30,17 @@ from minserve.slab_words import (
     HEAD_WORDS,
     LIVE,
     NOBODY,
+    OUT,
     R_DRAINING,
     R_LEASES,
     R_LIVE,
     R_REFUSED,
+    R_RESERVE,
     R_RETURNS,
     R_STATUS,
+    R_WANTED,
     ROW_WORDS,
     STATE_MASK,
-    STATES,
     STATUS,
     Int64s,
     Offsets,
@@ -45,8 +49,11 @@ from minserve.slab_words import (
     find_fault,
     find_stack_fault,
     generation_of,
+    liveness_of,
+    misuse,
     owner_of,
     pack,
+    planned_reserves,
     read_plan,
     state_of,
 )
@@ -76,9 +83,10 @@ class Lease:
 class SlabTable:
     """One process's view of the table.  An owner is the index of a model in `plan.models`; see `owner_of`.
 
-    Reserve rule: a lease leaves the unfilled reserve of every other model free, and `plan.liveness_slabs` more.  An
+    Reserve rule: a lease leaves the unfilled reserve of every other model free, and the liveness reserve too.  An
     urgent one may eat into the latter, for one model at a time (banker's rule), so that this model can always finish
-    its longest sequence and give back.  With `timeout_s`, TimeoutError when a stopped process sits on the lock.
+    its longest sequence and give back.  Who does not take part (`leave`, `enter`) has no reserve and none is kept for it.
+    With `timeout_s`, TimeoutError when a stopped process sits on the lock.
     """
 
     def __init__(self, fd: int, plan: PoolPlan, timeout_s: float | None) -> None:
@@ -91,20 +99,21 @@ class SlabTable:
         self._rows = memoryview(self._map)[at.rows : at.words].cast("q")
         self._words: Int64s = np.frombuffer(self._map, np.int64, plan.num_slabs, at.words)
         self._stack: Int64s = np.frombuffer(self._map, np.int64, plan.num_slabs, at.stack)
-        self._reserves = tuple(m.reserve_sets * m.layers for m in plan.models.values())
         self._lock = SharedLock(fd, timeout_s)
         self.quotas = SlabQuotas(self._head, self._rows, plan)
 
     @classmethod
-    def create(cls, plan: PoolPlan, *, timeout_s: float | None = None) -> "SlabTable":
-        """A new table, every slab free.  Its `fd` goes to other processes by `pass_fds`."""
+    def create(
+        cls, plan: PoolPlan, *, out: Collection[str] = (), timeout_s: float | None = None
+    ) -> "SlabTable":
+        """A new table, every slab free, where models in `out` take no part.  Others get its `fd` by `pass_fds`."""
         if not 0 < len(plan.models) < NOBODY:
             raise ValueError(f"models must hold 1 to {NOBODY - 1} models, got {len(plan.models)}")
         if plan.reserved_slabs > plan.num_slabs:
             raise ValueError(
                 f"num_slabs must be at least the {plan.reserved_slabs} slabs reserved, got {plan.num_slabs}"
             )
-        parts = encode_table(plan)
+        parts = encode_table(plan, out)
         fd = create_memfd("minserve-slab-table", int(np.frombuffer(parts[0][1], np.int64)[H_BYTES]))
         for position, part in parts:
             assert os.pwrite(fd, part, position) == len(part), "memfd took a part of the table"
@@ -201,13 +210,49 @@ class SlabTable:
             self._head[H_DIRTY] = 1
             self._words[held] &= ~STATE_MASK
             self._rebuild()
-            for field in range(len(STATUS)):
-                self._rows[row + R_STATUS + field] = 0
+            self._silence(row)
             self._head[H_DIRTY] = 0
             return len(held)
 
+    def _silence(self, row: int) -> None:
+        for field in range(R_STATUS, R_STATUS + len(STATUS)):
+            self._rows[row + field] = 0
+
+    def enter(self, owner: int) -> bool:
+        """The model takes part, with its reserve.  False where slabs are missing: it claims them until it enters or leaves."""
+        row = self._row(owner)
+        with self._lock:
+            self._repair()
+            if self._rows[row + R_RESERVE] == OUT:
+                reserves = list(self._reserves)
+                reserves[owner] = planned_reserves(self.plan)[owner]
+                unfilled, liveness = derive(self._words, reserves).unfilled, liveness_of(self.plan, reserves)
+                more = unfilled - self._head[H_UNFILLED] + liveness - self._head[H_LIVENESS]
+                if more and unfilled + liveness > self._head[H_TOP]:
+                    self._rows[row + R_WANTED] = more
+                    return False
+                self._take_part(row, reserves[owner])
+            return True
+
+    def leave(self, owner: int) -> None:
+        """The model takes part no more: for the agent.  OwnershipError while slabs are still its own."""
+        row = self._row(owner)
+        with self._lock:
+            self._repair()
+            if self.held(owner):
+                raise OwnershipError(f"{self.names[owner]} still holds {self.held(owner)} slabs")
+            self._silence(row)
+            self._take_part(row, OUT)
+
+    def _take_part(self, row: int, reserve: int) -> None:
+        self._head[H_DIRTY] = 1
+        self._rows[row + R_RESERVE] = reserve
+        self._rows[row + R_WANTED] = 0
+        self._rebuild()
+        self._head[H_DIRTY] = 0
+
     def publish(self, owner: int, **status: int) -> None:
-        """Sets words of STATUS of a model.  Each has one writer, its worker or the agent: no lock."""
+        """Sets words of STATUS of a model.  Each has one writer: no lock."""
         row = self._row(owner)
         for name, value in status.items():
             if name not in STATUS:
@@ -219,6 +264,14 @@ class SlabTable:
     def status(self, owner: int) -> dict[str, int]:
         at = self._row(owner) + R_STATUS
         return dict(zip(STATUS, self._rows[at : at + len(STATUS)], strict=True))
+
+    @property
+    def _reserves(self) -> tuple[int, ...]:
+        return tuple(self._rows[R_RESERVE::ROW_WORDS].tolist())
+
+    def takes_part(self, owner: int) -> bool:
+        """Whether the model has its reserve."""
+        return self._rows[self._row(owner) + R_RESERVE] != OUT
 
     def held(self, owner: int) -> int:
         """Slabs that the model holds, live or draining.  No lock: it may be a moment old."""
@@ -236,19 +289,8 @@ class SlabTable:
             rows = [self._rows[i : i + ROW_WORDS].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
             free, repairs, deficit = self._head[H_TOP], self._head[H_REPAIRS], self._deficit()
             holder = self.names[self._head[H_HOLDER]] if deficit > 0 else None
-        each = (
-            ModelCounts(
-                row[R_LIVE], row[R_DRAINING], reserve, row[R_LEASES], row[R_RETURNS], row[R_REFUSED],
-                self.quotas.quota(i), dict(zip(STATUS, row[R_STATUS:], strict=False)),
-            )
-            for i, (row, reserve) in enumerate(zip(rows, self._reserves, strict=True))
-        )  # fmt: skip
-        models = dict(zip(self.names, each, strict=True))
-        leased, draining = (sum(getattr(m, what) for m in models.values()) for what in ("live", "draining"))
-        leases, refused = (sum(getattr(m, what) for m in models.values()) for what in ("leases", "refused"))
-        return PoolCounts(
-            self.plan.num_slabs, leased, draining, free, leases, refused, repairs, holder, models
-        )
+        limits = [self.quotas.quota(i) for i in range(len(self.names))]
+        return count_pool(self.plan, rows, limits, (free, repairs, holder))
 
     def check(self) -> None:
         """AssertionError, with the numbers, unless what is derived agrees with the truth and no rule is broken."""
@@ -257,10 +299,18 @@ class SlabTable:
             words, top, serial = self._words.copy(), self._head[H_TOP], self._head[H_SERIAL]
             stack, unfilled = self._stack[: max(top, 0)].copy(), self._head[H_UNFILLED]
             rows = [self._rows[i : i + 2].tolist() for i in range(0, len(self._rows), ROW_WORDS)]
-        truth = derive(words, self._reserves)
+            reserves, liveness = self._reserves, self._head[H_LIVENESS]
+        truth = derive(words, reserves)
         fault = find_fault(words, len(self.names), serial) or find_stack_fault(stack, words)
         fault = fault or self.quotas.fault()
         assert fault is None, fault
+        for name, reserve, planned in zip(self.names, reserves, planned_reserves(self.plan), strict=True):
+            assert reserve in (OUT, planned), (
+                f"{name} has a reserve of {reserve} slabs, planned are {planned}"
+            )
+        assert liveness == liveness_of(self.plan, reserves), (
+            f"the liveness reserve is said to be {liveness} slabs"
+        )
         assert top == len(truth.free), f"the free stack counts {top} slabs, the truth {len(truth.free)}"
         for name, said, held in zip(self.names, rows, truth.held, strict=True):
             assert said == list(held), (
@@ -281,23 +331,25 @@ class SlabTable:
             self._head[H_DIRTY] = 0
 
     def _rebuild(self) -> None:
-        truth = derive(self._words, self._reserves)
+        reserves = self._reserves
+        truth = derive(self._words, reserves)
         self._stack[: len(truth.free)] = truth.free[::-1]  # low slabs on top
         self._head[H_TOP] = len(truth.free)
         self._head[H_SERIAL] = max(self._head[H_SERIAL], int(generation_of(self._words).max(initial=0)))
         self._head[H_UNFILLED] = truth.unfilled
+        self._head[H_LIVENESS] = liveness_of(self.plan, reserves)
         for i, (live, draining) in enumerate(truth.held):
             self._rows[i * ROW_WORDS + R_LIVE] = live
             self._rows[i * ROW_WORDS + R_DRAINING] = draining
 
     def _deficit(self) -> int:
         """Slabs missing from the liveness reserve; negative: slabs that nobody has been promised."""
-        return self._head[H_UNFILLED] + self.plan.liveness_slabs - self._head[H_TOP]
+        return self._head[H_UNFILLED] + self._head[H_LIVENESS] - self._head[H_TOP]
 
     def _deficit_after(self, owner: int, n: int) -> int:
         """The deficit if `owner` leased `n` slabs: those within its own reserve were promised to it."""
         row = owner * ROW_WORDS
-        own = self._reserves[owner] - self._rows[row + R_LIVE] - self._rows[row + R_DRAINING]
+        own = self._rows[row + R_RESERVE] - self._rows[row + R_LIVE] - self._rows[row + R_DRAINING]
         return self._deficit() + n - min(n, max(0, own))
 
     def _claimed(self, owner: int, n: int) -> bool:
@@ -314,10 +366,11 @@ class SlabTable:
         if after <= max(0, before):
             return False
         alone = before <= 0 or self._head[H_HOLDER] == owner
-        return True if urgent and alone and after <= self.plan.liveness_slabs else None
+        return True if urgent and alone and after <= self._head[H_LIVENESS] else None
 
     def _hold(self, owner: int, live: int = 0, draining: int = 0) -> None:
-        row, reserve = owner * ROW_WORDS, self._reserves[owner]
+        row = owner * ROW_WORDS
+        reserve = self._rows[row + R_RESERVE]
         held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
         self._rows[row + R_LIVE] += live
         self._rows[row + R_DRAINING] += draining
@@ -343,22 +396,4 @@ class SlabTable:
             if found[0] == word and found.count(word) == len(found):
                 return state
         i = int(np.argmax((generation_of(words) != generation) | (owner_of(words) != owner)))
-        raise OwnershipError(self._fault(owner, generation, int(slabs[i]), words[i : i + 1]))
-
-    def _fault(self, owner: int, generation: int, slab: int, word: Int64s) -> str:
-        real, last, state = (
-            int(owner_of(word)[0]),
-            int(generation_of(word)[0]),
-            STATES[int(state_of(word)[0])],
-        )
-        if last != generation:
-            kind = "stale generation"
-        elif real != owner:
-            kind = "foreign free"
-        else:
-            kind = "double free"
-        who = "nobody" if real == NOBODY else self.names[real]
-        return (
-            f"{kind}: {self.names[owner]} hands back slab {slab} of lease {generation}, which is {state} "
-            f"and was last leased by {who} as {last}"
-        )
+        raise OwnershipError(misuse(self.names, owner, generation, int(slabs[i]), words[i : i + 1]))

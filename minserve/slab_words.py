@@ -2,13 +2,15 @@
 
 The owner column, one int64 a slab (generation | owner | state), is the only truth.  A freed slab keeps its owner and
 generation: they tell a double free from a stale one, and whose bytes are still in it.  All the rest that changes is
-derived (`derive`) or statistics; `find_fault` says where the derived part and the truth differ.
+derived (`derive`) or statistics; `find_fault` says where the derived part and the truth differ.  Which models take part
+is a word of their rows, the agent's: who is unloaded or asleep has no reserve.
 """
 
 import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from sched.slabs import LayerGroup, PoolPlan, SetShape
 Int64s = NDArray[np.int64]
 
 MAGIC = 0x6D696E736C616273  # "minslabs"
-VERSION = 2
+VERSION = 3
 
 # a word: the low 2 bits are the state, then 14 bits of owner, then the generation
 FREE, LIVE, DRAINING = range(3)
@@ -31,13 +33,15 @@ NOBODY = OWNER_MASK
 # header: a constant part under a checksum, then what changes
 HEAD_WORDS = 64
 H_MAGIC, H_VERSION, H_BYTES, H_SLABS, H_MODELS, H_PLAN_BYTES, H_CRC = range(7)
-H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS, H_QUOTAS = range(8, 15)
+H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS, H_QUOTAS, H_LIVENESS = range(8, 16)
 # H_QUOTAS: no quotas, quotas that bind while another model has a claim, quotas that always bind
 NO_QUOTAS, WHILE_CLAIMED, ALWAYS = range(3)
-# a model's row: derived counts, statistics, its quota in slabs (the agent's word), then what its worker publishes
+# a model's row: derived counts, statistics, the agent's words, then what its worker publishes.  The agent's, in slabs: the
+# quota; the reserve, OUT while the model takes no part; what must come free before it can take part, 0 if it does not ask
 ROW_WORDS = 32
-R_LIVE, R_DRAINING, R_LEASES, R_RETURNS, R_REFUSED, R_QUOTA = range(6)
+R_LIVE, R_DRAINING, R_LEASES, R_RETURNS, R_REFUSED, R_QUOTA, R_RESERVE, R_WANTED = range(8)
 R_STATUS = 8
+OUT = -1
 # sets: `demand` beyond those held, `used` by requests.  Blocks: `live_blocks` of requests, `cached_blocks` of nobody.
 # A reclaim begins when others are short and ends when this model has given back its part
 STATUS = (
@@ -99,7 +103,22 @@ def generation_of(words: Int64s) -> Int64s:
     return words >> STATE_BITS + OWNER_BITS
 
 
-def derive(words: Int64s, reserves: tuple[int, ...]) -> Derived:
+def planned_reserves(plan: PoolPlan, out: Collection[str] = ()) -> tuple[int, ...]:
+    """Slabs that each model cannot lose; OUT for those named in `out`."""
+    return tuple(OUT if n in out else m.reserve_sets * m.layers for n, m in plan.models.items())
+
+
+def liveness_of(plan: PoolPlan, reserves: Sequence[int]) -> int:
+    """Slabs of the liveness reserve: as planned, and no more than the longest sequence of those that take part needs."""
+    if OUT not in reserves:
+        return plan.liveness_slabs
+    here = [m for m, reserve in zip(plan.models.values(), reserves, strict=True) if reserve != OUT]
+    return min(
+        plan.liveness_slabs, max(((m.max_len_sets - m.reserve_sets) * m.layers for m in here), default=0)
+    )
+
+
+def derive(words: Int64s, reserves: Sequence[int]) -> Derived:
     taken = words[state_of(words) != FREE]
     # one bin a (owner, state); owners that do not exist fall off the end, `find_fault` reports them
     bins = np.bincount(taken & (1 << STATE_BITS + OWNER_BITS) - 1, minlength=len(reserves) << STATE_BITS)
@@ -143,15 +162,38 @@ def find_stack_fault(stack: Int64s, words: Int64s) -> str | None:
     return f"slab {lost[0]} is lost: free, and not on the free stack" if len(lost) else None
 
 
-def encode_table(plan: PoolPlan) -> list[tuple[int, bytes]]:
-    """(position, bytes) of the parts of a new table that are not zero; its size is in the header."""
+def misuse(names: Sequence[str], owner: int, generation: int, slab: int, word: Int64s) -> str:
+    """Why `owner` may not hand back this slab of a lease, whose word is something else."""
+    real, last, state = (
+        int(owner_of(word)[0]),
+        int(generation_of(word)[0]),
+        STATES[int(state_of(word)[0])],
+    )
+    if last != generation:
+        kind = "stale generation"
+    elif real != owner:
+        kind = "foreign free"
+    else:
+        kind = "double free"
+    who = "nobody" if real == NOBODY else names[real]
+    return (
+        f"{kind}: {names[owner]} hands back slab {slab} of lease {generation}, which is {state} "
+        f"and was last leased by {who} as {last}"
+    )
+
+
+def encode_table(plan: PoolPlan, out: Collection[str] = ()) -> list[tuple[int, bytes]]:
+    """(position, bytes) of the parts of a new table that are not zero; its size is in the header.  `out`: models that take
+    no part yet."""
     blob = json.dumps(dataclasses.asdict(plan)).encode()
     at = Offsets.of(len(plan.models), plan.num_slabs)
     head = np.zeros(HEAD_WORDS, np.int64)
     head[:H_CRC] = MAGIC, VERSION, at.plan + len(blob), plan.num_slabs, len(plan.models), len(blob)
     head[H_CRC] = zlib.crc32(blob, zlib.crc32(head[:H_CRC].tobytes()))
+    rows = np.zeros((len(plan.models), ROW_WORDS), np.int64)
+    rows[:, R_RESERVE] = planned_reserves(plan, out)
     words = np.full(plan.num_slabs, pack(0, NOBODY, FREE), np.int64)
-    return [(0, head.tobytes()), (at.words, words.tobytes()), (at.plan, blob)]
+    return [(0, head.tobytes()), (at.rows, rows.tobytes()), (at.words, words.tobytes()), (at.plan, blob)]
 
 
 def read_plan(fd: int, size: int, given: int) -> PoolPlan:

@@ -211,6 +211,9 @@ OPERATIONS: dict[str, Callable[[SlabTable, Lease, Lease], object]] = {
     "reclaim": lambda table, live, draining: table.reclaim(2),
     "repair": repair_torn,
     "quotas": lambda table, live, draining: table.quotas.write([40, 20, 72]),
+    # owner 2 has given back all
+    "enter": lambda table, live, draining: table.enter(2),
+    "leave": lambda table, live, draining: table.leave(2),
     "publish": lambda table, live, draining: table.publish(0, **dict.fromkeys(slab_words.STATUS, 7)),
 }
 
@@ -227,6 +230,18 @@ def die_in(operation: str, table_fd: int, step: int) -> None:
     assert result is not None or not operation.startswith(("lease", "draw")), f"{operation} was refused"
 
 
+def prepare(table: SlabTable, operation: str) -> None:
+    """What owner 2 has before the operation, of a table in which all take part and only owner 1 holds slabs."""
+    if operation in ("enter", "leave"):
+        table.leave(2)
+        if operation == "leave":
+            assert table.enter(2)
+        return
+    # for a draw, all that nobody was promised
+    most = table.counts().free - table.plan.reserved_slabs
+    assert table.lease(2, most if operation == "draw_liveness" else 3) is not None
+
+
 def every_instruction(plan: PoolPlan, stride: int) -> dict[str, int]:
     """Kills a worker before each `stride`-th instruction of each operation; returns how many kills each one had."""
     table = SlabTable.create(plan)
@@ -234,9 +249,7 @@ def every_instruction(plan: PoolPlan, stride: int) -> dict[str, int]:
     kills = dict.fromkeys(OPERATIONS, 0)
     for operation in OPERATIONS:
         for step in range(0, 10**6, stride):
-            # for a draw, owner 2 takes all that nobody was promised
-            most = table.counts().free - plan.reserved_slabs
-            assert table.lease(2, most if operation == "draw_liveness" else 3) is not None
+            prepare(table, operation)
             table.quotas.write(
                 [60, 10, 70]
             )  # of 990 slabs; what is written in its place shrinks one and grows two
@@ -247,6 +260,7 @@ def every_instruction(plan: PoolPlan, stride: int) -> dict[str, int]:
             assert table.holds(1, bystander), f"{operation} killed at {step} took another model's slabs"
             table.reclaim(0)
             table.reclaim(2)
+            assert table.enter(2)
             table.check()
             free = table.counts().free
             assert free == plan.num_slabs - 11, (
@@ -254,6 +268,7 @@ def every_instruction(plan: PoolPlan, stride: int) -> dict[str, int]:
             )
         table.reclaim(0)
         table.reclaim(2)
+        assert table.enter(2)
     return {**kills, "repairs": table.counts().repairs}
 
 

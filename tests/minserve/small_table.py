@@ -8,12 +8,15 @@ from minserve.slab_table import Lease, SlabTable
 from sched.slabs import LayerGroup, PoolPlan, SetShape
 
 
-def shape(layers: int, reserve_sets: int) -> SetShape:
-    return SetShape(layers, (LayerGroup(0, layers, 4096),), 1, 16, reserve_sets, reserve_sets, 0.0)
+def shape(layers: int, reserve_sets: int, more_sets: int) -> SetShape:
+    """`more_sets` beyond the reserve hold the longest sequence."""
+    longest = reserve_sets + more_sets
+    return SetShape(layers, (LayerGroup(0, layers, 4096),), 1, 16, reserve_sets, longest, 0.0)
 
 
-# reserves of 6, 4 and 0 slabs, and a liveness reserve of 5, out of 24
-PLAN = PoolPlan(4096, 24, {"deep": shape(3, 2), "wide": shape(2, 2), "poor": shape(2, 0)}, 5)
+# reserves of 6, 4 and 0 slabs, and a liveness reserve of 5, out of 24; without all of them 4, for deep alone 3
+PLAN = PoolPlan(4096, 24, {"deep": shape(3, 2, 1), "wide": shape(2, 2, 2), "poor": shape(2, 0, 2)}, 5)
+LONGEST = (3, 4, 4)
 RESERVES = (6, 4, 0)
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minserve import slab_words as sw
-from minserve.slab_table import Lease, SlabTable
-from tests.minserve.small_table import PLAN, RESERVES, copy_of, leased, snapshot
+from minserve.slab_table import Lease, OwnershipError, SlabTable
+from tests.minserve.small_table import LONGEST, PLAN, RESERVES, copy_of, leased, snapshot
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_one_model_at_a_time_draws_on_the_liveness_reserve(table: SlabTable):
 
 
 class ReserveRules(RuleBasedStateMachine):
-    """Random leases, drains, returns and deaths, against rules counted out slab by slab from plain lists.
+    """Random leases, drains, returns, deaths, and models that come and go, against rules counted out from plain lists.
 
     After every step: the invariant checker; every model can still fill its reserve, one slab at a time; and whoever
     drew on the liveness reserve (or, when nobody did, any model) can still get all of it on top of its own.
@@ -64,20 +64,34 @@ class ReserveRules(RuleBasedStateMachine):
         self.views = [self.table, SlabTable.attach(self.table.fd)]
         self.leases: list[tuple[int, Lease, bool]] = []  # owner, lease, draining
         self.drawer: int | None = None
+        self.out: set[int] = set()
+        self.asked: dict[int, int] = {}  # slabs that those who want in wait for
+
+    def reserves(self, out: set[int]) -> list[int]:
+        return [0 if owner in out else r for owner, r in enumerate(RESERVES)]
+
+    def liveness(self, out: set[int]) -> int:
+        longest = [n for owner, n in enumerate(LONGEST) if owner not in out]
+        return max(longest, default=0) if out else PLAN.liveness_slabs
 
     def held(self, owner: int) -> int:
         return sum(len(lease.slabs) for o, lease, _ in self.leases if o == owner)
 
-    def spare(self, more: dict[int, int]) -> int:
+    def spare(self, more: dict[int, int], out: set[int] | None = None) -> int:
         """Free slabs that no model's reserve needs, if every owner in `more` got that many more."""
         held = [self.held(owner) + more.get(owner, 0) for owner in range(3)]
-        owed = sum(max(0, reserve - h) for reserve, h in zip(RESERVES, held, strict=True))
+        reserves = self.reserves(self.out if out is None else out)
+        owed = sum(max(0, reserve - h) for reserve, h in zip(reserves, held, strict=True))
         return PLAN.num_slabs - sum(held) - owed
 
     def allowed(self, owner: int, n: int, urgent: bool) -> bool:
         spare = self.spare({owner: n})
-        if spare >= PLAN.liveness_slabs or self.held(owner) + n <= RESERVES[owner]:
+        if self.held(owner) + n <= self.reserves(self.out)[owner]:
             return True
+        if spare >= self.liveness(self.out):
+            claimed = sum(n for o, n in self.asked.items() if o != owner)
+            # what others wait for is not for those who could do without
+            return urgent or not claimed or spare - self.liveness(self.out) >= claimed
         return urgent and spare >= 0 and self.drawer in (None, owner)
 
     @rule(owner=st.integers(0, 2), n=st.integers(1, 12), urgent=st.booleans(), view=st.integers(0, 1))
@@ -90,12 +104,39 @@ class ReserveRules(RuleBasedStateMachine):
             return
         assert len(lease.slabs) == n
         self.leases.append((owner, lease, False))
-        if self.spare({}) < PLAN.liveness_slabs and self.held(owner) > RESERVES[owner]:
+        if self.spare({}) < self.liveness(self.out) and self.held(owner) > self.reserves(self.out)[owner]:
             self.drawer = owner
 
     def settle(self) -> None:
-        if self.spare({}) >= PLAN.liveness_slabs:
+        if self.spare({}) >= self.liveness(self.out):
             self.drawer = None
+
+    @rule(owner=st.integers(0, 2), view=st.integers(0, 1))
+    def leave(self, owner: int, view: int) -> None:
+        if self.held(owner):
+            with pytest.raises(OwnershipError, match="still holds"):
+                self.views[view].leave(owner)
+            return
+        self.views[view].leave(owner)
+        self.out.add(owner)
+        self.asked.pop(owner, None)
+        self.settle()
+
+    @rule(owner=st.integers(0, 2), view=st.integers(0, 1))
+    def enter(self, owner: int, view: int) -> None:
+        """With what it gets in, everybody's promises can be kept at once, the liveness reserve's too; or it waits."""
+        out = self.out - {owner}
+        more = self.spare({}) - self.spare({}, out) + self.liveness(out) - self.liveness(self.out)
+        fits = not more or self.spare({}, out) >= self.liveness(out)
+        assert self.views[view].enter(owner) == fits
+        if fits:
+            self.out = out
+            self.asked.pop(owner, None)
+            self.settle()
+        else:
+            self.asked[owner] = more
+        asked = [self.table.quotas.wanted(o) for o in range(3)]
+        assert asked == [self.asked.get(o, 0) for o in range(3)]
 
     @precondition(lambda self: self.leases)
     @rule(pick=st.integers(0, 10**6), view=st.integers(0, 1), free=st.booleans())
@@ -138,11 +179,12 @@ class ReserveRules(RuleBasedStateMachine):
         for lucky in range(3) if self.drawer is None else [self.drawer]:
             copy = copy_of(self.table)
             held = list(map(self.held, range(3)))
-            while held[lucky] < RESERVES[lucky] + PLAN.liveness_slabs:
+            reserves = self.reserves(self.out)
+            while held[lucky] < reserves[lucky] + self.liveness(self.out):
                 assert copy.lease(lucky, 1, urgent=True) is not None, f"{lucky} is stuck at {held}"
                 held[lucky] += 1
             for owner in range(3):
-                while held[owner] < RESERVES[owner]:
+                while held[owner] < reserves[owner]:
                     assert copy.lease(owner, 1) is not None, f"{owner} cannot fill its reserve at {held}"
                     held[owner] += 1
             copy.check()
