@@ -40,7 +40,7 @@ ORDER = {
         slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory mps pool keeper
         models sampler inputs graphs runner warmup engine cache_identity loading kv_share
         text outputs llm
-        wire host quota_writer agent protocol answers loop worker frontend listener responses pool_metrics metrics server serve place top
+        wire link host quota_writer agent protocol answers loop worker frontend listener responses pool_metrics metrics server serve place top
     """,
 }
 MAY_IMPORT = {
