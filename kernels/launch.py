@@ -54,11 +54,16 @@ ASSUMED = {
 }
 
 
+# by GPU: what this process may use of it where CUDA does not say so, in a green context; set before the first launch
+SM_LIMITS: dict[int, int] = {}
+
+
 @functools.cache
 def _facts(index: int) -> GpuFacts:
     p = torch.cuda.get_device_properties(index)
     capability = 10 * p.major + p.minor
-    return GpuFacts(p.name, capability, p.multi_processor_count, p.shared_memory_per_block_optin)
+    sms = min(p.multi_processor_count, SM_LIMITS.get(index, p.multi_processor_count))
+    return GpuFacts(p.name, capability, sms, p.shared_memory_per_block_optin)
 
 
 def gpu_facts(device: torch.device) -> GpuFacts:

@@ -12,20 +12,20 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from minserve.config import Config, GpuConfig, ModelEntry, pick_device
 from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
 from minserve.lock_watch import LockWatch
-from minserve.memory import workspace
+from minserve.memory import weight_bytes, workspace
 from minserve.quota_writer import QuotaWriter
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
 from minserve.shared_memory import create_memfd
 from minserve.slab_counts import PoolCounts
 from minserve.slab_table import SlabTable
+from minserve.sm_share import SmSharing, open_sharing, own_bytes
 from minserve.wire import Start
 from sched.slabs import PoolPlan
 
@@ -47,11 +47,13 @@ class Pool:
     fds: tuple[int, ...]
     handle: str = ""
     keeper: Keeper | None = None
+    sharing: SmSharing | None = None
 
     def describe(self) -> list[str]:
         plan = self.plan
         size = f"{plan.pool_bytes / 2**20:,.0f} MiB on {self.device}"
         lines = [f"pool {self.name}: {size}, {plan.num_slabs:,} slabs of {plan.slab_bytes / 1024:,.0f} KiB"]
+        lines += [f"  {self.sharing.describe()}"] if self.sharing is not None else []
         for name, shape in plan.models.items():
             lines.append(
                 f"  {name}: {shape.layers} slabs a set, {shape.set_tokens:,} tokens a set in blocks of "
@@ -67,37 +69,46 @@ class Pool:
         else:
             os.close(self.fds[0])
         self.table.close()
+        if self.sharing is not None:
+            self.sharing.close()
 
 
-def pool_bytes(gpu: GpuConfig, device: str, models: list[ResolvedModel]) -> int:
+def pool_bytes(
+    gpu: GpuConfig, device: str, models: list[ResolvedModel], environ: Mapping[str, str] | None = None
+) -> int:
     """As configured, else what there is; RuntimeError where a GPU cannot be asked."""
     on_gpu = device.startswith("cuda")
-    return gpu.pool_bytes or (gpu_pool_bytes(device, gpu, models) if on_gpu else host_pool_bytes())
+    return gpu.pool_bytes or (gpu_pool_bytes(device, gpu, models, environ) if on_gpu else host_pool_bytes())
 
 
-def open_pool(gpu: GpuConfig, device: str, models: list[ResolvedModel], size: int) -> Pool:
+def open_pool(
+    gpu: GpuConfig, device: str, models: list[ResolvedModel], size: int, sharing: SmSharing | None = None
+) -> Pool:
     """ValueError where the models do not fit into `size` bytes; RuntimeError where a GPU does not give its memory."""
     on_gpu = device.startswith("cuda")
     plan = plan_pool(models, gpu, size)
     table, name = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
     if not on_gpu:
         return Pool(name, device, plan, table, (create_memfd("minserve-slab-pool", plan.pool_bytes),))
-    keeper = Keeper(int(device.removeprefix("cuda:")), plan.pool_bytes)
-    return Pool(name, device, plan, table, keeper.fds, keeper.handle.to_json(), keeper)
+    environ = {**os.environ, **({} if sharing is None else sharing.keeper_environ)}
+    keeper = Keeper(int(device.removeprefix("cuda:")), plan.pool_bytes, environ=environ)
+    return Pool(name, device, plan, table, keeper.fds, keeper.handle.to_json(), keeper, sharing)
 
 
-def gpu_pool_bytes(device: str, gpu: GpuConfig, models: list[ResolvedModel]) -> int:
+def gpu_pool_bytes(
+    device: str, gpu: GpuConfig, models: list[ResolvedModel], environ: Mapping[str, str] | None = None
+) -> int:
     """What is left of the GPU's fraction after the weights, as large as their files, and what each worker works in."""
     # asked in a child: this process must not open CUDA
     ask = f"import torch; print(*torch.cuda.mem_get_info({device!r}))"
+    env = {**os.environ, **(environ or {})}
     found = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=False, env=env
     )
     if found.returncode != 0:
         raise RuntimeError(f"{device} cannot be used: {found.stderr.strip().splitlines()[-1:]}")
     free, total = map(int, found.stdout.split())
-    weights = sum(f.stat().st_size for m in models for f in Path(m.entry.path).glob("*.safetensors"))
-    taken = weights + sum(workspace(m).total for m in models)
+    taken = sum(weight_bytes(m) + workspace(m).total for m in models)
     left = free - int(total * (1 - gpu.memory_fraction)) - taken
     if left <= 0:
         raise ValueError(
@@ -139,9 +150,10 @@ class Agent:
                 broken[entry.name] = str(error)
         if not resolved:
             return
-        size = pool_bytes(gpu, device, resolved)
+        sharing = open_sharing(gpu, device, resolved)
+        size = pool_bytes(gpu, device, resolved, sharing.keeper_environ)
         resolved = settle_blocks(resolved, gpu, size)
-        pool = open_pool(gpu, device, resolved, size)
+        pool = open_pool(gpu, device, resolved, size, sharing)
         self.pools.append(pool)
         rates = {m.entry.name: m.entry.rate for m in resolved if m.entry.rate is not None}
         self._quotas.append(QuotaWriter(pool.table, gpu.quota, rates))
@@ -149,8 +161,13 @@ class Agent:
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
             keys = dataclasses.asdict(m.entry)
-            start = Start(keys, device, owner, pool.table.fd, pool.fds, pool.handle, self._debug)
-            self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner))
+            start = Start(
+                keys, device, owner, pool.table.fd, pool.fds, pool.handle, self._debug,
+                sharing.mode, sharing.groups.get(name, (0, 0)),
+            )  # fmt: skip
+            # what is imported may be charged to the importer: the pool is within the limit
+            environ = sharing.environ(name, own_bytes(m) + pool.plan.pool_bytes)
+            self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner), environ=environ)
 
     def start(self) -> None:
         """Spawns the workers; `Host.first_load` tells when each is ready or has failed."""

@@ -43,27 +43,16 @@ KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 NAME = text(
     r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", "a name of letters, digits and . _ : / -, at most 128 of them"
 )
-DTYPE = choice("auto", "fp32", "bf16", "fp16", float32="fp32", bfloat16="bf16", float16="fp16", half="fp16")
-KV_DTYPE = choice(
-    "auto",
-    "fp32",
-    "bf16",
-    "fp16",
-    "fp8",
-    "int8",
-    "int4",
-    "int4z",
-    float32="fp32",
-    bfloat16="bf16",
-    float16="fp16",
-    half="fp16",
-)
+FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+DTYPE = choice("auto", "fp32", "bf16", "fp16", **FLOATS)
+KV_DTYPE = choice("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4", "int4z", **FLOATS)
 KV_OVERRIDES = by_layer("KV formats", lambda value: KV_DTYPE.read(At("", Path()), value))
 MAPPINGS = ("quantization_overrides", "kv_dtype_overrides")
 QUANTIZATION = choice(
     "auto", "none", "w8a8-int8", "w8a8-fp8", "w4a8-int8", "w4a8-fp8", w8a8="w8a8-int8", w4a8="w4a8-int8"
 )
 LM_HEAD = choice("auto", "int8", "fp8")
+SHARING = choice("auto", "none", "mps", "mps-static", "green")
 DEVICE = text(r"auto|cpu|cuda:[0-9]{1,2}", "one of auto, cpu, cuda:0, cuda:1, ...")
 
 
@@ -90,6 +79,8 @@ class GpuConfig:
     memory_fraction: float = key(number(0.05, 0.99), 0.9)
     slab_bytes: int | None = key(maybe(size(4 * KiB, GiB, multiple=4 * KiB), "auto"), None)
     quota: str = key(choice(*POLICIES), "marginal")
+    sharing: str = key(SHARING, "auto")
+    prefill_token: bool = key(boolean(), True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +137,14 @@ class ModelEntry:
     enable_prefix_caching: bool = key(boolean(), True)
     cuda_graphs: bool = key(boolean(), True)
     seed: int | None = key(maybe(integer(0, (1 << 63) - 1)), None)
+    load_at_start: bool = key(boolean(), True)
     placement: tuple[str, ...] = key(listing(NAME, 64), ())
     slo: Slo = key(section(Slo), factory=Slo)
     rate: float | None = key(maybe(number(0, 1e6)), None)
     lengths: Lengths = key(section(Lengths), factory=Lengths)
     group: str | None = key(maybe(NAME), None)
     tier: int = key(integer(0, 99), 0)
-    sm_share: int = key(integer(1, 100), 100)
+    sm_share: int | None = key(maybe(integer(1, 100), "auto"), None)
 
     @classmethod
     def read(cls, value: Mapping[str, Any], base: Path | None = None) -> "ModelEntry":

@@ -129,6 +129,10 @@ class Driver:
             self._library.cuGetErrorString(c_int(code), byref(text))
             raise CudaError(f"{name} failed: {(text.value or b'unknown error').decode()} ({code})")
 
+    def knows(self, name: str) -> bool:
+        """Whether the driver has such a call."""
+        return hasattr(self._library, name)
+
     def attribute(self, device: c_int, number: int) -> int:
         value = c_int()
         self("cuDeviceGetAttribute", byref(value), c_int(number), device)

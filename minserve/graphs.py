@@ -33,15 +33,18 @@ Capture = Callable[[Callable[[], Hidden]], tuple[Hidden, Callable[[], None]]]
 def cuda_capture() -> Capture:
     """Captures into graphs that share their memory: they run one after the other, and nothing is kept between two."""
     pool = torch.cuda.graph_pool_handle()
+    # a green context's stream: what is captured elsewhere runs on all of the GPU
+    current = torch.cuda.current_stream()
+    own = None if current == torch.cuda.default_stream() else current
 
     def capture(run: Callable[[], Hidden]) -> tuple[Hidden, Callable[[], None]]:
-        side = torch.cuda.Stream()
+        side = own or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()  # libraries set themselves up at their first call on a stream, which cannot be captured
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=own, capture_error_mode="thread_local"):
             out = run()
         return out, graph.replay
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,9 +77,13 @@ class Host:
         boot: str,
         reclaim: Callable[[], Awaitable[int]],
         patience: Patience | None = None,
+        *,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
+        """`environ`: of the worker's process, over our own."""
         self.name, self._start, self._boot, self._reclaim = name, start, boot, reclaim
         self._patience = patience or Patience()
+        self._environ = dict(environ or {})
         self.state = "loading"
         self.reason = ""
         self.loaded: Loaded | None = None
@@ -219,7 +223,7 @@ class Host:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             # threads of several models spinning on the same cores made a step 10 times slower (docs/log.md)
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **self._environ},
             start_new_session=True,  # Ctrl-C is the agent's to handle
         )
 

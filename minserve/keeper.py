@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from minserve.cuda_memory import CudaError, Driver, PoolHandle, export_memory, open_driver
@@ -35,6 +36,7 @@ class Keeper:
         kind: str | None = None,
         timeout_s: float = 120.0,
         boot: str = BOOT,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = ["--fd", str(theirs.fileno()), "--device", str(device), "--bytes", str(num_bytes)]
@@ -44,6 +46,7 @@ class Keeper:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=None if environ is None else dict(environ),
                 start_new_session=True,  # Ctrl-C is the agent's to handle
             )
         try:

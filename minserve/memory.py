@@ -4,6 +4,7 @@ The pool is planned before anything has run, so the bound has to hold for the la
 has warmed up and captured its graphs it says beside the bound what it really holds.  No torch: the agent plans pools.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 from kernels.kv_layout import FLOAT_BYTES, SCRATCH_BYTES, SPLIT_TOKENS, wide_tokens
@@ -50,6 +51,11 @@ def batch_sizes(max_running: int) -> list[int]:
     most = min(max_running, MOST_ROWS)
     sizes = [n for n in SMALL_BATCHES if n < most]
     return [*sizes, *range(SMALL_BATCHES[-1] + LARGE_STEP, most, LARGE_STEP), most]
+
+
+def weight_bytes(r: ResolvedModel) -> int:
+    """As large as the files: no scheme that is made at load takes more."""
+    return sum(f.stat().st_size for f in Path(r.entry.path).glob("*.safetensors"))
 
 
 def workspace(r: ResolvedModel) -> Workspace:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Partitions:
     used_chunks: int
     sms: int
     ids: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()  # those without a client
 
     @property
     def chunks(self) -> int:
@@ -324,9 +325,8 @@ class Daemon:
             gpu, numbers = words[0], words[1:]
             if words[4] in ("Yes", "No"):
                 device = found[gpu]
-                found[gpu] = Partitions(
-                    device.free_chunks, device.used_chunks, device.sms, (*device.ids, words[1])
-                )
+                idle = (*device.idle, *([words[1]] if words[4] == "No" else []))
+                found[gpu] = replace(device, ids=(*device.ids, words[1]), idle=idle)
             else:
                 free, used, free_sms, used_sms = map(int, numbers)
                 found[gpu] = Partitions(free, used, free_sms + used_sms)

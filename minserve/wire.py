@@ -26,7 +26,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     """The first message to a worker: a ModelEntry as plain values, and where its share of the pool is.
 
     `pool_fds` is the memfd of a pool in host memory, or goes with `pool_handle`, a PoolHandle of a GPU's.  `debug`: log
-    what only that level shows, each layer of the model among it.
+    what only that level shows, each layer of the model among it.  `sharing`: the mode of sm_share; `green`: first and
+    count of the groups of SMs that the worker keeps to, (0, 0): it may use all it sees.
     """
 
     entry: dict[str, Any]
@@ -36,6 +37,8 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     pool_fds: tuple[int, ...]
     pool_handle: str = ""
     debug: bool = False
+    sharing: str = "none"
+    green: tuple[int, int] = (0, 0)
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

@@ -13,6 +13,7 @@ import torch
 
 from minserve.config import ModelEntry
 from minserve.cuda_memory import PoolHandle
+from minserve.device_share import take_share
 from minserve.engine import Engine, EngineRequest, TokenEvent
 from minserve.kv_share import KvShare
 from minserve.loading import load_model, memory_line, start_engine, warm
@@ -88,6 +89,7 @@ def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
     """Weights, then this model's share of the pool.  ValueError says what is wrong with the model's files."""
     logging.getLogger("minserve").setLevel(logging.DEBUG if start.debug else logging.NOTSET)
     began = time.monotonic()
+    take_share(start)
     resolved = resolve_model(ModelEntry.read(start.entry), start.device)
     model = load_model(resolved, start.device)
     loaded_s = time.monotonic() - began

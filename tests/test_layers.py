@@ -31,16 +31,16 @@ ORDER = {
         __main__
     """,
     "sched": """
-        step slabs other_pools quota prefix blocks latency
+        step slabs other_pools sm_shares quota prefix blocks latency
         limits sequence flights claims waiting running batching pressure
     """,
     "minserve": """
         sampling schema overrides config
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
-        slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory mps pool keeper
+        slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs runner warmup engine cache_identity loading kv_share
         text outputs llm
-        wire link host quota_writer agent protocol answers loop worker frontend listener responses pool_metrics metrics server serve place top
+        wire link host quota_writer agent protocol answers loop device_share worker frontend listener responses pool_metrics metrics server serve place top
     """,
 }
 MAY_IMPORT = {

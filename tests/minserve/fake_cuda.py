@@ -15,6 +15,8 @@ LIMIT = 64 << 20
 INVALID, OUT_OF_MEMORY, INVALID_CONTEXT = 1, 2, 201
 PROT_NONE, PROT_RW, MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANON = 0, 3, 1, 2, 16, 32
 
+ATTRIBUTES = {"sms": 132, "compute_mode": 0, "major": 9, "minor": 0, "mps": 0, "broken_streams": 0}
+
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -24,8 +26,12 @@ libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 class FakeCuda:
     """Every call takes what ctypes would pass on and returns a CUresult."""
 
-    def __init__(self, uuid: bytes = b"gpu-of-the-tests", vmm: bool = True) -> None:
+    def __init__(self, uuid: bytes = b"gpu-of-the-tests", vmm: bool = True, **facts: int) -> None:
+        """`facts`: what the driver says of itself and the device, as ATTRIBUTES and `driver`, `groups`."""
         self.uuid, self.vmm = uuid, vmm
+        self.facts = {"driver": 13010, "groups": 16, **ATTRIBUTES, **facts}
+        self.green: dict[int, int] = {}  # handle -> SMs
+        self.streams: dict[int, int] = {}
         self.memory: dict[int, tuple[int, int]] = {}  # handle -> memfd, bytes
         self.ranges: dict[int, int] = {}
         self.mapped: dict[int, tuple[int, bool]] = {}  # address -> bytes, accessible
@@ -33,9 +39,8 @@ class FakeCuda:
 
     def left_over(self) -> list[str]:
         """What somebody forgot to give back."""
-        return [
-            name for name in ("memory", "ranges", "mapped", "contexts", "retained") if getattr(self, name)
-        ]
+        names = ("memory", "ranges", "mapped", "contexts", "retained", "green", "streams")
+        return [name for name in names if getattr(self, name)]
 
     def cuInit(self, flags):
         return 0
@@ -58,7 +63,20 @@ class FakeCuda:
         return 0
 
     def cuDeviceGetAttribute(self, out, number, device):
+        names = {16: "sms", 20: "compute_mode", 75: "major", 76: "minor", 133: "mps"}
+        if number.value in names:
+            value = self.facts[names[number.value]]
+            out._obj.value = max(value, 0)
+            return 0 if value >= 0 else INVALID  # negative: a driver that does not know the attribute
         out._obj.value = int(self.vmm)
+        return 0
+
+    def cuDeviceGetName(self, out, length, device):
+        out.value = b"Fake GPU"
+        return 0
+
+    def cuDriverGetVersion(self, out):
+        out._obj.value = self.facts["driver"]
         return 0
 
     def cuDevicePrimaryCtxRetain(self, out, device):
@@ -161,6 +179,66 @@ class FakeCuda:
         del self.ranges[address.value]
         return libc.munmap(address.value, size.value)
 
+    def cuMemsetD8_v2(self, pointer, value, count):
+        if not self.contexts:
+            return INVALID_CONTEXT
+        ctypes.memset(pointer.value, value.value, count.value)
+        return 0
+
+    def cuMemcpyDtoH_v2(self, to, pointer, count):
+        if not self.contexts:
+            return INVALID_CONTEXT
+        ctypes.memmove(to, pointer.value, count.value)
+        return 0
+
+    # green contexts: a resource is a number of SMs, the groups of a split know their place
+
+    def cuDeviceGetDevResource(self, device, out, kind):
+        r = out._obj
+        r.type, r.sms, r.least, r.step = kind.value, self.facts["sms"], 8, 8
+        return 0 if kind.value == 1 else INVALID
+
+    def cuDevSmResourceSplitByCount(self, groups, count, whole, rest, flags, least):
+        n = self.facts["groups"]
+        if whole._obj.type != 1 or least.value != 8:
+            return INVALID
+        for i in range(min(count._obj.value, n) if groups is not None else 0):
+            groups[i].type, groups[i].sms, groups[i].rest[0] = 1, 8, i + 1
+        count._obj.value = n if groups is None else min(count._obj.value, n)
+        if rest is not None:
+            rest._obj.sms = self.facts["sms"] - 8 * n
+        return 0
+
+    def cuDevResourceGenerateDesc(self, out, resources, count):
+        own = list(resources)
+        if len(own) != count.value or any(r.type != 1 or not r.rest[0] for r in own):
+            return INVALID
+        self.asked = [r.rest[0] - 1 for r in own]
+        out._obj.value = 77
+        return 0
+
+    def cuGreenCtxCreate(self, out, desc, device, flags):
+        if not self.contexts or desc.value != 77 or flags.value != 1:
+            return INVALID
+        self.serial += 1
+        self.green[self.serial], out._obj.value = 8 * len(self.asked), self.serial
+        return 0
+
+    def cuGreenCtxStreamCreate(self, out, green, flags, priority):
+        if green.value not in self.green or flags.value != 1 or self.facts["broken_streams"]:
+            return INVALID
+        self.serial += 1
+        self.streams[self.serial], out._obj.value = green.value, self.serial
+        return 0
+
+    def cuStreamDestroy_v2(self, stream):
+        return 0 if self.streams.pop(stream.value, None) else INVALID
+
+    def cuGreenCtxDestroy(self, green):
+        if green.value in self.streams.values():
+            return INVALID
+        return 0 if self.green.pop(green.value, None) else INVALID
+
     # the legacy way: the handle names a memfd of the exporter, which has to be alive
 
     def cuMemAlloc_v2(self, out, size):
@@ -195,6 +273,13 @@ class FakeCuda:
     def cuIpcCloseMemHandle(self, pointer):
         size, _ = self.mapped.pop(pointer.value)
         return libc.munmap(pointer.value, size)
+
+
+def touch() -> None:
+    """The importing process of minserve.probe."""
+    from minserve import cuda_memory, probe
+
+    probe.touch(lambda: cuda_memory.Driver(FakeCuda()))
 
 
 def main() -> None:

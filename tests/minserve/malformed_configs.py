@@ -70,6 +70,8 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (server("zzz: 5"), ("server.zzz", "5", "host, port")),
     (server("api_key: sk-1"), ("server.api_key", "'api_keys_file'")),
     (gpu("quota: fair"), ("nodes[0].gpus[0].quota", "fair", "marginal, first-come, equal, static, adbs")),
+    (gpu("sharing: nps"), ("nodes[0].gpus[0].sharing", "nps", "auto, none, mps, mps-static, green")),
+    (gpu("prefill_token: 1"), ("nodes[0].gpus[0].prefill_token", "1", "true or false")),
     (gpu("pool: 1GiB"), ("nodes[0].gpus[0].pool", "1GiB", "'pool_bytes'")),
     ("nodes: [{name: n, gpu: []}]\n" + GOOD, ("nodes[0].gpu", "'gpus'")),
     (model("kv_dtyp: int8"), ("models[0].kv_dtyp", "int8", "'kv_dtype'")),
@@ -249,7 +251,7 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("tier: gold"), ("models[0].tier", "gold")),
     (model("sm_share: 0"), ("models[0].sm_share", "0", "[1, 100]")),
     (model("sm_share: 101"), ("models[0].sm_share", "101", "[1, 100]")),
-    (model("sm_share: 50%"), ("models[0].sm_share", "50%")),
+    (model("sm_share: 50%"), ("models[0].sm_share", "50%", "auto")),
     # defaults
     (defaults("kv_dtype: int2"), ("defaults.kv_dtype", "int2", "int4")),
     (defaults("int8_qk: fast"), ("defaults.int8_qk", "fast", "true or false")),
