@@ -10,12 +10,15 @@ A block is found in the cache from the plan on that fills it: steps run in order
 """
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from sched.blocks import BlockPool
 from sched.claims import check_held, claim, publish, spoiled
+from sched.compaction import NOTHING, Compactor
 from sched.flights import Flight, Flights
 from sched.latency import StepCost
 from sched.limits import Limits, QueueFull
+from sched.recount import check_active
 from sched.running import Running
 from sched.sequence import Seq, State
 from sched.step import Chunk, Grant, Request, StepPlan
@@ -25,6 +28,7 @@ from sched.waiting import WaitQueue
 MIN_PREFILL_TOKENS = 64
 # after a refusal the source is asked for a newcomer's blocks again this many steps later, or when blocks come free
 RETRY_STEPS = 8
+_order = attrgetter("order")
 
 
 class Batcher:
@@ -43,6 +47,7 @@ class Batcher:
         self._running = Running(blocks.block_tokens)
         self._paused: dict[int, Seq] = {}
         self._flights = Flights(blocks)
+        self.compactor = Compactor(blocks, self._flights)
         self._left: list[int] = []
         self._joins: list[int] = []
         self._step = 0  # the next to be planned
@@ -85,11 +90,12 @@ class Batcher:
         self._drop(seq)
         return True
 
-    def plan(self, now: float) -> StepPlan:
-        """The next step.  An empty plan is no step: it need not be advanced, but its `left` counts."""
+    def plan(self, now: float, most: int | None = None) -> StepPlan:
+        """The next step, with at most `most` tokens of prompts.  An empty one need not be advanced, but its `left` counts."""
         step = self._step
         grants = self._grow(step)
         decode = self._running.rids()
+        moves, patches, held = self.compactor.make(self._active, step) if decode else NOTHING
         seconds, slope = 0.0, 0.0
         if self.cost:
             seconds = self.cost.decode_s(len(decode), self._running.context)
@@ -98,16 +104,19 @@ class Batcher:
         joined: list[Seq] = []
         if self._prefilling or self._queue:
             budget = self._prefill_budget(len(decode), max(now, self._busy_until) + seconds)
-            chunks = self._prefill(now, budget, grants, joined)
+            chunks = self._prefill(now, budget if most is None else min(budget, most), grants, joined)
             if self.cost:
                 seconds += sum(self.cost.chunk_s(c.start, c.count) for c in chunks)
         left, joins = tuple(self._left), tuple(self._joins)
-        plan = StepPlan(step, decode, tuple(chunks), tuple(grants), left, joins, seconds, slope)
+        plan = StepPlan(
+            step, decode, tuple(chunks), tuple(grants), left, joins, seconds, slope, moves, patches
+        )
         self._left.clear()
         self._joins.clear()
         if not plan.empty:
             self._busy_until = max(now, self._busy_until) + seconds
             self._depart(Flight(plan, joined))
+            self._flights.release(held, step)
         return plan
 
     def horizon(self) -> int:
@@ -143,7 +152,7 @@ class Batcher:
         for seq in flight.joined:
             if seq.first_s is None:
                 seq.first_s = now
-                if self.cost and seq.state is State.RUNNING:
+                if seq.state is State.RUNNING:
                     self._running.track(seq)
         ended = [seq.rid for seq in flight.ending if self._live.get(seq.rid) is seq]
         for rid in ended:
@@ -311,7 +320,7 @@ class Batcher:
 
     def _run(self, seq: Seq, base: int) -> None:
         self._running.start(seq, base)
-        if self.cost and seq.first_s is not None:
+        if seq.first_s is not None:
             self._running.track(seq)
 
     def _repeat(self, first: int, k: int) -> None:
@@ -371,21 +380,12 @@ class Batcher:
         self.blocks.check()
         self._queue.check()
         self._running.check(self._step - 1)
-        P = self.blocks.block_tokens
         for rid, seq in self._live.items():
             if rid not in self._active:
                 idle = seq.state in (State.WAITING, State.ENDING) and not seq.blocks
                 assert idle, f"request {rid} is {seq.state} with blocks {seq.blocks}"
         for rid, seq in self._active.items():
-            in_one = [rid in self._prefilling, seq.state is State.RUNNING, rid in self._paused]
-            assert sum(in_one) == 1, f"request {rid} is {seq.state}, {in_one=}"
-            if seq.state is State.PREFILLING:
-                assert len(seq.blocks) == -(-seq.total // P), (
-                    f"request {rid}: {len(seq.blocks)=} {seq.total=}"
-                )
-                assert seq.keyed * P <= seq.computed < seq.total, f"{rid=} {seq.computed=} {seq.total=}"
-            if seq.state is State.PAUSED:
-                assert len(seq.blocks) * P == seq.total - 1, f"request {rid}: {len(seq.blocks)=} {seq.total=}"
+            check_active(seq, self.blocks.block_tokens, rid in self._prefilling, rid in self._paused)
         assert self._active.keys() <= self._live.keys(), "an active request does not live"
         assert len(self._active) <= self.limits.max_running, f"{len(self._active)} run"
         assert len(self._running) + len(self._prefilling) + len(self._paused) == len(self._active)
@@ -393,7 +393,3 @@ class Batcher:
         held = [s.blocks for s in self._active.values()]
         assert self._flights.pending == sum(map(len, freed)), f"{self._flights.pending=} {freed=}"
         check_held(self.blocks, freed + held)
-
-
-def _order(seq: Seq) -> int:
-    return seq.order

@@ -9,8 +9,10 @@ its key, and evicted for whoever needs a block once the source gives no more set
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from heapq import nsmallest
 
+from sched.recount import check_cache, check_sets
 from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 
 
@@ -185,6 +187,64 @@ class BlockPool:
             given += 1
         return given
 
+    # -- moving
+
+    def emptiest(self, n: int, but: Collection[int] = ()) -> list[tuple[int, int]]:
+        """(live blocks, set) of the `n` sets with the fewest live blocks, but at least one; fewest first."""
+        slots, idle = self.slots, self._idle_in
+        live = ((slots - len(free) - idle.get(s, 0), s) for s, free in self._free.items() if s not in but)
+        return nsmallest(n, (pair for pair in live if pair[0]))
+
+    def evacuate(self, sets: Sequence[int], step: int) -> tuple[dict[int, int], list[int]]:
+        """Moves all that is live in `sets` to other sets, the fullest first; idle blocks are evicted, there and for room.
+
+        Returns where each block goes to, in `step`, and all blocks of the sets: nobody can allocate them before their
+        one reference is released.
+        """
+        for set_id in sets:
+            self._clear(set_id)
+        sources: list[int] = []
+        held: list[int] = []
+        for set_id in sets:
+            free, first = self._free[set_id], set_id << SLOT_BITS
+            taken = set(free)
+            sources += [b for b in range(first, first + self.slots) if b not in taken]
+            held += self._take(set_id, len(free))
+        targets: list[int] = []
+        for _, set_id in sorted((len(free), s) for s, free in self._free.items() if free):
+            targets += self._take(set_id, len(sources) - len(targets))
+        while len(targets) < len(sources):
+            idle = next(iter(self._idle))
+            self._evict(idle)
+            self.num_evicted += 1
+            targets += self._take(idle >> SLOT_BITS, 1)
+        moved = dict(zip(sources, targets, strict=True))
+        for source, target in moved.items():
+            if source in self._shared:
+                self._shared[target] = self._shared.pop(source)
+            if source in self._cached:
+                key, written = self._cached.pop(source)
+                self._cached[target] = key, max(written, step)
+                self._by_key[key] = target
+        return moved, held + sources
+
+    def _take(self, set_id: int, n: int) -> list[int]:
+        """At most `n` free blocks of this set."""
+        free = self._free[set_id]
+        taken = free[len(free) - min(n, len(free)) :]
+        if not taken:
+            return taken
+        if len(free) == self.slots:
+            self._empty.remove(set_id)
+            self._open[set_id] = free
+        del free[len(free) - len(taken) :]
+        if not free:
+            self._open.pop(set_id, None)
+        self._spare.pop(set_id, None)
+        self._live.update(taken)
+        self.num_free -= len(taken)
+        return taken
+
     def _rest(self, block: int) -> None:
         """The last reference to a cached block is gone."""
         set_id = block >> SLOT_BITS
@@ -323,34 +383,9 @@ class BlockPool:
         assert not free_blocks & held, f"{free_blocks & held} are both free and held"
         assert free_blocks | held == all_blocks, f"{free_blocks ^ held ^ all_blocks} are lost or foreign"
         assert self._shared.keys() <= self._live, f"{self._shared.keys() - self._live} are shared but free"
-        for set_id, free in self._free.items():
-            assert {block >> SLOT_BITS for block in free} <= {set_id}, (
-                f"foreign blocks in set {set_id}: {free}"
-            )
-            places = [set_id == self._current, set_id in self._open, set_id in self._empty]
-            assert sum(places) == 1 or not (free or any(places)), f"set {set_id}: {len(free)=} {places=}"
-            assert (len(free) == self.slots) == places[2], f"set {set_id}: {len(free)=} {places=}"
-        assert all(self._free[s] is free and free for s, free in self._open.items()), "a full set is open"
-        assert len(set(self._empty)) == len(self._empty), f"{self._empty=}"
-        assert self._urgent <= self._free.keys(), f"{self._urgent=} not held"
-        assert set(self._open) <= self._free.keys(), "open sets not held"
-        self._check_cache()
-
-    def _check_cache(self) -> None:
-        idle = self._idle.keys()
-        assert not self._live & idle, f"{self._live & idle} are both live and idle"
-        assert idle <= self._cached.keys() <= self._live | idle, (
-            "a free block is cached, or an idle one is not"
-        )
-        assert len(self._by_key) == len(self._cached), f"{len(self._by_key)=} {len(self._cached)=}"
-        assert all(self._by_key[key] == block for block, (key, _) in self._cached.items()), (
-            "keys are mixed up"
-        )
-        counts: dict[int, int] = {}
-        for block in idle:
-            counts[block >> SLOT_BITS] = counts.get(block >> SLOT_BITS, 0) + 1
-        assert counts == self._idle_in, f"{counts=} {self._idle_in=}"
-        spare = {s for s, count in counts.items() if count + len(self._free[s]) == self.slots}
+        check_sets(self._free, self.slots, self._current, self._open, self._empty, self._urgent)
+        check_cache(self._by_key, self._cached, self._live, self._idle, self._idle_in)
+        spare = {s for s, count in self._idle_in.items() if count + len(self._free[s]) == self.slots}
         assert spare == self._spare.keys(), f"{spare=} {self._spare=}"
         assert not spare & self._urgent, f"{spare & self._urgent} are kept, but are of the liveness reserve"
 

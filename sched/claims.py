@@ -44,9 +44,9 @@ def publish(pool: BlockPool, seq: Seq, tokens: int, step: int = -1) -> None:
 
 
 def spoiled(plan: StepPlan, seqs: Iterable[Seq]) -> list[int]:
-    """Whose keys and values cannot be trusted when the step has failed: those in it, and those who found in the cache
-    what it, or a step planned since, was to write."""
-    named = {*plan.decode, *(c.rid for c in plan.chunks)}
+    """Whose keys and values cannot be trusted when the step has failed: those in it, those whose blocks it moved, and
+    those who found in the cache what it, or a step planned since, was to write."""
+    named = {*plan.decode, *(c.rid for c in plan.chunks), *(p.rid for p in plan.patches)}
     return [seq.rid for seq in seqs if seq.rid in named or seq.source >= plan.step]
 
 

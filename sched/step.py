@@ -50,14 +50,30 @@ class Grant(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Move(NamedTuple):
+    """The KV of block `source`, of every layer, is copied to block `target` before the step runs."""
+
+    source: int
+    target: int
+
+
+class Patch(NamedTuple):
+    """Entry `index` of the block table of request `rid` is `block` from this step on."""
+
+    rid: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    block: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One forward pass.  Rows are `decode` (one token a request, each sampled), then `chunks`, in this order.
 
     `left` are requests whose block table is to be dropped first (ended, aborted or preempted since the last plan); a
     preempted one may come back in the same plan.  `joins` are requests that enter, or enter again: their first chunk is
-    here, and starts where the cached part of their tokens ends.  The step is predicted to take `seconds`, and `slope`
-    more each time it is repeated with one more token of context a request.
+    here, and starts where the cached part of their tokens ends.  `moves` are made first of all, behind the step before;
+    `patches` follow them, and the grants.  The step is predicted to take `seconds`, and `slope` more each time it is
+    repeated with one more token of context a request.
     """
 
     step: int
@@ -68,6 +84,8 @@ class StepPlan:
     joins: tuple[int, ...] = ()
     seconds: float = 0.0
     slope: float = 0.0
+    moves: tuple[Move, ...] = ()
+    patches: tuple[Patch, ...] = ()
 
     @property
     def empty(self) -> bool:

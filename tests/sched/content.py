@@ -68,7 +68,7 @@ class Content:
         self.memory: dict[int, list[int]] = {}
         self.sequences: dict[int, Sequence] = {}
         self.flights: list[Flight] = []
-        self.queries = self.hits = self.spoiled = 0
+        self.queries = self.hits = self.spoiled = self.moved = 0
         given = sets.give_back
 
         def give_back(set_id: int) -> None:
@@ -107,6 +107,11 @@ class Content:
             seq = self.sequences[rid]
             assert (seq.table is None) == (rid in plan.joins), f"request {rid}: {plan.joins=} {seq.table=}"
             seq.table = [*(seq.table or []), *blocks]
+        for rid, index, block in plan.patches:
+            table = self.sequences[rid].table
+            assert table is not None
+            assert (table[index], block) in plan.moves, f"request {rid} is to find {block} at {index}"
+            table[index] = block
         for chunk in plan.chunks:
             if chunk.rid in plan.joins:
                 self._joined(self.sequences[chunk.rid], chunk.start)
@@ -125,6 +130,14 @@ class Content:
 
     def _run(self, plan: StepPlan, fails: bool) -> None:
         flight = Flight(plan, fails)
+        # all are read before any is written, as by a kernel in whatever order
+        copies = {b: list(self.memory.get(a, [0] * self.P)) for a, b in plan.moves}
+        assert not copies.keys() & {a for a, _ in plan.moves}, (
+            "a block is moved to where another is moved from"
+        )
+        self.moved += len(copies)
+        for block, values in copies.items():
+            self.memory[block] = [GARBAGE] * self.P if fails else values
         decodes = [(rid, len(self.sequences[rid].tokens) - 1, 1, True) for rid in plan.decode]
         rows = [(self.sequences[rid], start, count, s) for rid, start, count, s in [*decodes, *plan.chunks]]
         for seq, start, count, _ in rows:
@@ -156,6 +169,7 @@ class Content:
             left = [s for s in self.sequences.values() if s.spoiled < later and not s.ended]
             assert not left, f"{[s.request.rid for s in left]} computed with what a failed step left behind"
             named = {*flight.plan.decode, *(c.rid for c in flight.plan.chunks)}
+            named |= {p.rid for p in flight.plan.patches}
             self.spoiled += len(set(ended) - named)
         else:
             stopped = []

@@ -71,6 +71,8 @@ def random_run(seed: int, turns: int = 150) -> Counter[str]:
             witness.abort(rng.randrange(rid))
         if rng.random() < 0.1:
             sets.foreign = rng.randint(0, sets.num_sets)
+        if rng.random() < 0.2:
+            witness.batcher.compactor.ask(rng.randint(1, 4), rng.randint(0, 30))
         while len(witness.planned) < depth:
             plan = witness.plan(now)
             if plan.empty:
@@ -84,6 +86,7 @@ def random_run(seed: int, turns: int = 150) -> Counter[str]:
     witness.finish(now, 50 + (len(witness.live) + 1) * (longest + 1) * 4)
     ends = Counter(r.ended for r in witness.records.values())
     ends.update(preempted=witness.batcher.num_preemptions, urgent=sets.num_urgent, steps=witness.num_steps)
+    ends.update(moved=witness.num_moves)
     return ends + Counter(empty=witness.num_empty, restarts=witness.num_restarts, chunks=witness.num_chunks)
 
 
@@ -97,7 +100,7 @@ def test_every_request_ends_and_nothing_leaks(part: int) -> None:
             e.add_note(f"random_run({seed})")
             raise
     # the runs really visited what they are for
-    for what in ("length", "stop", "abort", "preempted", "restarts", "urgent", "empty"):
+    for what in ("length", "stop", "abort", "preempted", "restarts", "urgent", "empty", "moved"):
         assert seen[what] > 20, f"{what} happened {seen[what]} times in {seen}"
 
 
@@ -147,6 +150,10 @@ class BatcherMachine(RuleBasedStateMachine):
         sampled = sorted(self.witness.planned[0].sampled)
         stopped = data.draw(st.sets(st.sampled_from(sampled), max_size=2)) if sampled else set()
         self.witness.advance(self.now, stopped.__contains__)
+
+    @rule(sets=st.integers(1, 5), blocks=st.integers(0, 40))
+    def compact(self, sets: int, blocks: int) -> None:
+        self.witness.batcher.compactor.ask(sets, blocks)
 
     @rule(foreign=st.integers(0, 40))
     def other_model(self, foreign: int) -> None:

@@ -74,7 +74,7 @@ class Witness:
         self.P = batcher.blocks.block_tokens
         self.records: dict[int, Record] = {}
         self.planned: list[Planned] = []
-        self.num_chunks = self.num_steps = self.num_restarts = self.num_empty = 0
+        self.num_moves = self.num_chunks = self.num_steps = self.num_restarts = self.num_empty = 0
 
     def add(self, request: Request) -> None:
         self.batcher.add(request)
@@ -95,6 +95,7 @@ class Witness:
         self._leave(plan)
         self._grant(plan)
         planned = Planned(plan, set(), {})
+        self._move(plan, planned)
         self._execute(plan, planned)
         tabled = [r for r in self.records.values() if r.table is not None]
         assert all(not r.ended for r in tabled), "a table outlives its request"
@@ -137,6 +138,26 @@ class Witness:
                 r.starts += 1
                 self.num_restarts += r.starts > 1
             r.table += blocks
+
+    def _move(self, plan: StepPlan, planned: Planned) -> None:
+        """Sources and targets belong to the step: neither may be given to anybody before it has run."""
+        moved = dict(plan.moves)
+        assert plan.moves == () or not plan.empty, f"{plan.moves} in no step"
+        assert len(moved) == len(plan.moves) == len(set(moved.values())), f"{plan.moves=}"
+        held = {b for r in self.records.values() for b in r.table or ()}
+        flying = {b for p in self.planned for b in p.blocks}
+        taken = set(moved.values()) & (held | flying | moved.keys())
+        assert not taken, f"blocks are moved to {taken}, which are taken"
+        assert moved.keys() <= held, f"{moved.keys() - held} are moved, but nobody's"
+        for rid, index, block in plan.patches:
+            table = self.records[rid].table
+            assert table is not None, f"request {rid} has no table"
+            assert moved[table[index]] == block, f"request {rid}: {table[index]} went to {block}"
+            table[index] = block
+        left = {b for r in self.records.values() for b in r.table or ()} & moved.keys()
+        assert not left, f"{left} were moved, and are still named"
+        planned.blocks |= {*moved.keys(), *moved.values()}
+        self.num_moves += len(moved)
 
     def _execute(self, plan: StepPlan, planned: Planned) -> None:
         rids = [*plan.decode, *(c.rid for c in plan.chunks)]
