@@ -21,6 +21,7 @@ from minserve.keeper import Keeper
 from minserve.lock_watch import LockWatch
 from minserve.memory import weight_bytes, workspace
 from minserve.quota_writer import QuotaWriter
+from minserve.residency import Residency
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
 from minserve.shared_memory import create_memfd
 from minserve.slab_counts import PoolCounts
@@ -87,7 +88,8 @@ def open_pool(
     """ValueError where the models do not fit into `size` bytes; RuntimeError where a GPU does not give its memory."""
     on_gpu = device.startswith("cuda")
     plan = plan_pool(models, gpu, size)
-    table, name = SlabTable.create(plan, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
+    out = {m.entry.name for m in models if not m.entry.load_at_start}
+    table, name = SlabTable.create(plan, out=out, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
     if not on_gpu:
         return Pool(name, device, plan, table, (create_memfd("minserve-slab-pool", plan.pool_bytes),))
     environ = {**os.environ, **({} if sharing is None else sharing.keeper_environ)}
@@ -125,7 +127,7 @@ class Agent:
         """`broken`: models that are known to fail, and why.  ValueError where a pool cannot hold its models."""
         self.pools: list[Pool] = []
         self.hosts: dict[str, Host] = {}
-        self._lives: dict[str, asyncio.Task[None]] = {}
+        self.residencies: dict[str, Residency] = {}  # of the hosts that have a place in a pool
         self._quotas: list[QuotaWriter] = []
         self._watches: list[LockWatch] = []
         self._keeping: list[asyncio.Task[None]] = []
@@ -168,17 +170,20 @@ class Agent:
             # what is imported may be charged to the importer: the pool is within the limit
             environ = sharing.environ(name, own_bytes(m) + pool.plan.pool_bytes)
             self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner), environ=environ)
+            self.residencies[name] = Residency(self.hosts[name], pool.table)
+            if not m.entry.load_at_start:
+                self.hosts[name].park("not loaded yet")
 
     def start(self) -> None:
         """Spawns the workers; `Host.first_load` tells when each is ready or has failed."""
-        for name, host in self.hosts.items():
-            if host.state != "failed":
-                self._lives[name] = asyncio.create_task(host.run(), name=f"life of {name}")
+        for residency in self.residencies.values():
+            if residency.host.state != "unloaded":
+                residency.start()
         self._keeping = [asyncio.create_task(quotas.run(), name="quotas") for quotas in self._quotas]
         self._keeping += [asyncio.create_task(self._look_at(w), name="lock watch") for w in self._watches]
 
     async def settled(self) -> None:
-        """Waits until every model is ready for the first time or has failed."""
+        """Waits until every model is ready for the first time, has failed, or is not to be loaded yet."""
         for host in self.hosts.values():
             await host.first_load.wait()
 
@@ -209,7 +214,7 @@ class Agent:
 
     async def stop(self) -> None:
         """Ends all workers; afterwards none of ours is left."""
-        await asyncio.gather(*(self.hosts[name].stop(life) for name, life in self._lives.items()))
+        await asyncio.gather(*(residency.stop() for residency in self.residencies.values()))
         for keeping in self._keeping:
             keeping.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)

@@ -1,10 +1,12 @@
 """One model's worker process as the agent sees it: spawned, watched, restarted, its slab sets reclaimed.
 
-States: loading -> ready -> (draining) , back to loading when the process died, failed when it cannot be had.  Every
-request handed over ends exactly once: by its last token, refused, aborted, or lost with the process.
+States: loading -> ready -> draining -> asleep -> loading (waking) -> ready, or -> unloaded; back to loading when the
+process died, unloaded when it died in its sleep or on the way there, failed when it cannot be had.  Every request handed
+over ends exactly once: by its last token, refused, aborted, or lost with the process.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -21,18 +23,22 @@ from typing import Protocol
 from minserve.link import LineLog, Link
 from minserve.wire import (
     Abort,
+    Asleep,
+    Awake,
     FromWorker,
     Loaded,
     LoadFailed,
     Ping,
     Pong,
     Refused,
+    Sleep,
     Start,
     Stats,
     Stop,
     Submit,
     TokenEvent,
     Tokens,
+    Wake,
     encode,
 )
 
@@ -57,6 +63,14 @@ class Patience:
     kill_s: float = 300.0
     stop_s: float = 5.0
     back_off_s: float = 0.5
+
+
+class WorkerLost(RuntimeError):
+    """The process ended before it had done what it was asked for."""
+
+
+class WakeRefused(RuntimeError):
+    """The worker could not wake, and is asleep as before."""
 
 
 class Sink(Protocol):
@@ -94,9 +108,10 @@ class Host:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
         self._deaths: deque[float] = deque()
-        self._answered = False
+        self._answered = self._was_loaded = False
+        self._asked: asyncio.Future[str] | None = None  # to sleep or to wake
         self._pinged_s = self._pong_s = self._moved_s = 0.0
-        self._stopping = False
+        self._stopping = asyncio.Event()
 
     @classmethod
     def failed(cls, name: str, reason: str) -> "Host":
@@ -135,24 +150,37 @@ class Host:
 
     def abort(self, rid: int) -> None:
         """Forgets the request; nothing is told to its sink any more.  Known or not."""
-        if self._sinks.pop(rid, None) is not None and self.state == "ready":
+        if self._sinks.pop(rid, None) is not None:
             self._send(Abort(rid))
 
     def drop(self, reason: str) -> None:
         """Ends all requests now."""
         sinks, self._sinks = self._sinks, {}
         for rid, sink in sinks.items():
-            if self.state == "ready":
-                self._send(Abort(rid))
+            self._send(Abort(rid))
             sink.lost(reason)
 
+    def park(self, reason: str = "") -> None:
+        """There is no process, and there is to be none until `run` is called again."""
+        self.state, self.reason, self.stats = "unloaded", reason, Stats()
+        self.first_load.set()
+
+    def begin(self) -> None:
+        """Before it runs again, after it was parked or has failed."""
+        self.state, self.reason = "loading", ""
+        self._deaths.clear()
+        self._stopping.clear()
+        self._was_loaded = False
+
     async def run(self) -> None:
-        """Lives of the worker, one after the other, until stopped or failed."""
-        while not self._stopping:
+        """Lives of the worker, one after the other, until stopped, failed, or dead while nobody needs it."""
+        while not self._stopping.is_set():
             await self._live()
-            if self._stopping or self.state == "failed":
+            if self._stopping.is_set() or self.state in ("failed", "unloaded"):
                 break
-            await asyncio.sleep(self._after_death())
+            pause_s = self._after_death()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
         self.first_load.set()
 
     def _after_death(self) -> float:
@@ -165,7 +193,7 @@ class Host:
             self._deaths.popleft()
         if len(self._deaths) >= MAX_DEATHS:
             self._fail(f"the worker died {len(self._deaths)} times and answered nothing in between")
-            self._stopping = True
+            self._stopping.set()
             return 0.0
         self.restarts += 1
         # the first one comes back at once
@@ -230,18 +258,23 @@ class Host:
     async def _bury(self, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()  # it has exited: this only collects it
         assert self._link is not None
+        self._process = None
         try:
             # tokens that it sent before it died are still in the socket
             await asyncio.wait_for(self._link.closed.wait(), 2.0)
         except TimeoutError:
             self._link.hang_up()
-        if self.state == "ready":
-            self.state = "loading"
         why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if self.state in ("draining", "asleep"):
+            self.park(f"its worker ended ({why}) while it was {self.state}")
+        elif self.state == "ready":
+            self.state = "loading"
         lost = len(self._sinks)
         self.drop(f"The worker of model {self.name} ended ({why}).")
         slabs = await self._reclaim()
-        if not self._stopping:
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_exception(WorkerLost(f"the worker of {self.name} ended ({why})"))
+        if not self._stopping.is_set():
             log.warning("[%s] worker %d ended: %s; %d requests lost, %d slabs reclaimed",
                         self.name, process.pid, why, lost, slabs)  # fmt: skip
 
@@ -250,7 +283,7 @@ class Host:
         seq = 0
         while True:
             await asyncio.sleep(self._patience.ping_s)
-            if self.state != "ready":
+            if self.state not in ("ready", "draining", "asleep"):
                 continue
             now = time.monotonic()
             if self._pong_s >= self._pinged_s:
@@ -282,36 +315,74 @@ class Host:
             sink = self._sinks.pop(message.rid, None)
             if sink is not None:
                 sink.refused(message.error)
-        elif isinstance(message, Loaded):
-            self.loaded, self.state = message, "draining" if self._stopping else "ready"
+        else:
+            self._moved(message)
+
+    def _moved(self, message: Loaded | LoadFailed | Asleep | Awake) -> None:
+        if isinstance(message, Loaded):
+            self.loaded, self.state = message, "draining" if self._stopping.is_set() else "ready"
+            self._was_loaded = True
             for line in message.report:
                 log.info("[%s] %s", self.name, line)
             self.first_load.set()
         elif isinstance(message, LoadFailed):
             self._load_failed(message.error)
+        elif isinstance(message, Asleep):
+            self.state = "asleep"
+            self._answer(message.report)
+        else:
+            self.state, self.reason = "asleep" if message.error else "ready", ""
+            self._answer(WakeRefused(message.error) if message.error else message.report)
+
+    def _answer(self, found: str | WakeRefused) -> None:
+        assert self._asked is not None, f"{self.name} answers what nobody asked"
+        log.info("[%s] %s", self.name, found)
+        if self._asked.done():
+            return  # whoever asked is gone
+        if isinstance(found, str):
+            self._asked.set_result(found)
+        else:
+            self._asked.set_exception(found)
+
+    def sleep(self, level: int) -> "asyncio.Future[str]":
+        """Asks a worker without requests, in state draining; WorkerLost where it dies over it."""
+        assert (self.state, self.num_requests) == ("draining", 0), f"{self.name} is {self.state}"
+        return self._ask_for(Sleep(level))
+
+    def wake(self) -> "asyncio.Future[str]":
+        """WakeRefused: it is asleep as before.  WorkerLost: it is loading anew, as after any death."""
+        assert self.state == "asleep", f"{self.name} is {self.state}"
+        self.state, self.reason = "loading", "waking up"
+        return self._ask_for(Wake())
+
+    def _ask_for(self, message: Sleep | Wake) -> "asyncio.Future[str]":
+        self._asked = asyncio.get_running_loop().create_future()
+        self._asked.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever asked may be gone
+        self._send(message)
+        return self._asked
 
     def _load_failed(self, error: str) -> None:
-        if self.restarts == 0:
+        if not self._was_loaded:
             self._fail(error)
         else:
             # it could be loaded before: something passing, perhaps memory
             self.reason = error
             log.error("[%s] did not load again: %s", self.name, error)
 
-    def _send(self, message: Submit | Abort | Ping | Stop | Start) -> None:
+    def _send(self, message: Submit | Abort | Ping | Sleep | Wake | Stop | Start) -> None:
         # a dead worker's socket swallows it: the requests are lost at its burial
-        if self._link is not None and self._link.transport is not None:
-            self._link.transport.write(encode(message))
+        transport = None if self._link is None else self._link.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(encode(message))
 
     async def stop(self, life: "asyncio.Task[None]") -> None:
         """Asks the worker to end, then makes it; returns when it has been buried."""
-        self._stopping = True
+        self._stopping.set()
+        # who loads or wakes does not listen
+        ask_s = 0.0 if self.state == "loading" else self._patience.stop_s
         if self.state == "ready":
             self.state = "draining"
-        if self._process is None or self._process.poll() is not None:
-            await asyncio.wait([life], timeout=0.1)  # its burial may be under way
-            life.cancel()  # it was waiting for its next life
-        ways = ((self._ask, self._patience.stop_s), (self._terminate, 1.0), (self.kill, 30.0))
+        ways = ((self._ask, ask_s), (self._terminate, 1.0), (self.kill, 30.0))
         for make, wait_s in ways:
             if not life.done():
                 make()

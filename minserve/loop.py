@@ -16,12 +16,15 @@ from typing import Any, Protocol
 
 from minserve.wire import (
     Abort,
+    Asleep,
+    Awake,
     Channel,
     Loaded,
     LoadFailed,
     Ping,
     Pong,
     Refused,
+    Sleep,
     Start,
     Stats,
     Stop,
@@ -29,18 +32,22 @@ from minserve.wire import (
     TokenEvent,
     Tokens,
     ToWorker,
+    Wake,
     WireError,
 )
 
 WAIT_FOR_BLOCKS_S = 0.002
 PR_SET_PDEATHSIG = 1
+# of files, of memory, of a device: they are told, what else is raised is a crash
+REFUSALS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 class ServedEngine(Protocol):
     """`add` raises ValueError for a request that can never run; `step` gives events with the fields of TokenEvent.
 
     `idle` is called in place of a step while there is no work, and says after how many seconds to call it again if no
-    message comes; None: not at all.
+    message comes; None: not at all.  `sleep` is called without requests and says what it did; until `wake` there is no
+    work.  A `wake` that raises one of REFUSALS leaves the engine asleep.
     """
 
     @property
@@ -50,6 +57,8 @@ class ServedEngine(Protocol):
     def step(self) -> Sequence[Any]: ...
     def idle(self) -> float | None: ...
     def stats(self) -> Stats: ...
+    def sleep(self, level: int) -> str: ...
+    def wake(self) -> str: ...
     def close(self) -> None: ...
 
 
@@ -94,8 +103,18 @@ class Loop:
             self._engine.abort(message.rid)
         elif isinstance(message, Ping):
             self._channel.send(Pong(message.seq, self._engine.stats(), time.monotonic()))
+        elif isinstance(message, Sleep):
+            self._channel.send(Asleep(self._engine.sleep(message.level)))
+        elif isinstance(message, Wake):
+            self._channel.send(self._woken())
         elif isinstance(message, Stop):
             self._stopping = True
+
+    def _woken(self) -> Awake:
+        try:
+            return Awake(self._engine.wake())
+        except REFUSALS as error:
+            return Awake(error=explain(error))
 
     def _send(self, events: Sequence[Any]) -> None:
         try:
@@ -111,6 +130,10 @@ class Loop:
         except WireError as error:
             self._engine.abort(event.rid)
             self._channel.send(Tokens([TokenEvent(event.rid, (), finish_reason="error", error=str(error))]))
+
+
+def explain(error: Exception) -> str:
+    return f"{error!s:.2000}" or type(error).__name__
 
 
 def die_with_parent(parent: int) -> None:
@@ -133,8 +156,8 @@ def serve(opener: Opener, argv: Sequence[str]) -> None:
             return  # the server was stopped while this process began
         try:
             engine, loaded = opener(start)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            channel.send(LoadFailed(f"{error!s:.2000}" or type(error).__name__))
+        except REFUSALS as error:
+            channel.send(LoadFailed(explain(error)))
             sys.exit(1)
         channel.send(loaded)
         Loop(channel, engine).run()

@@ -158,6 +158,19 @@ def plan_pool(models: list[ResolvedModel], gpu: GpuConfig, size: int) -> PoolPla
     return solve([m.shape for m in models], size, max_slab_bytes=gpu.slab_bytes or MAX_SLAB_BYTES)
 
 
+def check_planned(model: ResolvedModel, plan: PoolPlan) -> None:
+    """ValueError where the model's files are not those that its place in the pool was planned for."""
+    shape, planned = model.shape, plan.models[model.entry.name]
+    found = (shape.layers, shape.block_tokens, sum(shape.layer_bytes) or shape.layers * shape.block_bytes)
+    blocks = sum(g.layers * g.block_bytes for g in planned.groups)
+    wanted = (sum(g.layers for g in planned.groups), planned.block_tokens, blocks)
+    if found != wanted:
+        raise ValueError(
+            f"model {model.entry.name} now has (layers, tokens of a block, bytes of a block) {found}, its pool was planned "
+            f"for {wanted}: restart the server to serve the changed files in {model.entry.path}"
+        )
+
+
 def settle_blocks(models: list[ResolvedModel], gpu: GpuConfig, size: int) -> list[ResolvedModel]:
     """The models with the blocks that suit a pool of `size` bytes: the kernel's best unless a tail would be too large.
 

@@ -66,6 +66,17 @@ class Ping(msgspec.Struct, tag=True, frozen=True):
     seq: int
 
 
+class Sleep(msgspec.Struct, tag=True, frozen=True):
+    """Give back every slab set and, on a GPU, its memory: at level 1 the weights go to host memory, at level 2 they are
+    dropped.  No request is under way."""
+
+    level: int = 1
+
+
+class Wake(msgspec.Struct, tag=True, frozen=True):
+    """Be as before Sleep."""
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """End the process; requests under way are dropped."""
 
@@ -116,6 +127,19 @@ class LoadFailed(msgspec.Struct, tag=True, frozen=True):
     error: str
 
 
+class Asleep(msgspec.Struct, tag=True, frozen=True):
+    """Nothing of the pool is held any more.  `report`: a line for the log."""
+
+    report: str = ""
+
+
+class Awake(msgspec.Struct, tag=True, frozen=True):
+    """Requests can come; or they cannot, for `error`, and the model is asleep as before."""
+
+    report: str = ""
+    error: str = ""
+
+
 class Stats(msgspec.Struct, frozen=True):
     """`running`, `waiting` and `cached_blocks` are now, the rest totals since the start.  `late_compiles`: kernels that
     warm-up missed.  `prefix_queries` and `prefix_hits` count tokens of prompts."""
@@ -139,8 +163,8 @@ class Pong(msgspec.Struct, tag=True, frozen=True):
     at_s: float = 0.0
 
 
-ToWorker = Start | Submit | Abort | Ping | Stop
-FromWorker = Loaded | LoadFailed | Tokens | Refused | Pong
+ToWorker = Start | Submit | Abort | Ping | Sleep | Wake | Stop
+FromWorker = Loaded | LoadFailed | Tokens | Refused | Pong | Asleep | Awake
 Message = TypeVar("Message")
 
 

@@ -38,9 +38,9 @@ ORDER = {
         sampling schema overrides config
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
         slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory mps pool keeper green probe sm_share
-        models sampler inputs graphs runner warmup engine cache_identity loading kv_share
+        models sampler inputs graphs runner warmup engine cache_identity loading kv_share offload
         text outputs llm
-        wire link host quota_writer agent protocol answers loop device_share worker frontend listener responses pool_metrics metrics server serve place top
+        wire link host residency quota_writer agent protocol answers loop device_share worker frontend listener responses pool_metrics metrics server serve place top
     """,
 }
 MAY_IMPORT = {

@@ -1,7 +1,9 @@
 """A worker whose engine is an oracle: token t of a request is a hash of (prompt, seed, index, t).  No torch.
 
 It runs in the same process arrangement and behind the same loop as the real one, so every byte that a client gets is
-known in advance.  Prompts that begin with one of DIE .. FREEZE make it misbehave, or repeat the rest of the prompt.
+known in advance.  Prompts that begin with one of DIE .. FREEZE make it misbehave, or repeat the rest of the prompt; models whose
+names hold "refuses", "dies", "collapses", "hoards", "dreams", "faints" or "snores"
+do when they load, sleep or wake.
 """
 
 import hashlib
@@ -57,9 +59,11 @@ class Oracle:
     layers: int
     vocab: int
     window: int
+    name: str = "oracle"
     running: dict[int, Running] = field(default_factory=dict)
     num_steps: int = 0
     output_tokens: int = 0
+    wakes: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -128,6 +132,25 @@ class Oracle:
     def idle(self) -> None:
         """It holds nothing without a request."""
 
+    def sleep(self, level: int) -> str:
+        assert not self.running, f"{list(self.running)} run"
+        if "collapses" in self.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hoards" in self.name:
+            self.table.lease(self.owner, self.layers)
+        return f"asleep at level {level}"
+
+    def wake(self) -> str:
+        self.wakes += 1
+        if "dreams" in self.name and self.wakes == 1:
+            raise RuntimeError("out of memory")
+        if "faints" in self.name:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "snores" in self.name:
+            time.sleep(3600)
+        return "awake"
+
     @staticmethod
     def _prompt_logprobs(r: Submit) -> tuple[TokenLogprobs | None, ...] | None:
         if r.params.prompt_logprobs is None:
@@ -150,8 +173,10 @@ def open_oracle(start: Start) -> tuple[ServedEngine, Loaded]:
         os.kill(os.getpid(), signal.SIGKILL)
     table = SlabTable.attach(start.table_fd)
     shape = table.plan.models[resolved.entry.name]
-    oracle = Oracle(table, start.owner, shape.layers, resolved.config.vocab_size, resolved.max_model_len)
-    return oracle, Loaded(resolved.max_model_len, resolved.config.vocab_size, ("an oracle",))
+    vocab, window, name = resolved.config.vocab_size, resolved.max_model_len, resolved.entry.name
+    return Oracle(table, start.owner, shape.layers, vocab, window, name), Loaded(
+        resolved.max_model_len, resolved.config.vocab_size, ("an oracle",)
+    )
 
 
 def main() -> None:

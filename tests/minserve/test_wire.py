@@ -122,6 +122,7 @@ def test_a_worker_reports_late_compiles_and_its_cache(monkeypatch: pytest.Monkey
     own: Any = SimpleNamespace(
         batcher=SimpleNamespace(num_running=1, num_waiting=2, blocks=blocks), counters=counters
     )
-    sets: Any = SimpleNamespace()
+    served: Any = object.__new__(worker.EngineServed)
+    served._active = SimpleNamespace(engine=own)
     want = Stats(running=1, waiting=2, late_compiles=3, prefix_queries=70, prefix_hits=64, cached_blocks=5)
-    assert worker.EngineServed(own, sets).stats() == want
+    assert served.stats() == want
