@@ -64,6 +64,7 @@ class Oracle:
     num_steps: int = 0
     output_tokens: int = 0
     wakes: int = 0
+    newest: int = -1
 
     @property
     def has_work(self) -> bool:
@@ -86,7 +87,7 @@ class Oracle:
         tokens = oracle_tokens(r.prompt, r.params.seed or 0, r.index, count, self.vocab)
         if r.prompt[0] == SPEAK:
             tokens = list(r.prompt[1 : count + 1])
-        self.running[r.rid] = Running(r, tokens, lease)
+        self.running[r.rid], self.newest = Running(r, tokens, lease), r.rid
 
     def abort(self, rid: int) -> bool:
         run = self.running.pop(rid, None)
@@ -100,15 +101,19 @@ class Oracle:
 
     def step(self) -> list[TokenEvent]:
         self.num_steps += 1
-        slow = any(r.request.prompt[0] == SLOW for r in self.running.values())
+        slow = any(r.request.prompt[0] == SLOW or self._waits(r.request) for r in self.running.values())
         time.sleep(0.05 if slow else STEP_S)
         return [self._advance(run) for run in list(self.running.values())]
+
+    def _waits(self, r: Submit) -> bool:
+        """BREAK with more behind it breaks once another request has come: a client can have read something by then."""
+        return r.prompt[0] == BREAK and len(r.prompt) > 1 and self.newest == r.rid
 
     def _advance(self, run: Running) -> TokenEvent:
         r, p = run.request, run.request.params
         if r.prompt[0] == HANG and run.done == 2:
             time.sleep(3600)
-        if r.prompt[0] == BREAK and run.done == 2:
+        if r.prompt[0] == BREAK and run.done >= 2 and not self._waits(r):
             self.abort(r.rid)
             return TokenEvent(r.rid, (), finish_reason="error", error="the model's logits are not finite")
         if p.max_tokens == 0:

@@ -221,21 +221,27 @@ def test_the_openai_client_is_at_home(client: openai.OpenAI) -> None:
 
 
 def test_a_failure_in_mid_stream_is_an_event_and_a_cut(server: Server, client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": "a", "prompt": [BREAK, 1], "max_tokens": 200, "stream": True}
+
+    def let_it_break() -> None:
+        """Another request; before there is anything to read a failure is a status."""
+        whole = httpx.post(f"{server.url}/v1/completions", json={"model": "a", "prompt": [BREAK]})
+        assert whole.status_code == 500
+
     got: list[bytes] = []
-    with (
-        httpx.stream(
-            "POST", f"{server.url}/v1/completions", json={"model": "a", "prompt": [BREAK], "stream": True}
-        ) as r,
-        pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"),
-    ):
-        got.extend(r.iter_raw())
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as r:
+        parts = r.iter_raw()
+        got.append(next(parts))
+        let_it_break()
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            got.extend(parts)
     last = events(b"".join(got).decode())[-1]
     assert last["error"]["code"] == "engine_error"
+    stream = iter(client.completions.create(**body))
+    assert next(stream).choices
+    let_it_break()
     with pytest.raises(openai.APIError):
-        list(client.completions.create(model="a", prompt=[BREAK], stream=True))
-    # before there is anything to read it is a status
-    whole = httpx.post(f"{server.url}/v1/completions", json={"model": "a", "prompt": [BREAK]})
-    assert whole.status_code == 500
+        list(stream)
     server.assert_idle()
 
 
