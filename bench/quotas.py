@@ -74,7 +74,11 @@ class Worker:
         )  # fmt: skip
         self.batcher = batcher = Batcher(blocks, limits)
         self._share = KvShare(
-            sets, blocks, lambda: demand(batcher, now[0]), lambda n: preempt_for(batcher, n), lambda: now[0]
+            sets,
+            blocks,
+            lambda ahead: demand(batcher, now[0], ahead),
+            lambda n: preempt_for(batcher, n),
+            lambda: now[0],
         )
         self._now, self.tokens = now, 0
         self.arrived: dict[int, Arrival] = {}

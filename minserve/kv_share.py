@@ -15,6 +15,9 @@ from sched.quota import urgency
 IDLE_LOOK_S = 0.1
 # requests that end by themselves are cheaper than one that is computed again
 PREEMPT_AFTER_S = 0.1
+# what runs claims its memory so long before it needs it: an idle neighbour has looked by then, and given it
+CLAIM_AHEAD_S = 0.5
+MOST_AHEAD = 256  # steps
 STEP_WEIGHT = 0.1
 
 
@@ -40,14 +43,14 @@ class Holder(Protocol):
 
 
 class KvShare:
-    """`preempt(n)` preempts requests so that `n` sets have none, and says how many; asked when the sets without requests
-    were not enough for PREEMPT_AFTER_S, and not more often than that."""
+    """`demand(steps)` says what is wanted within so many steps.  `preempt(n)` preempts requests so that `n` sets have none,
+    and says how many; asked when the sets without requests were not enough for PREEMPT_AFTER_S, and not more often."""
 
     def __init__(
         self,
         sets: LeasedSets,
         holder: Holder,
-        demand: Callable[[], Demand],
+        demand: Callable[[int], Demand],
         preempt: Callable[[int], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,6 +67,11 @@ class KvShare:
         """How long an idle worker may sleep before its next turn; None: it holds nothing that anybody could want."""
         return IDLE_LOOK_S if self._holder.num_sets or self._sets.num_draining else None
 
+    @property
+    def _ahead(self) -> int:
+        """Steps in CLAIM_AHEAD_S."""
+        return min(MOST_AHEAD, int(CLAIM_AHEAD_S * 1e6 / self._step_us)) if self._step_us else 0
+
     def stepped(self, seconds: float) -> None:
         """A step took so long."""
         us = seconds * 1e6
@@ -72,7 +80,7 @@ class KvShare:
     def turn(self) -> None:
         """Gives back what others have a claim to, then publishes."""
         self._give_way()
-        demand, holder = self._demand(), self._holder
+        demand, holder = self._demand(self._ahead), self._holder
         self._sets.publish(
             demand=-(-demand.blocks // holder.slots),
             used=holder.num_sets - holder.num_spare_sets,

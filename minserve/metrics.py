@@ -23,6 +23,8 @@ MODEL_METRICS = (
     ("prefix_cache_queries_total", "counter", "prefix_queries"),
     ("prefix_cache_hits_total", "counter", "prefix_hits"),
     ("prefix_cache_blocks", "gauge", "cached_blocks"),
+    # requests that lost their blocks to more urgent ones, or to another model, and are computed again
+    ("preemptions_total", "counter", "preemptions"),
     # above 0, a request has waited for a compiler: warm-up has missed a kernel
     ("late_compiles_total", "counter", "late_compiles"),
 )

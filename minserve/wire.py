@@ -142,7 +142,8 @@ class Awake(msgspec.Struct, tag=True, frozen=True):
 
 class Stats(msgspec.Struct, frozen=True):
     """`running`, `waiting` and `cached_blocks` are now, the rest totals since the start.  `late_compiles`: kernels that
-    warm-up missed.  `prefix_queries` and `prefix_hits` count tokens of prompts."""
+    warm-up missed.  `prefix_queries` and `prefix_hits` count tokens of prompts.  `preemptions`: requests that lost
+    their blocks and are computed again."""
 
     running: int = 0
     waiting: int = 0
@@ -153,6 +154,7 @@ class Stats(msgspec.Struct, frozen=True):
     prefix_queries: int = 0
     prefix_hits: int = 0
     cached_blocks: int = 0
+    preemptions: int = 0
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):

@@ -44,7 +44,7 @@ class _Active:
         share = KvShare(
             sets,
             batcher.blocks,
-            lambda: demand(batcher, time.monotonic()),
+            lambda ahead: demand(batcher, time.monotonic(), ahead),
             lambda n: preempt_for(batcher, n),
         )
         return cls(engine, sets, share)
@@ -161,6 +161,7 @@ class EngineServed:
             prefix_queries=c.prefix_queries,
             prefix_hits=c.prefix_hits,
             cached_blocks=e.blocks.num_cached,
+            preemptions=e.num_preemptions,
         )
 
     def close(self) -> None:

@@ -19,14 +19,18 @@ class Demand(NamedTuple):
     sequence_tokens: float = 0.0
 
 
-def demand(batcher: Batcher, now: float) -> Demand:
-    """Of memory: who waits only because no more may run at once wants none yet."""
+def demand(batcher: Batcher, now: float, ahead: int = 0) -> Demand:
+    """Of memory: who waits only because no more may run at once wants none yet.
+
+    `ahead`: steps for which those that run want theirs beforehand, so that others have given it when they need it.
+    """
     queue, running, blocks = batcher._queue, batcher._running, batcher.blocks
     waiting, room = len(queue), batcher.limits.max_running - batcher.num_running
     admitted = min(waiting, max(0, room))
     tokens = queue.num_tokens * admitted / waiting if waiting else 0.0
     # each fills its last block in part, and who is paused lacks one block
     wanted = -int(-tokens // blocks.block_tokens) + admitted + len(batcher._paused)
+    wanted += running.growth(batcher._step - 1, ahead)
     slack_s, budget_s = queue.slack(now)
     known = len(running) + waiting
     mean = (running.context + queue.num_tokens) / known if known else 0.0

@@ -65,6 +65,16 @@ class Running:
     def num_due(self, step: int) -> int:
         return len(self._ring[step % self.block_tokens])
 
+    def growth(self, step: int, ahead: int) -> int:
+        """Blocks that those who run after `step` need in the `ahead` steps behind it."""
+        laps, rest = divmod(ahead, self.block_tokens)
+        needed = laps * len(self._seqs) + sum(self.num_due(step + i) for i in range(1, rest + 1))
+        # who ends before then needs less; at most one block each is counted too much
+        last = step + ahead
+        return needed - sum(
+            (last - end) // self.block_tokens * len(s) for end, s in self._ends.items() if end < last
+        )
+
     def tick(self, step: int) -> list[Seq]:
         """`step` is planned: everyone is one token longer.  Those whose last token it was stop here."""
         self.context += len(self._seqs)

@@ -13,12 +13,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from minserve import LLM, SamplingParams, top
 from minserve.pool import SlabPool
 from minserve.slab_counts import PLACES
 from tests.e2e.running import VOCAB, Server, running, wait_for
-from tests.e2e.test_real import attach
+from tests.e2e.test_real import attach, metric
 from tests.minserve.small_table import copy_of
 from tests.tiny import write_llama, write_tokenizer
 
@@ -61,25 +62,25 @@ def unreserved(pool: SlabPool, name: str) -> int:
     return pool.plan.num_slabs - others - pool.plan.liveness_slabs
 
 
-def prompts_of(pool: SlabPool, name: str, seed: int) -> list[list[int]]:
+def prompts_of(pool: SlabPool, name: str, seed: int, prompt: int = PROMPT) -> list[list[int]]:
     """As many random prompts as can run together, with the blocks that admission leaves for growth."""
     shape = pool.plan.models[name]
     room, each = unreserved(pool, name) // shape.layers * shape.slots, (PROMPT + ANSWER) // shape.block_tokens
     count = max(n for n in range(1, room // each + 1) if n * each + n // 8 < room)
     rng = np.random.default_rng(seed)
-    return rng.integers(5, VOCAB - 2, (count, PROMPT)).tolist()
+    return rng.integers(5, VOCAB - 2, (count, prompt)).tolist()
 
 
 class Flood(threading.Thread):
     """All prompts in one request; `texts` once it has ended."""
 
-    def __init__(self, server: Server, name: str, prompts: list[list[int]]) -> None:
+    def __init__(self, server: Server, name: str, prompts: list[list[int]], answer: int = ANSWER) -> None:
         super().__init__(daemon=True)
         self._url = f"{server.url}/v1/completions"
         self._body = {
             "model": name,
             "prompt": prompts,
-            "max_tokens": ANSWER,
+            "max_tokens": answer,
             "temperature": 0,
             "ignore_eos": True,
         }
@@ -98,10 +99,14 @@ class Flood(threading.Thread):
         return self.texts
 
 
-def alone(folder: Path, name: str, prompts: list[list[int]]) -> list[str]:
+def alone(folder: Path, name: str, prompts: list[list[int]], answer: int = ANSWER) -> list[str]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that spin beside the workers are slower than one
     with LLM(folder / name, device="cpu", pool_bytes=64 << 20, **MODEL) as llm:
-        params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
-        return [o.outputs[0].text for o in llm.generate(prompts, params)]
+        params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        texts = [o.outputs[0].text for o in llm.generate(prompts, params)]
+    torch.set_num_threads(threads)
+    return texts
 
 
 def may_hold(pool: SlabPool, name: str) -> int:
@@ -164,6 +169,63 @@ def test_an_idle_model_gives_way_within_a_second_and_so_back(
         assert took <= 1.0, f"{name} took {took:.2f} s: {pool.table.counts()}"
         assert texts == expected[name]
         giver = name
+
+
+GROWING = 65  # tokens of a prompt; its answer takes all else that a sequence may
+
+
+def test_after_the_hand_over_nobody_is_refused_memory(
+    server: Server, pool: SlabPool, folder: Path, prompts: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """A flood of all that fits, which takes most of its memory once all of it runs: token by token, out of a cache that
+    the idle model keeps until it is wanted."""
+    answer, giver = PROMPT + ANSWER - GROWING, "deep"
+    assert Flood(server, giver, prompts[giver]).wait() == expected[giver]
+    preempted = settled(server)
+    for name in ("flat", "deep"):
+        owner, shape = pool.table.owner_of(name), pool.plan.models[name]
+        growing = prompts_of(pool, name, 11, GROWING)
+        least = len(growing) * (GROWING // shape.block_tokens)
+        kept = pool.table.held(pool.table.owner_of(giver))
+        flood = Flood(server, name, growing, answer)
+
+        def all_run() -> bool:
+            status = pool.table.status(owner)  # noqa: B023
+            return status["live_blocks"] >= least and not status["waiting"]  # noqa: B023
+
+        wait_for(all_run, 20, lambda: str(pool.table.counts()))
+        took, before, most = time.monotonic() - flood.began, pool.table.counts().models[name], 0
+        assert flood.is_alive(), "the flood was over before the hand-over"
+        while flood.is_alive():
+            most = max(most, pool.table.held(owner))
+            time.sleep(0.002)
+        after = pool.table.counts().models[name]
+        print(
+            f"all {len(growing)} of {name} run after {took:.3f} s in {before.live} slabs, beside {kept} of {giver}; they grow to "
+            f"{most}, {most / unreserved(pool, name):.1%} of what is not reserved, and {after.refused - before.refused} leases are refused"
+        )
+        assert took <= 1.0, f"{name} took {took:.2f} s: {pool.table.counts()}"
+        assert before.live < 0.6 * most, f"{name} had its memory before it grew"
+        assert most >= 0.9 * unreserved(pool, name)
+        assert after.refused == before.refused, (
+            f"{after.refused - before.refused} leases of {name} were refused"
+        )
+        assert flood.wait() == alone(folder, name, growing, answer)
+        giver = name
+    assert settled(server) == preempted, "requests lost their blocks"
+
+
+def settled(server: Server) -> list[float]:
+    """Preemptions of both, once the workers have told of all until now: they are asked once a second."""
+    found: list[list[float]] = []
+
+    def same_twice() -> bool:
+        time.sleep(1.1)
+        found.append([metric(server, "preemptions_total", name) for name in LAYERS])
+        return found[-2:-1] == found[-1:]
+
+    wait_for(same_twice, 30)
+    return found[-1]
 
 
 def test_two_floods_at_once_share_the_pool_and_say_the_same(

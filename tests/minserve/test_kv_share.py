@@ -43,7 +43,7 @@ class Model:
         )
         self.batcher = Batcher(self.blocks, limits)
         self.share = KvShare(
-            self.sets, self.blocks, lambda: demand(self.batcher, clock()), lambda n: preempt_for(self.batcher, n), clock
+            self.sets, self.blocks, lambda ahead: demand(self.batcher, clock(), ahead), lambda n: preempt_for(self.batcher, n), clock
         )  # fmt: skip
         self.added = 0
         self.ended: set[int] = set()

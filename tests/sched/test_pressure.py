@@ -1,5 +1,9 @@
 """What a Batcher says that it lacks, and whom it preempts so that sets come free."""
 
+import random
+
+import pytest
+
 from sched.pressure import demand, preempt_for
 from sched.step import Request
 from tests.sched.small import build, step
@@ -36,6 +40,28 @@ def test_who_waits_only_for_a_row_wants_no_memory() -> None:
     assert (b.num_running, b.num_waiting) == (1, 4)
     assert demand(b, 0.0).blocks == 0
     assert demand(b, 0.0).waiting == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_runs_wants_beforehand_what_the_next_steps_take(seed: int) -> None:
+    rng = random.Random(seed)
+    b = build(1000, P=P, slots=SLOTS)
+    for rid in range(8):
+        b.add(request(rid, rng.randrange(1, 30), answer=rng.randrange(8, 60)))
+    while b.num_running < 8 or b.num_waiting:
+        step(b)
+    for ahead in (1, 3, P, 2 * P + 1, 30):
+        assert demand(b, 0.0, ahead).blocks == max(
+            0, b._running.growth(b._step - 1, ahead) - b.blocks.num_available
+        )
+        wanted = b._running.growth(b._step - 1, ahead)
+        taken = ended = 0
+        for _ in range(ahead):
+            plan, gone = step(b)
+            taken += sum(len(grant.blocks) for grant in plan.grants)
+            ended += len(gone)
+        # who ends may be counted with a block too much
+        assert taken <= wanted <= taken + ended, f"{ahead=} {ended=}"
 
 
 def test_the_youngest_go_as_many_as_it_takes_and_the_eldest_stays() -> None:
