@@ -63,6 +63,7 @@ class ServerConfig:
     host: str = key(text(r"[A-Za-z0-9._:%\[\]-]{1,255}", "a host name or address"), "127.0.0.1")
     port: int = key(integer(0, 65535), 8000)
     api_keys_file: str | None = key(maybe(file_path()), None)
+    admin_keys_file: str | None = key(maybe(file_path()), None)
     max_body_bytes: int = key(size(KiB, GiB), 2 * MiB)
     max_queued_requests: int = key(integer(1, 1_000_000), 4096)
     shutdown_timeout_s: float = key(number(0, 3600), 30.0)
@@ -225,7 +226,8 @@ class Config:
 
     def _paths(self) -> list[tuple[str, str | None, bool]]:
         found: list[tuple[str, str | None, bool]] = [
-            ("server.api_keys_file", self.server.api_keys_file, False)
+            ("server.api_keys_file", self.server.api_keys_file, False),
+            ("server.admin_keys_file", self.server.admin_keys_file, False),
         ]
         for i, m in enumerate(self.models):
             found += [(f"models[{i}].path", m.path, True), (f"models[{i}].tokenizer", m.tokenizer, False)]
@@ -362,23 +364,6 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
         if name.startswith("model_") and v is not None
     }
     return {name: plain_value(v) for name, v in given.items()}
-
-
-def api_keys(config: ServerConfig) -> tuple[str, ...]:
-    """The keys that may use the server, none where it is open: MINSERVE_API_KEY and the lines of `api_keys_file`."""
-    keys = [os.environ.get("MINSERVE_API_KEY", "")]
-    if config.api_keys_file is not None:
-        lines = [line.strip() for line in Path(config.api_keys_file).read_text().splitlines()]
-        keys += (given := [line for line in lines if line and not line.startswith("#")])
-        if not given:
-            raise ValueError(
-                f"server.api_keys_file must hold a key on a line of its own, got none in {config.api_keys_file!r}"
-            )
-    for key_ in keys:
-        # never the value itself: it is a secret
-        if key_ and not (key_.isascii() and key_.isprintable() and " " not in key_):
-            raise ValueError("an API key must be printable ASCII without spaces")
-    return tuple(dict.fromkeys(k for k in keys if k))
 
 
 def pick_device(device: str) -> str:

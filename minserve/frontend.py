@@ -24,6 +24,8 @@ INLINE_CHARS = 4096
 FINISHES_KEPT = 64
 # log probabilities of prompt tokens in one answer: about 25 bytes each, all held at once
 MAX_ECHOED = 1 << 20
+# states in which a model stays until somebody asks for it, and what to ask
+RESTING = {"asleep": "wake", "unloaded": "load"}
 
 
 class Sequence:
@@ -163,7 +165,9 @@ class Job:
     @property
     def lost_code(self) -> str:
         """Why a worker gave no more answers."""
-        return "shutting_down" if self._front.draining else "worker_died"
+        if self._front.draining:
+            return "shutting_down"
+        return "model_unloaded" if self.served.host.state == "draining" else "worker_died"
 
     def disconnect(self) -> None:
         self.gone = True
@@ -231,6 +235,14 @@ class Frontend:
             raise ApiError(503, "The server is shutting down.", "shutting_down", retry_after_s=10)
         if host.state == "failed":
             raise failed(served)
+        if host.state in RESTING:
+            verb = RESTING[host.state]
+            how = f"POST /admin/models/{name}/{verb} brings it back"
+            says = f"The model {name} is {host.state}: {how}."
+            raise ApiError(503, says, f"model_{host.state}", retry_after_s=10)
+        if host.state == "draining":
+            says = f"The model {name} is being taken out of service."
+            raise ApiError(503, says, "model_draining", retry_after_s=10)
         if host.state != "ready":
             raise ApiError(503, f"The model {name} is {host.state}.", "model_loading", retry_after_s=2)
 

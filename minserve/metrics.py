@@ -37,6 +37,8 @@ def rendered(
     hosts, lines = list(hosts), []
     for name, kind, field in MODEL_METRICS:
         lines += _metric(name, kind, [((("model_name", h.name),), getattr(h.stats, field)) for h in hosts])
+    ready = [((("model_name", h.name),), h.state == "ready") for h in hosts]
+    lines += _metric("model_ready", "gauge", ready)
     restarts = [((("model_name", h.name),), h.restarts) for h in hosts]
     lines += _metric("worker_restarts_total", "counter", restarts)
     for metric in pool_metrics(plans, pools):

@@ -17,8 +17,8 @@ MAX_SEQUENCES = 1024
 MAX_MESSAGE_CHARS = 600
 MAX_SALT_CHARS = 1024
 KINDS = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
-    408: "invalid_request_error", 413: "invalid_request_error", 415: "invalid_request_error",
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error",
     431: "invalid_request_error", 500: "server_error", 501: "server_error", 503: "overloaded_error",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import uuid
 from typing import Any
 
 import orjson
+from starlette.responses import Response as Plain
 from starlette.types import Receive, Send
 
 from minserve import answers
@@ -26,6 +27,10 @@ JSON_TYPE = (b"content-type", b"application/json")
 
 class Disconnected(Exception):
     """The client is gone: there is nobody to tell anything."""
+
+
+def reply(value: Any, status: int = 200) -> Plain:
+    return Plain(orjson.dumps(value), status, media_type="application/json")
 
 
 async def send_body(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

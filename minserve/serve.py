@@ -8,6 +8,7 @@ line and exit status 2.
 import argparse
 import asyncio
 import importlib.metadata
+import ipaddress
 import logging
 import platform
 import signal
@@ -22,11 +23,18 @@ import uvloop
 
 import minserve
 from minserve.agent import Agent
-from minserve.config import Config, add_model_flags, api_keys, load_config, model_flags
+from minserve.config import (
+    Config,
+    ServerConfig,
+    add_model_flags,
+    load_config,
+    model_flags,
+)
 from minserve.frontend import Frontend
 from minserve.host import BOOT, ROOT, Host
+from minserve.keys import admin_keys, api_keys
 from minserve.listener import HttpServer, bind, raise_open_files
-from minserve.server import build_app
+from minserve.server import Access, build_app
 from minserve.text import Tokenizer
 from minserve.wire import Stats
 
@@ -109,7 +117,7 @@ class Service:
         tokenizers = load_tokenizers(config, broken)
         self.agent = Agent(config, broken, boot)
         self.front = Frontend(config, self.agent, tokenizers)
-        app = build_app(self.front, keys=api_keys(config.server), max_body_bytes=config.server.max_body_bytes)
+        app = build_app(self.front, access=access(config.server), max_body_bytes=config.server.max_body_bytes)
         self._http = HttpServer(app)
         self._signals = 0
         self._signalled = asyncio.Event()
@@ -161,12 +169,16 @@ class Service:
         for host in hosts:
             if host.state == "failed":
                 say(f"model {host.name} failed: {host.reason}")
-        up = [h.name for h in hosts if h.state == "ready"]
-        if not up:
+        up, resting = ([h.name for h in hosts if h.state == state] for state in ("ready", "unloaded"))
+        if not up and not resting:
             sys.stderr.write("minserve: no model could be loaded\n")
             return False
-        say(f"ready in {time.monotonic() - self._began:.1f} s: {self._url} serves {', '.join(up)}")
-        say(f"try, in another terminal:\n  {self._curl(up[0])}")
+        served = ", ".join(up) or "no model yet"
+        say(f"ready in {time.monotonic() - self._began:.1f} s: {self._url} serves {served}")
+        if resting:
+            say(f"not loaded: {', '.join(resting)}; python -m minserve.admin {self._url} load NAME loads one")
+        if up:
+            say(f"try, in another terminal:\n  {self._curl(up[0])}")
         return True
 
     def _curl(self, name: str) -> str:
@@ -207,6 +219,14 @@ class Service:
                 if line:
                     log.info("%s | slabs %s", line, " ".join(pools))
                 before[host.name] = host.stats
+
+
+def access(config: ServerConfig) -> Access:
+    try:
+        local = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        local = False  # a name: who knows where it leads
+    return Access(api_keys(config), admin_keys(config), local)
 
 
 def reachable(listener: socket.socket) -> str:

@@ -1,7 +1,7 @@
 """The HTTP surface: routes, keys, request ids, body limits, and errors in OpenAI's shape.
 
-`build_app` makes a plain ASGI application.  Every route needs a key where keys are set, save the two of PUBLIC; what is
-not known here is refused.
+`build_app` makes a plain ASGI application.  Every route needs a key where keys are set, save the two of PUBLIC; those under
+ADMIN need an admin key, or nobody may use them.  What is not known here is refused.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import minserve
 from minserve import answers, metrics
+from minserve.admin_routes import AdminPages
 from minserve.frontend import Frontend, Job, Served
 from minserve.protocol import (
     ApiError,
@@ -34,11 +35,14 @@ from minserve.protocol import (
     TokenizeBody,
     read_body,
 )
-from minserve.responses import Disconnected, Response, error_headers, send_error
+from minserve.responses import Disconnected, Response, error_headers, reply, send_error
 
 log = logging.getLogger("minserve")
 
 PUBLIC = frozenset({"/health", "/ready"})
+ADMIN = "/admin"
+# what /v1/models calls the states that others have names for
+SHOWN = {"ready": "loaded", "asleep": "sleeping"}
 BODY_TIMEOUT_S = 60.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -104,12 +108,23 @@ class Generate:
             log.warning("a client did not read its stream: request aborted")
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may use what.  `local`: without any keys the admin routes are open, since only this machine reaches them."""
+
+    keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    local: bool = False
+
+
 class Gate:
     """Around the whole application: the request id of every answer, and the key check."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(k.encode()).digest() for k in keys]
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._local = app, access.local
+        self._keys, self._admin = (
+            [hashlib.sha256(k.encode()).digest() for k in keys] for keys in (access.keys, access.admin_keys)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = header(scope, b"x-request-id")
@@ -121,19 +136,44 @@ class Gate:
                 message["headers"] = [*message["headers"], extra]
             await send(message)
 
-        if self._allowed(scope):
+        path = scope["path"]
+        error = (
+            self._admin_error(scope) if path == ADMIN or path.startswith(f"{ADMIN}/") else self._error(scope)
+        )
+        if error is None:
             await self._app(scope, receive, send_with_id)
         else:
-            await send_error(send_with_id, ApiError(401, "A valid API key is needed.", "invalid_api_key"))
+            await send_error(send_with_id, error)
 
-    def _allowed(self, scope: Scope) -> bool:
-        if not self._digests or scope["path"] in PUBLIC:
-            return True
-        scheme, _, key = header(scope, b"authorization").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-        # all of them, always: how long it takes tells nothing
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+    def _error(self, scope: Scope) -> ApiError | None:
+        if not self._keys or scope["path"] in PUBLIC or _has_key(scope, self._keys):
+            return None
+        return ApiError(401, "A valid API key is needed.", "invalid_api_key")
+
+    def _admin_error(self, scope: Scope) -> ApiError | None:
+        if self._admin:
+            if _has_key(scope, self._admin):
+                return None
+            if _has_key(scope, self._keys):
+                return ApiError(403, "This route needs an admin key; an API key is none.", "admin_key_needed")
+            return ApiError(401, "A valid admin key is needed.", "invalid_api_key")
+        if not self._local or self._keys:
+            says = "The admin routes are off: MINSERVE_ADMIN_KEY or server.admin_keys_file turns them on."
+            return ApiError(403, says, "admin_off")
+        if header(scope, b"origin"):
+            # any page that this machine's browser shows could send it
+            return ApiError(
+                403, "The admin routes are not for browsers where there is no admin key.", "admin_off"
+            )
+        return None
+
+
+def _has_key(scope: Scope, digests: list[bytes]) -> bool:
+    scheme, _, key = header(scope, b"authorization").partition(" ")
+    digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+    # all of them, always: how long it takes tells nothing
+    matches = [hmac.compare_digest(digest, known) for known in digests]
+    return scheme.lower() == "bearer" and any(matches)
 
 
 class Pages:
@@ -151,7 +191,7 @@ class Pages:
         host = served.host
         window = host.loaded.max_model_len if host.loaded is not None else served.entry.max_model_len
         status = {
-            "value": "loaded" if host.state == "ready" else host.state,
+            "value": SHOWN.get(host.state, host.state),
             "failed": host.state == "failed",
         }
         name = served.entry.name
@@ -238,10 +278,6 @@ class Pages:
         return reply({"version": minserve.__version__})
 
 
-def reply(value: Any, status: int = 200) -> Plain:
-    return Plain(orjson.dumps(value), status, media_type="application/json")
-
-
 async def http_error(request: Request, error: Exception) -> Plain:
     """404 and 405 of the router, in our shape."""
     assert isinstance(error, HTTPException), f"{error!r} is not the router's"
@@ -267,8 +303,8 @@ async def vanished(request: Request, error: Exception) -> Plain:
     return Plain(status_code=499)  # nobody reads it
 
 
-def build_app(front: Frontend, *, keys: tuple[str, ...], max_body_bytes: int) -> ASGIApp:
-    pages = Pages(front, max_body_bytes)
+def build_app(front: Frontend, *, access: Access, max_body_bytes: int) -> ASGIApp:
+    pages, admin = Pages(front, max_body_bytes), AdminPages(front)
     completions = Generate(CompletionBody, front.completion, max_body_bytes)
     chat = Generate(ChatBody, front.chat, max_body_bytes)
     routes = [
@@ -283,6 +319,9 @@ def build_app(front: Frontend, *, keys: tuple[str, ...], max_body_bytes: int) ->
         Route("/ready", pages.ready),
         Route("/version", pages.version),
         Route("/metrics", pages.metrics),
+        Route(f"{ADMIN}/models", admin.models),
+        Route(f"{ADMIN}/models/{{name:path}}/{{verb}}", admin.act, methods=["POST"]),
+        Route(f"{ADMIN}/models/{{name:path}}", admin.model),
     ]
     handlers: Any = {
         HTTPException: http_error,
@@ -292,4 +331,4 @@ def build_app(front: Frontend, *, keys: tuple[str, ...], max_body_bytes: int) ->
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Gate(app, keys)
+    return Gate(app, access)

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from rich.console import Console, Group
@@ -18,7 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from minserve.config import ServerConfig, api_keys, load_config
+from minserve.config import ServerConfig, load_config
+from minserve.keys import api_keys
 from minserve.slab_counts import PLACES
 
 ROW = re.compile(r"minserve:([a-z_]+)\{([^}]*)\} (\S+)")
@@ -58,14 +59,16 @@ class Sample:
         return [model for name, of, model in self.values if name == "kv_sets" and of == pool]
 
 
-def server_of(given: str | None) -> tuple[str, str | None]:
+def server_of(
+    given: str | None, keys_of: Callable[[ServerConfig], tuple[str, ...]] = api_keys
+) -> tuple[str, str | None]:
     """(URL, key) of a URL, a configuration file, or nothing: the default address."""
     if given is None or re.match(r"https?://", given):
-        keys = api_keys(ServerConfig())
+        keys = keys_of(ServerConfig())
         return (given or "http://127.0.0.1:8000").rstrip("/"), keys[0] if keys else None
     server = load_config(given).server
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-    keys = api_keys(server)
+    keys = keys_of(server)
     return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}", keys[
         0
     ] if keys else None

@@ -35,12 +35,12 @@ ORDER = {
         limits sequence flights claims waiting running batching pressure
     """,
     "minserve": """
-        sampling schema overrides config
+        sampling schema overrides config keys
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
         slab_words slab_counts slab_quota shared_memory lock_watch slab_table cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs runner warmup engine cache_identity loading kv_share offload
         text outputs llm
-        wire link host residency quota_writer agent protocol answers loop device_share worker frontend listener responses pool_metrics metrics server serve place top
+        wire link host residency quota_writer agent protocol answers loop device_share worker frontend listener responses admin_routes pool_metrics metrics server serve place top admin
     """,
 }
 MAY_IMPORT = {
@@ -78,8 +78,11 @@ TORCH_FREE = (
     "protocol",
     "answers",
     "server",
+    "residency",
+    "admin_routes",
     "serve",
     "top",
+    "admin",
 )
 
 # what the server alone needs: a machine that only measures, or runs LLM, does without

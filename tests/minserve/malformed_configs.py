@@ -119,6 +119,8 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (server("port: {a: 80}"), ("server.port", '{"a": 80}')),
     (server("port: 0x50"), ("server.port", "0x50")),
     (server("port: " + "9" * 5000), ("server.port", "999")),
+    (server("admin_keys_file: 5"), ("server.admin_keys_file", "5", "null")),
+    (model("load_at_start: later"), ("models[0].load_at_start", "later", "true or false")),
     (server("api_keys_file: 5"), ("server.api_keys_file", "5", "null")),
     (server("api_keys_file: ''"), ("server.api_keys_file", '""')),
     (server("api_keys_file: ~no_such_user_here/k"), ("server.api_keys_file", "~no_such_user_here")),

@@ -16,11 +16,11 @@ from minserve.config import (
     ServerConfig,
     Slo,
     add_model_flags,
-    api_keys,
     load_config,
     model_flags,
     pick_device,
 )
+from minserve.keys import admin_keys, api_keys
 from minserve.schema import kinds, read_yaml
 from tests.minserve.malformed_configs import MALFORMED, model, server
 
@@ -266,6 +266,20 @@ def test_api_keys_come_from_file_and_environment(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="API key") as error:
         api_keys(ServerConfig())
     assert "secret" not in str(error.value)
+
+
+def test_an_admin_key_is_no_api_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINSERVE_API_KEY", raising=False)
+    monkeypatch.delenv("MINSERVE_ADMIN_KEY", raising=False)
+    assert admin_keys(ServerConfig()) == ()
+    file = tmp_path / "admins"
+    file.write_text("root\n")
+    monkeypatch.setenv("MINSERVE_ADMIN_KEY", "boss")
+    config = ServerConfig(admin_keys_file=str(file))
+    assert (admin_keys(config), api_keys(config)) == (("boss", "root"), ())
+    monkeypatch.setenv("MINSERVE_API_KEY", "root")
+    with pytest.raises(ValueError, match="an admin key must be none of the API keys"):
+        admin_keys(config)
 
 
 def test_changed_shows_what_is_off_default(tmp_path: Path) -> None:
