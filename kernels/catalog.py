@@ -3,6 +3,7 @@
 from kernels import (
     attention,
     attn_prefill,
+    copy_blocks,
     gemm_fp8_block,
     gemm_w4a8,
     gemm_w8a8,
@@ -32,6 +33,7 @@ SPECS: tuple[KernelSpec, ...] = (
     rope_kv_write.SPEC,
     kv_dequant.SPEC,
     kv_to_fp8.SPEC,
+    copy_blocks.SPEC,
     attn_prefill.SPEC,
     attention.SPEC,
     sample.SPEC,
