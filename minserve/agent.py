@@ -20,6 +20,7 @@ from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
 from minserve.lock_watch import LockWatch
 from minserve.memory import weight_bytes, workspace
+from minserve.prefill_token import turn_off
 from minserve.quota_writer import QuotaWriter
 from minserve.residency import Residency
 from minserve.resolve import ResolvedModel, host_pool_bytes, plan_pool, resolve_model, settle_blocks
@@ -90,6 +91,8 @@ def open_pool(
     plan = plan_pool(models, gpu, size)
     out = {m.entry.name for m in models if not m.entry.load_at_start}
     table, name = SlabTable.create(plan, out=out, timeout_s=LOCK_TIMEOUT_S), gpu.name or "pool"
+    if not gpu.prefill_token:
+        turn_off(table)
     if not on_gpu:
         return Pool(name, device, plan, table, (create_memfd("minserve-slab-pool", plan.pool_bytes),))
     environ = {**os.environ, **({} if sharing is None else sharing.keeper_environ)}

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -93,6 +93,15 @@ class Counters:
     prefix_hits: int = 0
 
 
+class Turns(Protocol):
+    """Who else computes prompts on the device: asked before each plan, told of each plan and each end of a step."""
+
+    def cap(self) -> int | None: ...
+    def planned(self, tokens: int, runs: bool) -> None: ...
+    def landed(self) -> None: ...
+    def idle(self) -> None: ...
+
+
 class Engine:
     """`eos_ids` end a sequence unless it ignores them.  `seed` makes requests without one of their own reproducible, in
     the order in which they come.  `identity`: what cached keys and values depend on beside tokens, None caches none.
@@ -119,6 +128,7 @@ class Engine:
         self._overlap = overlap
         self._clock = clock
         self._identity = identity
+        self.turns: Turns | None = None
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._sequences: dict[int, _Sequence] = {}
         self._flights: deque[tuple[StepPlan, StepHandle]] = deque()  # under way, oldest first
@@ -191,7 +201,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One turn of the ring.  An empty list means nothing ended a step: idle, filling up, or blocks are awaited."""
         self.runner.poll()
-        plan = self.batcher.plan(self._clock())
+        plan = self.batcher.plan(self._clock(), self.turns.cap() if self.turns else None)
+        if self.turns:
+            self.turns.planned(sum(c.count for c in plan.chunks), not plan.empty)
         if plan.empty:
             self.runner.rows.drop(plan.left)
         else:
@@ -205,6 +217,11 @@ class Engine:
         while len(self._flights) > keep:
             events += self._land()
         return events
+
+    def idle(self) -> None:
+        """In place of a step, while there is no work."""
+        if self.turns:
+            self.turns.idle()
 
     def _join(self, seq: _Sequence, cached: int) -> Join:
         r = seq.request
@@ -229,6 +246,8 @@ class Engine:
             failure = e
         # only now: Ctrl-C may have cut the wait short, and the Batcher wants every step
         self._flights.popleft()
+        if self.turns:
+            self.turns.landed()
         if failure is None:
             return self._commit(plan, result)
         log.error("step %d failed", plan.step, exc_info=failure)

@@ -23,6 +23,10 @@ COUNTERS: tuple[tuple[str, Callable[[ModelCounts], float]], ...] = (
     ("kv_given_up_sets_total", lambda m: m.status["given_up"]),
     ("kv_reclaims_total", lambda m: m.status["reclaims"]),
     ("kv_reclaim_seconds_total", lambda m: m.status["reclaim_us"] / 1e6),
+    # how often and how long prompts waited for the prefill token, and how often it was taken from a holder gone silent
+    ("prefill_token_waits_total", lambda m: m.status["prefill_waits"]),
+    ("prefill_token_wait_seconds_total", lambda m: m.status["prefill_wait_us"] / 1e6),
+    ("prefill_token_takeovers_total", lambda m: m.status["prefill_takeovers"]),
 )
 
 

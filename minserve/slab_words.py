@@ -21,7 +21,7 @@ from sched.slabs import LayerGroup, PoolPlan, SetShape
 Int64s = NDArray[np.int64]
 
 MAGIC = 0x6D696E736C616273  # "minslabs"
-VERSION = 3
+VERSION = 4
 
 # a word: the low 2 bits are the state, then 14 bits of owner, then the generation
 FREE, LIVE, DRAINING = range(3)
@@ -34,6 +34,8 @@ NOBODY = OWNER_MASK
 HEAD_WORDS = 64
 H_MAGIC, H_VERSION, H_BYTES, H_SLABS, H_MODELS, H_PLAN_BYTES, H_CRC = range(7)
 H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS, H_QUOTAS, H_LIVENESS = range(8, 16)
+# the prefill token (prefill_token.py): who has it and until when, and since when nobody has
+H_TURN, H_TURN_FREED = 16, 17
 # H_QUOTAS: no quotas, quotas that bind while another model has a claim, quotas that always bind
 NO_QUOTAS, WHILE_CLAIMED, ALWAYS = range(3)
 # a model's row: derived counts, statistics, the agent's words, then what its worker publishes.  The agent's, in slabs: the
@@ -43,7 +45,8 @@ R_LIVE, R_DRAINING, R_LEASES, R_RETURNS, R_REFUSED, R_QUOTA, R_RESERVE, R_WANTED
 R_STATUS = 8
 OUT = -1
 # sets: `demand` beyond those held, `used` by requests.  Blocks: `live_blocks` of requests, `cached_blocks` of nobody.
-# A reclaim begins when others are short and ends when this model has given back its part
+# A reclaim begins when others are short and ends when this model has given back its part.  `prefill_since_ns`: it waits
+# for the prefill token since then; `due_ns`: when its next decoded token is due; 0: it does not, nothing decodes
 STATUS = (
     "demand",
     "used",
@@ -59,6 +62,11 @@ STATUS = (
     "reclaims",
     "reclaim_us",
     "reclaim_max_us",
+    "prefill_since_ns",
+    "due_ns",
+    "prefill_waits",
+    "prefill_wait_us",
+    "prefill_takeovers",
 )
 R_DEMAND = R_STATUS + STATUS.index("demand")
 assert R_STATUS + len(STATUS) <= ROW_WORDS

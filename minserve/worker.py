@@ -22,6 +22,7 @@ from minserve.loading import LoadedModel, load_model, memory_line, start_engine,
 from minserve.loop import REFUSALS, ServedEngine, serve
 from minserve.offload import HostCopy, free_unused
 from minserve.pool import LeasedSets, SlabPool
+from minserve.prefill_token import prefill_token
 from minserve.resolve import check_planned, resolve_model
 from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
@@ -47,6 +48,7 @@ class _Active:
             lambda ahead: demand(batcher, time.monotonic(), ahead),
             lambda n: preempt_for(batcher, n),
         )
+        engine.turns = prefill_token(pool.table, sets.owner, batcher)
         return cls(engine, sets, share)
 
     def end(self) -> None:
@@ -98,6 +100,7 @@ class EngineServed:
     def idle(self) -> float | None:
         if self._active is None:
             return None
+        self._engine.idle()
         self._on.share.turn()
         return self._on.share.idle_wait_s
 

@@ -17,7 +17,7 @@ ORDER = {
         w8_cpu w8_config split_sums gemm_w8a8_small gemm_w8a8_large gemm_w8a8
         w4_decode w4_pack w4_cpu w4_config w4_to_w8 gemm_w4a8_tile gemm_w4a8
         quant_blocks gemm_fp8_block_tile gemm_fp8_block
-        kv_layout kv_read kv_rows kv_work kv_step work_buffers kv_case kv_write_tile kv_write_triton rope_kv_write kv_dequant kv_to_fp8
+        kv_layout kv_read kv_rows kv_work kv_step work_buffers kv_case kv_write_tile kv_write_triton rope_kv_write kv_dequant kv_to_fp8 copy_blocks
         attn_cpu attn_unpack attn_queries attn_block attn_decode attn_merge attn_ref prefill_tile prefill_fp8 attn_prefill attention
         catalog
     """,
@@ -31,8 +31,8 @@ ORDER = {
         __main__
     """,
     "sched": """
-        step slabs other_pools sm_shares quota prefix blocks latency
-        limits sequence flights claims waiting running batching pressure
+        step slabs other_pools sm_shares quota prefix sequence recount blocks latency
+        limits flights claims compaction waiting running batching pressure
     """,
     "minserve": """
         sampling schema overrides config keys
