@@ -24,6 +24,8 @@ from sched.prefix import KeyChain, root_key
 from sched.step import Request, StepPlan
 
 log = logging.getLogger(__name__)
+# of the device, in a step: requests that run are held up by it
+COMPACTION_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,7 @@ class Counters:
     """Totals since the start, in tokens, steps and requests.
 
     `prefix_queries`: prompt tokens that were looked up in the cache; `prefix_hits`: those that were found.
+    `moved_blocks`: copied together, in all layers, in `move_s` seconds of the device.
     """
 
     prompt_tokens: int = 0
@@ -91,6 +94,8 @@ class Counters:
     failed: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    moved_blocks: int = 0
+    move_s: float = 0.0
 
 
 class Turns(Protocol):
@@ -223,6 +228,11 @@ class Engine:
         if self.turns:
             self.turns.idle()
 
+    def compact(self, sets: int) -> None:
+        """The next step makes room for at most `sets` sets to leave; its copies take COMPACTION_S, as far as is known."""
+        c = self.counters
+        self.batcher.compactor.ask(sets, int(COMPACTION_S * c.moved_blocks / c.move_s) if c.move_s else 0)
+
     def _join(self, seq: _Sequence, cached: int) -> Join:
         r = seq.request
         if seq.cached is None:
@@ -254,6 +264,8 @@ class Engine:
         return self._fail(plan, f"the step failed: {failure}")
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        self.counters.moved_blocks += result.moved
+        self.counters.move_s += result.move_s
         for p in result.prompt_logprobs:
             if p.rid in self._sequences:
                 self._sequences[p.rid].prompt_logprobs.update(enumerate(p.values, p.position))

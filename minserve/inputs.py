@@ -122,6 +122,12 @@ class RowTable:
         self._blocks[row.index, row.num_blocks : row.num_blocks + len(blocks)] = blocks
         row.num_blocks += len(blocks)
 
+    def patch(self, rid: int, index: int, block: int) -> None:
+        """Entry `index` of its block table is this block from now on."""
+        row = self._rows[rid]
+        assert index < row.num_blocks, f"request {rid} has {row.num_blocks} blocks, {index} is to be patched"
+        self._blocks[row.index, index] = block
+
     def inputs(self, plan: StepPlan) -> StepInputs:
         """The arrays of one step; moves the lengths of the sampled rows on by one."""
         rows = [self._rows[rid] for rid in plan.decode] + [self._rows[c.rid] for c in plan.chunks]

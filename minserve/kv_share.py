@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from minserve.kv_moves import KvMoves
 from minserve.pool import LeasedSets
 from sched.pressure import Demand
 from sched.quota import urgency
@@ -53,9 +54,10 @@ class KvShare:
         demand: Callable[[int], Demand],
         preempt: Callable[[int], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        moves: KvMoves | None = None,
     ) -> None:
         self._sets, self._holder, self._demand = sets, holder, demand
-        self._preempt, self._clock = preempt, clock
+        self._preempt, self._clock, self._moves = preempt, clock, moves
         self._step_us = 0.0
         self._since: float | None = None  # when the reclaim under way began
         self._preempted = 0.0
@@ -78,8 +80,10 @@ class KvShare:
         self._step_us += (us - self._step_us) * (STEP_WEIGHT if self._step_us else 1.0)
 
     def turn(self) -> None:
-        """Gives back what others have a claim to, then publishes."""
-        self._give_way()
+        """Gives back what others have a claim to, moves blocks together where they are short, then publishes."""
+        excess = self._give_way()
+        if self._moves is not None:
+            self._moves.turn(excess)
         demand, holder = self._demand(self._ahead), self._holder
         self._sets.publish(
             demand=-(-demand.blocks // holder.slots),
@@ -96,14 +100,16 @@ class KvShare:
             reclaims=self._reclaims,
             reclaim_us=self._reclaim_us,
             reclaim_max_us=self._reclaim_max_us,
+            **({} if self._moves is None else self._moves.words()),
         )
 
-    def _give_way(self) -> None:
+    def _give_way(self) -> int:
+        """Sets that are still to be given back."""
         wanted = self._sets.excess
         if not wanted:
             if self._since is not None:
                 self._done()
-            return
+            return 0
         now = self._clock()
         if self._since is None:
             self._since = self._preempted = now
@@ -117,6 +123,7 @@ class KvShare:
         self._sets.poll()
         if given >= wanted:
             self._done()
+        return max(0, wanted - given)
 
     def _done(self) -> None:
         assert self._since is not None, "no reclaim is under way"

@@ -262,9 +262,8 @@ class LeasedSets:
                 f"set {set_id} of {self.model} has lost its slabs"
             )
             offsets = self._rows[set_id]
-            assert (offsets == lease.slabs * self.pool.plan.slab_bytes).all(), (
-                f"row {set_id} names other slabs"
-            )
+            places = lease.slabs[self._slab_L] * self.pool.plan.slab_bytes + self._byte_L
+            assert (offsets == places).all(), f"row {set_id} names other slabs"
         for done in self._draining:
             assert self.pool.table.holds(self.owner, done.lease), (
                 f"draining set {done.set_id} has lost its slabs"

@@ -20,8 +20,9 @@ from minserve.graphs import Capture, DecodeGraphs
 from minserve.inputs import Join, PromptRows, RowTable, StepInputs
 from minserve.memory import HEAD_ROWS
 from minserve.models import Llama
+from minserve.moves import BlockMover, Copies
 from minserve.sampler import TokenLogprobs, gather_logprobs, sample
-from sched.step import StepPlan
+from sched.step import Move, StepPlan
 
 
 class SampledToken(NamedTuple):
@@ -43,8 +44,12 @@ class PromptLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """`moved` blocks were copied ahead of the step, in so many seconds of the device."""
+
     sampled: tuple[SampledToken, ...]
     prompt_logprobs: tuple[PromptLogprobs, ...]
+    moved: int = 0
+    move_s: float = 0.0
 
 
 class Memory(Protocol):
@@ -79,27 +84,29 @@ class _Pending:
     logprobs: list[TokenLogprobs | None] | None
     prompt_logprobs: tuple[PromptLogprobs, ...]
     event: torch.cuda.Event | None
+    copies: Copies | None = None
 
     def finish(self) -> StepResult:
         if self.event is not None:
             self.event.synchronize()
+        moved, move_s = (self.copies.blocks, self.copies.seconds) if self.copies else (0, 0.0)
         if self.tokens_2R is None:
-            return StepResult((), self.prompt_logprobs)
+            return StepResult((), self.prompt_logprobs, moved, move_s)
         tokens, broken = self.tokens_2R.tolist()
         logprobs = self.logprobs or [None] * len(tokens)
         rows = zip(self.inputs.sampled_rids, tokens, logprobs, broken, strict=True)
-        return StepResult(
-            tuple(SampledToken(r, t, lp, bool(b)) for r, t, lp, b in rows), self.prompt_logprobs
-        )
+        sampled = tuple(SampledToken(r, t, lp, bool(b)) for r, t, lp, b in rows)
+        return StepResult(sampled, self.prompt_logprobs, moved, move_s)
 
 
 class _Prepared(NamedTuple):
-    """The host side of a step: arrays, token histories to write and slab table rows to change before it runs."""
+    """The host side of a step: arrays; token histories to write, slab table rows to change and blocks to copy first."""
 
     inputs: StepInputs
     uploads: list[tuple[int, tuple[int, ...]]]
     changed_sets: list[int]
     offsets_SL: Tensor
+    moves: tuple[Move, ...] = ()
 
 
 class StepHandle:
@@ -139,6 +146,8 @@ class Runner:
             max_rows, max_model_len + 1, -(-max_model_len // layout.block_tokens), self._device
         )
         self._graphs: DecodeGraphs | None = None
+        sizes = [(b.layout or layout).block_bytes for b in model.blocks]
+        self._mover = BlockMover(self._pool, self._slab_table_SL, sizes)
         threaded = overlap and self._device.type == "cpu"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step") if threaded else None
 
@@ -191,13 +200,14 @@ class Runner:
         uploads = [(self.rows.join(j).index, j.tokens) for j in joins]
         for grant in plan.grants:
             self.rows.grow(grant.rid, grant.blocks)
+        for patch in plan.patches:
+            self.rows.patch(*patch)
         changed = self._sets.take_changed()
-        return _Prepared(self.rows.inputs(plan), uploads, changed, self._sets.slab_table_SL[changed])
+        rows_SL = self._sets.slab_table_SL[changed]
+        return _Prepared(self.rows.inputs(plan), uploads, changed, rows_SL, plan.moves)
 
     def _forward(self, p: _Prepared, *, eager: bool = False) -> tuple[Tensor, Tensor]:
         history = self.rows.history
-        if p.changed_sets:
-            self._slab_table_SL.index_copy_(0, self._up(p.changed_sets), upload(p.offsets_SL, self._device))
         for row, tokens in p.uploads:
             history[row, : len(tokens)] = self._up(tokens)
         if self._graphs is not None and not eager and (done := self._graphs.run(p.inputs)) is not None:
@@ -222,16 +232,24 @@ class Runner:
 
     def _enqueue(self, prepared: _Prepared) -> _Pending:
         inputs = prepared.inputs
+        self._change_table(prepared)
+        copies = self._mover.run(prepared.moves)
         x_TD, residual_TD = self._forward(prepared)
         prompts = tuple(self._prompt_logprobs(p, x_TD, residual_TD) for p in inputs.prompt_rows)
         if not inputs.sampled_rows_R:
-            return _Pending(inputs, None, None, prompts, self._mark())
+            return _Pending(inputs, None, None, prompts, self._mark(), copies)
         rows_R = self._up(inputs.sampled_rows_R)
         s = sample(self._head(x_TD[rows_R], residual_TD[rows_R]), inputs.sampling)
         write_R = self._up(inputs.write_index_R)
         self.rows.tokens[write_R] = s.tokens_R.to(torch.int32)
         tokens_2R = torch.stack((s.tokens_R, s.broken_R.to(s.tokens_R.dtype)))
-        return self._to_host(inputs, tokens_2R, s.logprobs, prompts)
+        pending = self._to_host(inputs, tokens_2R, s.logprobs, prompts)
+        pending.copies = copies
+        return pending
+
+    def _change_table(self, p: _Prepared) -> None:
+        if p.changed_sets:
+            self._slab_table_SL.index_copy_(0, self._up(p.changed_sets), upload(p.offsets_SL, self._device))
 
     def _up(self, values: Sequence[int]) -> Tensor:
         return upload(torch.tensor(values), self._device)
@@ -243,7 +261,10 @@ class Runner:
     def logits(self, plan: StepPlan, joins: tuple[Join, ...]) -> Tensor:
         """fp32 logits [T, V] on the host for all rows of a plan.  Nothing is sampled; the runner must be idle."""
         with self._on_device():
-            x_TD, residual_TD = self._forward(self._prepare(plan, joins), eager=True)
+            prepared = self._prepare(plan, joins)
+            assert not prepared.moves, "blocks are moved in steps that serve"
+            self._change_table(prepared)
+            x_TD, residual_TD = self._forward(prepared, eager=True)
             parts = zip(x_TD.split(HEAD_ROWS), residual_TD.split(HEAD_ROWS), strict=True)
             return torch.cat([self._head(x, r).cpu() for x, r in parts])
 

@@ -98,23 +98,32 @@ class SlabQuotas:
         over = self._over(owner)
         if over <= 0 or self.strict:
             return max(0, over)
-        draining = sum(self._rows[i * ROW_WORDS + R_DRAINING] for i in range(len(self._layers)))
-        coming = self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._head[H_LIVENESS]
-        missing = self.claims(but=owner) - coming
+        missing = self.claims(but=owner) - self.coming
         if missing <= 0:
             return 0
         total = sum(max(0, self._over(i)) for i in range(len(self._layers)))
         return min(over, -(-missing * over // total))
 
-    def _claim(self, owner: int) -> int:
-        quota, row = self.quota(owner), owner * ROW_WORDS
-        demand = self._rows[row + R_DEMAND]
-        if quota is None or demand <= 0:
-            return 0
+    def unmet(self, owner: int, limit: int | None = None) -> int:
+        """Slabs that the model wants, up to `limit`, and does not have, beyond what its reserve keeps free for it."""
+        row = owner * ROW_WORDS
         held = self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
-        # what is within the reserve, the reserve rule keeps free
-        least = max(held, self._reserve(owner))
-        return max(0, min(quota, held + demand * self._layers[owner]) - least)
+        most = held + max(0, self._rows[row + R_DEMAND]) * self._layers[owner]
+        return max(0, (most if limit is None else min(limit, most)) - max(held, self._reserve(owner)))
+
+    @property
+    def coming(self) -> int:
+        """Slabs that are nobody's reserve, free or about to be."""
+        draining = sum(self._rows[i * ROW_WORDS + R_DRAINING] for i in range(len(self._layers)))
+        return self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._head[H_LIVENESS]
+
+    def missing(self, but: int) -> int:
+        """Slabs that the models but this one want, whatever their quotas, and that are not to be had."""
+        return sum(self.unmet(i) for i in range(len(self._layers)) if i != but) - self.coming
+
+    def _claim(self, owner: int) -> int:
+        quota = self.quota(owner)
+        return 0 if quota is None else self.unmet(owner, quota)
 
     def _over(self, owner: int) -> int:
         quota = self.quota(owner)

@@ -46,7 +46,8 @@ R_STATUS = 8
 OUT = -1
 # sets: `demand` beyond those held, `used` by requests.  Blocks: `live_blocks` of requests, `cached_blocks` of nobody.
 # A reclaim begins when others are short and ends when this model has given back its part.  `prefill_since_ns`: it waits
-# for the prefill token since then; `due_ns`: when its next decoded token is due; 0: it does not, nothing decodes
+# for the prefill token since then; `due_ns`: when its next decoded token is due; 0: it does not, nothing decodes.
+# `vacatable`: sets it could empty by moving blocks, the first of them `vacate_milli` full; `vacated`: those it has emptied
 STATUS = (
     "demand",
     "used",
@@ -67,6 +68,10 @@ STATUS = (
     "prefill_waits",
     "prefill_wait_us",
     "prefill_takeovers",
+    "vacatable",
+    "vacate_milli",
+    "vacated",
+    "moved_bytes",
 )
 R_DEMAND = R_STATUS + STATUS.index("demand")
 assert R_STATUS + len(STATUS) <= ROW_WORDS

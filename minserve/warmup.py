@@ -22,7 +22,7 @@ from minserve.memory import HEAD_ROWS
 from minserve.models import Block, Llama
 from minserve.runner import Runner
 from minserve.sampling import SamplingParams
-from sched.step import Chunk, Grant, StepPlan
+from sched.step import Chunk, Grant, Move, StepPlan
 
 log = logging.getLogger(__name__)
 LONG = 8192  # the longest context a step is given: nothing is compiled anew for a longer one
@@ -190,7 +190,9 @@ def run_shape(runner: Runner, shape: Shape) -> None:
     grants = tuple(Grant(rid, (0,) * runner.layout.blocks_for(n)) for rid, n in enumerate(lengths))
     first = len(shape.decodes)
     chunks = tuple(Chunk(first + i, *chunk, True) for i, chunk in enumerate(shape.chunks))
-    runner.execute(StepPlan(0, tuple(range(first)), chunks, grants, ()), joins).wait()
+    # block 0 to itself: what compaction launches, which does not depend on how many it moves
+    moves = (Move(0, 0),)
+    runner.execute(StepPlan(0, tuple(range(first)), chunks, grants, (), moves=moves), joins).wait()
     runner.rows.drop(tuple(range(len(lengths))))
 
 

@@ -17,6 +17,7 @@ from minserve.config import ModelEntry
 from minserve.cuda_memory import PoolHandle
 from minserve.device_share import take_share
 from minserve.engine import Engine, EngineRequest, TokenEvent
+from minserve.kv_moves import KvMoves
 from minserve.kv_share import KvShare
 from minserve.loading import LoadedModel, load_model, memory_line, start_engine, warm
 from minserve.loop import REFUSALS, ServedEngine, serve
@@ -26,7 +27,7 @@ from minserve.prefill_token import prefill_token
 from minserve.resolve import check_planned, resolve_model
 from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
-from sched.pressure import demand, preempt_for
+from sched.pressure import demand, offer, preempt_for
 
 
 @dataclass(slots=True)
@@ -42,11 +43,20 @@ class _Active:
         sets = LeasedSets(pool, model.resolved.entry.name)
         engine = start_engine(model, sets)
         batcher = engine.batcher
+        block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
         share = KvShare(
             sets,
             batcher.blocks,
             lambda ahead: demand(batcher, time.monotonic(), ahead),
             lambda n: preempt_for(batcher, n),
+            moves=KvMoves(
+                pool.table,
+                sets.owner,
+                batcher.compactor,
+                lambda: offer(batcher),
+                engine.compact,
+                lambda: engine.counters.moved_blocks * block_bytes,
+            ),
         )
         engine.turns = prefill_token(pool.table, sets.owner, batcher)
         return cls(engine, sets, share)

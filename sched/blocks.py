@@ -189,10 +189,13 @@ class BlockPool:
 
     # -- moving
 
+    def num_live_in(self, set_id: int) -> int:
+        """Blocks of requests in a set held."""
+        return self.slots - len(self._free[set_id]) - self._idle_in.get(set_id, 0)
+
     def emptiest(self, n: int, but: Collection[int] = ()) -> list[tuple[int, int]]:
         """(live blocks, set) of the `n` sets with the fewest live blocks, but at least one; fewest first."""
-        slots, idle = self.slots, self._idle_in
-        live = ((slots - len(free) - idle.get(s, 0), s) for s, free in self._free.items() if s not in but)
+        live = ((self.num_live_in(set_id), set_id) for set_id in self._free if set_id not in but)
         return nsmallest(n, (pair for pair in live if pair[0]))
 
     def evacuate(self, sets: Sequence[int], step: int) -> tuple[dict[int, int], list[int]]:

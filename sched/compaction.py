@@ -5,6 +5,8 @@ sources, and ahead of the layers, which find the blocks by patched tables.  The 
 is moved at a time is whole sets: the smallest thing that another model can take.
 """
 
+import sys
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from sched.flights import Flights
 from sched.sequence import Seq
 from sched.step import SLOT_BITS, Move, Patch
 
-# sets emptied in one step, and looked for
+# sets emptied in one step at most
 MOST_SETS = 8
 
 
@@ -26,6 +28,16 @@ class Vacated(NamedTuple):
 
 
 NOTHING = Vacated((), (), [])
+
+
+class Offer(NamedTuple):
+    """Sets that one model could empty by moving blocks, and the share of live blocks in the first of them."""
+
+    sets: int
+    cost: float
+
+
+NO_OFFER = Offer(0, 1.0)
 
 
 def choose(
@@ -73,7 +85,9 @@ class Compactor:
 
     def __init__(self, pool: BlockPool, flights: Flights) -> None:
         self._pool, self._flights = pool, flights
-        self._sets, self._most_blocks = 0, -1
+        self.num_vacated = 0  # ever
+        self._sets, self._most_blocks = 0, 0
+        self._leaving: deque[tuple[int, int]] = deque()  # (step, sets) of the compactions under way
 
     def ask(self, sets: int, most_blocks: int) -> None:
         """The next step empties at most so many sets, and moves at most so many blocks."""
@@ -85,38 +99,34 @@ class Compactor:
         if not sets:
             return NOTHING
         # the others grow; and what leaves with a step under way is in no table any more
-        chosen = choose(self._pool, sets, self._most_blocks, len(active) // 8, sets_of(self._flights.held()))
+        chosen = choose(self._pool, sets, self._most_blocks, len(active) // 8, self._pinned)
+        if chosen:
+            self.num_vacated += len(chosen)
+            self._leaving.append((step, len(chosen)))
         return vacate(self._pool, active.values(), chosen, step)
 
+    def offer(self, active: int) -> Offer:
+        """What could be asked for now, `active` being how many requests hold blocks."""
+        sets = choose(self._pool, MOST_SETS, sys.maxsize, active // 8, self._pinned)
+        return Offer(len(sets), self._pool.num_live_in(sets[0]) / self._pool.slots) if sets else NO_OFFER
 
-def sets_of(tables: Iterable[Iterable[int]]) -> set[int]:
-    return {block >> SLOT_BITS for blocks in tables for block in blocks}
+    @property
+    def num_leaving(self) -> int:
+        """Sets that steps under way are emptying."""
+        while self._leaving and self._flights.advanced(self._leaving[0][0]):
+            self._leaving.popleft()
+        return sum(n for _, n in self._leaving)
+
+    @property
+    def _pinned(self) -> set[int]:
+        return {block >> SLOT_BITS for blocks in self._flights.held() for block in blocks}
 
 
-class Holding(NamedTuple):
-    """What one model says of itself, for the others to see.  `vacatable`: sets it could empty by moving blocks, 0 while
-    it makes no steps; `cost`: the share of live blocks in the first of them; `demand`: slabs it wants and has not got;
-    `step_slabs`: those that one step may ask for, 0 while it has nothing to do."""
+def sets_to_vacate(own: Offer, others: Iterable[Offer], missing_sets: int) -> int:
+    """Sets that a model is to empty where the others lack so many of its size, at most those it offers.
 
-    layers: int
-    vacatable: int
-    cost: float
-    demand: int
-    step_slabs: int
-
-
-def sets_to_vacate(me: int, models: Sequence[Holding], free_slabs: int) -> int:
-    """Sets that model `me` is to empty for the others, at most those it can.
-
-    Slabs are short while fewer are free than the others want, or than their next steps may ask for: a refusal costs
-    more than a copy.  Whoever frees a byte for the fewest bytes moved begins; the others see the sets come back.
+    Whoever frees a byte for the fewest bytes moved begins, of equals all; the others see the sets come back.
     """
-    own = models[me]
-    if not own.vacatable:
+    if missing_sets <= 0 or any(other.sets and other.cost < own.cost for other in others):
         return 0
-    others = [m for i, m in enumerate(models) if i != me]
-    missing = sum(m.demand + m.step_slabs for m in others) - free_slabs
-    if missing <= 0:
-        return 0
-    cheapest = min((m.cost, i) for i, m in enumerate(models) if m.vacatable)
-    return min(own.vacatable, -(-missing // own.layers)) if cheapest[1] == me else 0
+    return min(own.sets, missing_sets)

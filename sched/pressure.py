@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from sched.batching import Batcher
-from sched.blocks import BlockPool
+from sched.compaction import NO_OFFER, Offer
 from sched.step import SLOT_BITS
 
 
@@ -56,7 +56,7 @@ def preempt_for(batcher: Batcher, n: int) -> int:
             unshared[block] = unshared.get(block, 1 + pool._shared.get(block, 0)) - 1
             if unshared[block] == 0:
                 set_id = block >> SLOT_BITS
-                left[set_id] = left.get(set_id, _live_in(pool, set_id)) - 1
+                left[set_id] = left.get(set_id, pool.num_live_in(set_id)) - 1
                 emptied += left[set_id] == 0
         if 2 * emptied * pool.slots >= blocks:
             worth = count
@@ -67,5 +67,6 @@ def preempt_for(batcher: Batcher, n: int) -> int:
     return worth
 
 
-def _live_in(pool: BlockPool, set_id: int) -> int:
-    return pool.slots - len(pool._free[set_id]) - pool._idle_in.get(set_id, 0)
+def offer(batcher: Batcher) -> Offer:
+    """Sets it could empty by moving blocks: none while no step decodes, as a step is what moves them."""
+    return batcher.compactor.offer(len(batcher._active)) if len(batcher._running) else NO_OFFER

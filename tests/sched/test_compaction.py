@@ -5,8 +5,9 @@ import random
 import pytest
 
 from sched.blocks import BlockPool
-from sched.compaction import Holding, choose, sets_to_vacate
+from sched.compaction import NO_OFFER, Offer, choose, sets_to_vacate
 from sched.limits import Limits
+from sched.pressure import offer
 from tests.sched.content import Content
 from tests.sched.witness import Sets
 
@@ -147,26 +148,41 @@ def test_who_is_aborted_while_his_blocks_are_copied_keeps_them_until_the_step_is
     c.finish()
 
 
-BUSY = Holding(layers=4, vacatable=3, cost=0.5, demand=0, step_slabs=8)
-SHORT = Holding(layers=2, vacatable=0, cost=1.0, demand=6, step_slabs=4)
-LAZY = Holding(layers=4, vacatable=0, cost=1.0, demand=0, step_slabs=0)
-
-
 @pytest.mark.parametrize(
-    ("me", "models", "free", "sets"),
+    ("own", "others", "missing", "sets"),
     [
-        (0, [BUSY, SHORT], 0, 3),  # 10 slabs are missing: as many as it can
-        (0, [BUSY, SHORT], 4, 2),  # 6 are missing, of 4 a set
-        (0, [BUSY, SHORT], 10, 0),
-        (0, [BUSY, LAZY], 0, 0),  # whatever it wants itself, its own free blocks serve better
-        (1, [BUSY, SHORT], 0, 0),  # it has nothing to give
-        (0, [BUSY, SHORT, BUSY._replace(cost=0.4)], 0, 0),  # another frees a byte for less
-        (2, [BUSY, SHORT, BUSY._replace(cost=0.4)], 0, 3),
-        (0, [BUSY, SHORT, BUSY], 0, 3),  # one of two equals, not both
-        (2, [BUSY, SHORT, BUSY], 0, 0),
+        (Offer(3, 0.5), [], 10, 3),  # as many as it can
+        (Offer(3, 0.5), [], 2, 2),
+        (Offer(3, 0.5), [], 0, 0),
+        (Offer(3, 0.5), [], -4, 0),
+        (NO_OFFER, [], 10, 0),
+        (Offer(3, 0.5), [Offer(1, 0.4)], 10, 0),  # another frees a byte for less
+        (Offer(3, 0.5), [Offer(1, 0.6), NO_OFFER], 10, 3),
+        (Offer(3, 0.5), [Offer(0, 0.1)], 10, 3),  # what nobody can give costs nothing
+        (Offer(3, 0.5), [Offer(3, 0.5)], 10, 3),
     ],
 )
 def test_the_cheapest_compacts_for_what_the_others_want(
-    me: int, models: list[Holding], free: int, sets: int
+    own: Offer, others: list[Offer], missing: int, sets: int
 ) -> None:
-    assert sets_to_vacate(me, models, free) == sets
+    assert sets_to_vacate(own, others, missing) == sets
+
+
+def test_what_steps_under_way_are_emptying_is_counted_until_they_have_run() -> None:
+    limits = Limits(max_running=9, max_step_tokens=99, max_chunk_tokens=99, max_model_len=60, max_waiting=99)
+    c = Content(Sets(40), SLOTS, 4, limits)
+    for rid in range(9):
+        c.add(rid, [rid] * 20, 39)
+    c.step()
+    assert offer(c.batcher) == NO_OFFER, "all are full"
+    for rid in range(0, 9, 2):
+        c.abort(rid)
+    c.step()
+    assert offer(c.batcher).sets >= 2
+    c.batcher.compactor.ask(2, 99)
+    c.plan()
+    assert (c.batcher.compactor.num_leaving, c.batcher.compactor.num_vacated) == (2, 2)
+    c.advance()
+    assert c.batcher.compactor.num_leaving == 0
+    c.finish()
+    assert offer(c.batcher) == NO_OFFER
