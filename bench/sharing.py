@@ -5,6 +5,7 @@ which are named once all have compiled and captured.  Whether the driver cuts ti
 machine's setting; rows say which.  In a dry run the processes step a tiny model on a CPU, whose kernels they compile.
 """
 
+import dataclasses
 import os
 import select
 import subprocess
@@ -30,24 +31,29 @@ READY_S, RUN_S = 110.0, 4.0  # until all have compiled and captured; then the ru
 TARGET = 90
 
 
-def stepping(cell: Cell, *, dry: bool) -> Callable[[], object]:
-    """One decode step of the whole batch, ready to run."""
+def stepping(
+    cell: Cell, *, dry: bool, move: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Callable[[], object]:
+    """One decode step of the whole batch, ready to run.  `move`: what its pool is to be in place of torch's memory."""
     device, model = torch.device("cpu" if dry else "cuda:0"), TINY if dry else MODELS[MODEL]
     batch, context = (2, 32) if dry else (BATCH, CONTEXT)
     layout = KvLayout(cell.kv, model.shape.G, model.shape.K)
     llama = random_llama(model, cell.weights, context + 1, device)
-    engine = Engine(llama, empty_pool(model, layout, batch, context + 1, device))
+    paged = empty_pool(model, layout, batch, context + 1, device)
+    if move is not None:
+        paged = dataclasses.replace(paged, pool=move(paged.pool))
+    engine = Engine(llama, paged)
     engine.fill(batch, context)
     call = engine.step(*((b, context - 1, 1) for b in range(batch)))
     call()
     return call if dry else captured(call)
 
 
-def decode(cell: Cell, *, dry: bool) -> int:
+def decode(cell: Cell, *, dry: bool, ready: Callable[..., Callable[[], object]] = stepping) -> int:
     """Steps that ended between the two times that the parent names once it has been told that this process is ready."""
     compiling = recorded(TARGET) if dry else nullcontext()
     with compiling, mock.patch.object(backend, "runs_triton", return_value=True):
-        run = stepping(cell, dry=dry)
+        run = ready(cell, dry=dry)
         wait = (lambda: None) if dry else torch.cuda.synchronize
         wait()
         print(READY, flush=True)
@@ -67,23 +73,29 @@ def rows(processes: int, cell: Cell, *, dry: bool) -> Iterator[dict[str, Any]]:
     row["mps"] = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
     run_s = 0.5 if dry else RUN_S
     command = [sys.executable, "-m", "bench.sharing", *cell, *(["--dry-run"] if dry else [])]
+    steps = together([(command, dict(os.environ))] * processes, run_s)
+    rates = [n * BATCH / run_s for n in steps]
+    each = [round(r, 1) for r in rates]
+    rates_row = {"tok_s": round(sum(rates), 1), "each_tok_s": each}
+    yield {**row, **rates_row, "tag": "static" if dry else "measured"}
+
+
+def together(commands: list[tuple[list[str], dict[str, str]]], run_s: float) -> list[int]:
+    """Steps of each process, a command and its environment, between the same two moments, once all are ready."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = [subprocess.Popen(command, **pipes) for _ in range(processes)]
+    children: list[Any] = []
     try:
+        children += [subprocess.Popen(command, env=env, **pipes) for command, env in commands]
         await_all(children)
         begin = time.time() + 1.0
         for child in children:
             child.stdin.write(f"{begin} {begin + run_s}\n")
             child.stdin.flush()
-        steps = [int(child.communicate(timeout=run_s + 60)[0].split()[-1]) for child in children]
+        return [int(child.communicate(timeout=run_s + 60)[0].split()[-1]) for child in children]
     finally:
         for child in children:
             child.kill()
             child.wait()
-    rates = [n * BATCH / run_s for n in steps]
-    each = [round(r, 1) for r in rates]
-    rates_row = {"tok_s": round(sum(rates), 1), "each_tok_s": each}
-    yield {**row, **rates_row, "tag": "static" if dry else "measured"}
 
 
 def await_all(children: list[Any]) -> None:

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from bench import sharing, whole_model
+from bench import sharing, sm_shares, whole_model
 from bench.kernels import machine, measure, rehearse
 from bench.shapes import MODELS, TINY
 from bench.target import recorded
@@ -283,6 +283,21 @@ def shared() -> list[Item]:
     return items
 
 
+def shares() -> list[Item]:
+    """Acceptance of the modes of sharing: what the machine allows, what a mode costs alone, who slows whom."""
+
+    def matrix(mode: str) -> Callable[[Workshop, float], Rows]:
+        return lambda shop, deadline: sm_shares.matrix_rows(mode, dry=shop.dry)
+
+    probe = Item("sm-shares", "probe", lambda shop, _: sm_shares.probe_rows(dry=shop.dry), "probe")
+    cost = Item("sm-shares", "one model", lambda shop, _: sm_shares.cost_rows(dry=shop.dry), "one model")
+    modes = [
+        Item("sm-shares", f"matrix {m}", matrix(m), "none" if m == "none" else "mode")
+        for m in sm_shares.MODES
+    ]
+    return [probe, cost, *modes]
+
+
 STAGES: dict[str, Callable[[], list[Item]]] = {
     "correctness": correctness,
     "attention": attention,
@@ -290,4 +305,5 @@ STAGES: dict[str, Callable[[], list[Item]]] = {
     "element-wise": element_wise,
     "whole-model": whole,
     "sharing": shared,
+    "sm-shares": shares,
 }
