@@ -25,9 +25,10 @@ class KvMoves:
         offer: Callable[[], Offer],
         ask: Callable[[int], None],
         moved_bytes: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._table, self._owner, self._compactor = table, owner, compactor
-        self._offer, self._ask, self._moved_bytes = offer, ask, moved_bytes
+        self._offer, self._ask, self._moved_bytes, self._clock = offer, ask, moved_bytes, clock
         self._layers = list(table.plan.models.values())[owner].layers
         self._offered = NO_OFFER
 
@@ -54,7 +55,7 @@ class KvMoves:
         }
 
     def _others(self) -> list[Offer]:
-        now = time.monotonic_ns()
+        now = 1e9 * self._clock()
         offers = []
         for owner in range(len(self._table.names)):
             said = self._table.status(owner)

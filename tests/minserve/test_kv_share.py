@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from minserve.kv_moves import KvMoves
 from minserve.kv_share import PREEMPT_AFTER_S, KvShare
 from minserve.pool import LeasedSets, SlabPool
 from minserve.quota_writer import SILENT_S, TICK_S, QuotaWriter
 from sched.batching import Batcher
 from sched.blocks import BlockPool
+from sched.compaction import NO_OFFER, Offer
 from sched.limits import Limits
-from sched.pressure import demand, preempt_for
+from sched.pressure import demand, offer, preempt_for
 from sched.quota import POLICIES
 from sched.slabs import LayerGroup, PoolPlan, SetShape
 from sched.step import Request
@@ -42,11 +44,25 @@ class Model:
             max_running=64, max_step_tokens=512, max_chunk_tokens=256, max_model_len=LENGTH, max_waiting=10**6
         )
         self.batcher = Batcher(self.blocks, limits)
+        self.compacts, self.moved = True, 0
+        compactor = self.batcher.compactor
+        moves = KvMoves(
+            pool.table,
+            self.sets.owner,
+            compactor,
+            self._offer,
+            lambda n: compactor.ask(n, 8),
+            lambda: self.moved,
+            clock,
+        )
         self.share = KvShare(
-            self.sets, self.blocks, lambda ahead: demand(self.batcher, clock(), ahead), lambda n: preempt_for(self.batcher, n), clock
+            self.sets, self.blocks, lambda ahead: demand(self.batcher, clock(), ahead), lambda n: preempt_for(self.batcher, n), clock, moves
         )  # fmt: skip
         self.added = 0
         self.ended: set[int] = set()
+
+    def _offer(self) -> Offer:
+        return offer(self.batcher) if self.compacts else NO_OFFER
 
     @property
     def row(self) -> dict[str, int]:
@@ -67,6 +83,7 @@ class Model:
 
     def turn(self) -> None:
         plan = self.batcher.plan(self.clock())
+        self.moved += len(plan.moves)
         if not plan.empty:
             self.ended |= set(self.batcher.advance(plan, 1, self.clock()))
             self.share.stepped(0.01)
@@ -235,3 +252,64 @@ def test_random_bursts_end_well_under_every_policy(policy: str, seed: int) -> No
         model.blocks.give_up(10**6)
     assert site.pool.table.counts().free == PLAN.num_slabs
     site.pool.close()
+
+
+def in_fragments(site: Site, name: str) -> Model:
+    """A model that decodes, with few live blocks in each of its many sets."""
+    model = site.models[name]
+    model.add(24, prompt=20, answer=44)
+    site.until(lambda: len(model.batcher._active) == 24, 2)
+    for rid in range(24):
+        if rid % 3:
+            model.batcher.abort(rid)
+    site.turn(name)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["first-come", "marginal"])
+def test_half_empty_sets_are_moved_together_when_another_is_short(policy: str) -> None:
+    """Nobody of the owner is preempted, and it keeps running: its own free blocks become the other's sets."""
+    held = {}
+    for compacts in (True, False):
+        site = Site(policy)
+        a, b = in_fragments(site, "a"), site.models["b"]
+        a.compacts = compacts
+        before, live = a.held, a.blocks.num_live
+        b.add(60, prompt=40, answer=24)
+        for _ in range(12):
+            site.turn()
+        held[compacts] = a.held
+        assert (a.moved > 0) == compacts
+        if compacts:
+            assert a.batcher.num_preemptions == 0
+            assert a.held <= (-(-a.blocks.num_live // SLOTS) + 1) * 3 < before, (
+                f"{live} blocks in {before} slabs"
+            )
+            assert a.row["moved_bytes"] == a.moved
+            assert a.row["vacated"] == a.batcher.compactor.num_vacated > 0
+        site.until(lambda: not a.batcher.has_work, 60)  # noqa: B023
+        assert len(a.ended) == 8
+        site.pool.close()
+    assert held[True] < held[False]
+
+
+def test_nothing_is_moved_while_nobody_is_short(site: Site) -> None:
+    a = in_fragments(site, "a")
+    site.models["b"].add(1)
+    for _ in range(20):
+        site.turn()
+    assert a.moved == a.row["vacatable"] == 0
+
+
+def test_a_worker_that_has_stopped_keeps_nobody_from_compacting(site: Site) -> None:
+    a, b, c = in_fragments(site, "a"), site.models["b"], site.models["c"]
+    # c says that it could free sets for nothing, and is never heard of again
+    c.sets.publish(vacatable=8, vacate_milli=0)
+    b.add(60)
+    for _ in range(5):
+        site.turn("a", "b")
+    assert a.moved == 0
+    c.sets.pool.table.publish(c.sets.owner, heartbeat_ns=1)
+    for _ in range(5):
+        site.turn("a", "b")
+    assert a.moved > 0
