@@ -20,6 +20,7 @@ from torch import Tensor
 from minserve.cuda_memory import DeviceMemory, PoolHandle, import_memory, open_driver
 from minserve.shared_memory import create_memfd, reopen_memfd
 from minserve.slab_table import Lease, SlabTable
+from minserve.slab_words import Int64s
 from sched.slabs import PoolPlan
 
 # all bits set is a NaN in fp32, fp16, bf16 and fp8, and an implausible scale in the integer formats
@@ -144,7 +145,11 @@ class _Draining:
 
 def no_fence() -> Callable[[], bool]:
     """For work that is done when its call returns, as on a CPU."""
-    return lambda: True
+    return _passed
+
+
+def _passed() -> bool:
+    return True
 
 
 def cuda_fence() -> Callable[[], bool]:
@@ -171,11 +176,15 @@ class LeasedSets:
         zero_on_lease: bool = False,
     ) -> None:
         self.pool, self.model, self.shape = pool, model, pool.plan.models[model]
-        self.owner = pool.table.owner_of(model)
+        self.owner, self._table = pool.table.owner_of(model), pool.table
+        # an array: numpy takes twice as long to multiply by a Python int
+        self._layers, self._slab_bytes = self.shape.layers, np.array(pool.plan.slab_bytes)
         places = self.shape.places or tuple((layer, 0) for layer in range(self.shape.layers))
         self._slab_L, self._byte_L = np.array(places, np.int64).T
+        self._plain = not self.shape.places  # a layer has a slab, and begins where that begins
         self.slab_table_SL = torch.zeros(pool.plan.max_sets(model), len(places), dtype=torch.int64)
         self._rows = self.slab_table_SL.numpy()
+        self._row_of = list(self._rows)  # views: to take one of the table costs more than to write it
         self._fence = fence or (cuda_fence if pool.bytes.is_cuda else no_fence)
         self._zero_on_lease = zero_on_lease
         self._leases: dict[int, Lease] = {}
@@ -185,14 +194,15 @@ class LeasedSets:
 
     def lease(self, *, urgent: bool = False) -> int | None:
         """A set id, or None when the pool refuses.  `urgent` may use the liveness reserve."""
-        self.poll()
-        lease = self.pool.table.lease(self.owner, self.shape.layers, urgent=urgent)
+        if self._draining:
+            self.poll()
+        lease = self._table.lease(self.owner, self._layers, urgent=urgent)
         if lease is None:
             return None
         # a pool of max_sets sets cannot lease one more, so an id is there
         set_id = heapq.heappop(self._ids)
         self._leases[set_id] = lease
-        self._rows[set_id] = lease.slabs[self._slab_L] * self.pool.plan.slab_bytes + self._byte_L
+        self._write_row(self._row_of[set_id], lease)
         self._changed.add(set_id)
         if self._zero_on_lease:
             for slab in lease.inherited.tolist():
@@ -201,15 +211,17 @@ class LeasedSets:
 
     def give_back(self, set_id: int) -> None:
         """The set is empty and no planned step names it; what the GPU may still be doing, the fence covers."""
-        if set_id not in self._leases:
+        lease = self._leases.pop(set_id, None)
+        if lease is None:
             raise ValueError(f"set {set_id} is not leased by {self.model}; leased are {sorted(self._leases)}")
-        lease, passed = self._leases.pop(set_id), self._fence()
+        passed = self._fence()
         if passed():
             self._free(set_id, lease)
         else:
-            self.pool.table.drain(self.owner, lease)
+            self._table.drain(self.owner, lease)
             self._draining.append(_Draining(set_id, lease, passed))
-        self.poll()
+        if self._draining:
+            self.poll()
 
     def poll(self) -> None:
         """Frees the draining sets whose fence has passed, oldest first: cheap, call it every step."""
@@ -217,9 +229,15 @@ class LeasedSets:
             self._free(self._draining[0].set_id, self._draining[0].lease)
             self._draining.popleft()
 
+    def _write_row(self, row_L: Int64s, lease: Lease) -> None:
+        if self._plain:
+            np.multiply(lease.slabs, self._slab_bytes, row_L)
+        else:
+            row_L[:] = lease.slabs[self._slab_L] * self._slab_bytes + self._byte_L
+
     def _free(self, set_id: int, lease: Lease) -> None:
-        self.pool.table.free(self.owner, lease)
-        self._rows[set_id] = 0
+        self._table.free(self.owner, lease)
+        self._row_of[set_id].fill(0)
         heapq.heappush(self._ids, set_id)
 
     def take_changed(self) -> list[int]:
@@ -261,9 +279,8 @@ class LeasedSets:
             assert self.pool.table.holds(self.owner, lease), (
                 f"set {set_id} of {self.model} has lost its slabs"
             )
-            offsets = self._rows[set_id]
-            places = lease.slabs[self._slab_L] * self.pool.plan.slab_bytes + self._byte_L
-            assert (offsets == places).all(), f"row {set_id} names other slabs"
+            offsets = lease.slabs[self._slab_L] * self._slab_bytes + self._byte_L
+            assert (self._rows[set_id] == offsets).all(), f"row {set_id} names other slabs"
         for done in self._draining:
             assert self.pool.table.holds(self.owner, done.lease), (
                 f"draining set {done.set_id} has lost its slabs"

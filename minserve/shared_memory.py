@@ -10,6 +10,7 @@ import fcntl
 import os
 import threading
 import time
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
 
 def create_memfd(name: str, num_bytes: int) -> int:
@@ -48,11 +49,13 @@ class SharedLock:
             raise RuntimeError(
                 f"shared table attached by process {self._pid} is used after a fork: attach again"
             )
-        if not self._thread.acquire(timeout=-1 if self._timeout_s is None else self._timeout_s):
+        if self._timeout_s is None:
+            self._thread.acquire()
+        elif not self._thread.acquire(timeout=self._timeout_s):
             raise TimeoutError(f"another thread has held the shared table for {self._timeout_s} s")
         try:
             if self._timeout_s is None:
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                flock(self._fd, LOCK_EX)
             else:
                 self._poll(time.monotonic() + self._timeout_s)
         except BaseException:
@@ -60,13 +63,13 @@ class SharedLock:
             raise
 
     def __exit__(self, *exc: object) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        flock(self._fd, LOCK_UN)
         self._thread.release()
 
     def _poll(self, deadline: float) -> None:
         while True:
             try:
-                return fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return flock(self._fd, LOCK_EX | LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     message = f"another process has held the shared table for {self._timeout_s} s: stopped?"

@@ -20,14 +20,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minserve import shared_memory, slab_quota, slab_table, slab_words
+from minserve import shared_memory, slab_quota, slab_rule, slab_table, slab_words
 from minserve.slab_table import Lease, OwnershipError, SlabTable
 from sched.slabs import PoolPlan
 
 LIBC = ctypes.CDLL(None)
 CANARY_BROKEN, RULE_BROKEN = 3, 4
 SLOTS = 8
-TRACED = {module.__file__ for module in (slab_table, slab_words, slab_quota, shared_memory)}
+TRACED = {module.__file__ for module in (slab_table, slab_rule, slab_words, slab_quota, shared_memory)}
 
 
 def forked(body: Callable[[], None]) -> int:

@@ -46,6 +46,23 @@ def pool() -> Iterator[SlabPool]:
     pool.close()
 
 
+def test_layers_that_share_slabs_have_rows_of_their_own() -> None:
+    sizes = (4096, 2048, 2048)
+    shape = ModelShape(
+        name="m", layers=3, block_bytes=4096, block_tokens=16, max_model_len=64, layer_bytes=sizes
+    )
+    pool = SlabPool.create(solve([shape], 1 << 20, min_sets=4, max_slab_bytes=16384))
+    sets = LeasedSets(pool, "m")
+    set_id = sets.lease()
+    assert set_id is not None
+    sets.check()
+    sets.slab_table_SL[set_id, 2] += 16
+    with pytest.raises(AssertionError, match="names other slabs"):
+        sets.check()
+    sets.close()
+    pool.close()
+
+
 class Fence:
     """A GPU that has done the enqueued work up to `reached`."""
 

@@ -197,7 +197,10 @@ FOREIGN = {
     "unsealed": (unsealed, "not sealed"),
     "zeros": (lambda: create_memfd("zeros", 8192), "is not a minserve slab table"),
     "empty": (lambda: create_memfd("empty", 0), "is not a minserve slab table"),
-    "version": (lambda: memfd(lambda d: d.__setitem__(sw.H_VERSION, 1)), "version 1, this minserve reads 2"),
+    "version": (
+        lambda: memfd(lambda d: d.__setitem__(sw.H_VERSION, 1)),
+        f"version 1, this minserve reads {sw.VERSION}",
+    ),
     "slabs": (lambda: memfd(lambda d: d.__setitem__(sw.H_SLABS, 2**40)), "damaged header"),
     "models": (lambda: memfd(lambda d: d.__setitem__(sw.H_MODELS, -(2**60))), "damaged header"),
     "plan": (lambda: memfd(lambda d: d.__setitem__(-2, 7)), "damaged header"),
