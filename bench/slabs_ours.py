@@ -1,23 +1,27 @@
 """Our allocator in E1: the BlockPools and the slab table that serve, and the geometry that `solve` plans.
 
-Compaction follows the rule of the design: between two steps, while fewer slabs are free than a step may ask for, the
-owner whose emptiest sets cost the least to empty copies their live blocks into its other sets, patches its block
-tables and returns the sets; what it copies in a step takes a GPU at most 1 ms.  The copy itself is counted, not made.
+Compaction is the rule and the block moves that serve (sched/compaction.py): once a step a model looks what the others
+lack, and whoever frees a byte for the fewest bytes copied empties sets, within 1 ms of a GPU.  The copy itself is
+counted, not made, and the sets are free at once, not a step later.
 """
 
 import dataclasses
+import itertools
+import sys
 from collections.abc import Sequence
 
 from bench.slabs_arms import ENTRY_BYTES
-from bench.slabs_load import CHUNK_TOKENS, Model
-from bench.slabs_replay import Lane
+from bench.slabs_load import CHUNK_TOKENS, STEP_S, Model
+from bench.slabs_replay import MAX_RUNNING, Lane
+from minserve.kv_share import CLAIM_AHEAD_S
 from minserve.slab_table import Lease, SlabTable
 from sched.blocks import BlockPool
+from sched.compaction import MOST_SETS, NO_OFFER, Offer, choose, sets_to_vacate
 from sched.slabs import MAX_SLAB_BYTES, PoolPlan, solve
-from sched.step import SLOT_BITS
 
 # 1 ms of copying on an H200, which reads and writes 4.8 TB/s at best
 STEP_COPY_BYTES = int(0.5 * 4.8e9 * 0.8)
+AHEAD_STEPS = int(CLAIM_AHEAD_S / STEP_S)
 OFFSET_BYTES = 8  # of the slab table on the device
 
 
@@ -119,76 +123,49 @@ class Slabs:
         )
 
     def tick(self, tables: list[Lane]) -> None:
-        if self.free_slabs >= self._wanted:
+        """As minserve/kv_moves.py: each model looks once a step what the others lack, and what it could do about it."""
+        if not self._compact:
+            if self.free_slabs < self._wanted:
+                for pool in self.pools:
+                    pool.trim()
             return
-        for pool in self.pools:
-            pool.trim()
-        budget, goal = STEP_COPY_BYTES, 2 * self._wanted  # not again in the next step
-        while self._compact and self.free_slabs < goal:
-            m = self._cheapest()
-            if m is None:
-                return
-            missing = -(-(goal - self.free_slabs) // self.models[m].layers)
-            moved = self._vacate(m, tables[m], budget, missing)
-            if not moved:
-                return
-            budget -= moved
-
-    def _emptiest(self, m: int) -> list[tuple[int, int]]:
-        """(live blocks, set) of the sets that could be emptied into the others, fewest live first."""
-        pool = self.pools[m]
-        if pool.num_free < pool.slots:
-            return []
-        sets = sorted((pool.slots - len(free), set_id) for set_id, free in pool._free.items())
-        return sets[: pool.num_free // pool.slots]
-
-    def _cheapest(self) -> int | None:
-        """The model that frees a byte for the least bytes moved."""
-        costs = []
-        for m, pool in enumerate(self.pools):
-            sets = self._emptiest(m)
+        wants = [self._wants(lane) for lane in tables]
+        if sum(wants) <= self.free_slabs:
+            return
+        offers = [self._offer(lane) for lane in tables]
+        for m, lane in enumerate(tables):
+            missing = sum(wants) - wants[m] - self.free_slabs
+            others = offers[:m] + offers[m + 1 :]
+            sets = sets_to_vacate(offers[m], others, -(-missing // self.models[m].layers))
             if sets:
-                costs.append((sets[0][0] / pool.slots, m))
-        return min(costs)[1] if costs else None
+                self._vacate(lane, sets)
 
-    def _vacate(self, m: int, lane: Lane, budget: int, most: int) -> int:
-        """Empties at most so many sets of model m within the budget, and says how many bytes were moved."""
-        pool, model = self.pools[m], self.models[m]
-        victims: set[int] = set()
-        count = 0
-        for live, set_id in self._emptiest(m)[:most]:
-            if (count + live) * model.whole_bytes > budget:
-                break
-            victims.add(set_id)
-            count += live
-        if not victims:
-            return 0
-        free = {set_id: len(blocks) for set_id, blocks in pool._free.items()}
-        taken = pool.allocate(pool.num_free)
-        assert taken is not None, f"{pool.num_free} free blocks could not be taken"
-        # into the fullest sets first
-        targets = sorted(
-            (b for b in taken if b >> SLOT_BITS not in victims), key=lambda b: (free[b >> SLOT_BITS], b)
-        )[:count]
-        used = set(targets)
-        pool.release([b for b in taken if b not in used])
-        pool.release(_patch(lane, victims, targets))
+    def _wants(self, lane: Lane) -> int:
+        """Slabs it would take beyond those it has: for the prompts that wait, and for what runs in the next half second."""
+        room = MAX_RUNNING - len(lane.running)
+        waiting = itertools.islice(lane.waiting, max(0, room))
+        blocks = sum(-(-seq.prompt // lane.model.P) for seq in waiting)
+        blocks += sum(
+            len(lane._due[k]) for k in range(lane.k + 1, lane.k + 1 + AHEAD_STEPS) if k in lane._due
+        )
+        pool = self.pools[lane.m]
+        return -(-max(0, blocks - pool.num_available) // pool.slots) * lane.model.layers
+
+    def _offer(self, lane: Lane) -> Offer:
+        pool = self.pools[lane.m]
+        sets = choose(pool, MOST_SETS, sys.maxsize, len(lane.running) // 8)
+        return Offer(len(sets), pool.num_live_in(sets[0]) / pool.slots) if sets else NO_OFFER
+
+    def _vacate(self, lane: Lane, most: int) -> None:
+        """Empties at most so many sets within a step's budget."""
+        pool, block_bytes = self.pools[lane.m], lane.model.whole_bytes
+        sets = choose(pool, most, STEP_COPY_BYTES // block_bytes, len(lane.running) // 8)
+        moved, held = pool.evacuate(sets, 0)
+        for seq in lane.running:
+            seq.blocks = [moved.get(block, block) for block in seq.blocks]
+        pool.release(held)
         pool.trim()
-        self.moved_bytes += count * model.whole_bytes
-        return count * model.whole_bytes
+        self.moved_bytes += len(moved) * block_bytes
 
     def close(self) -> None:
         self.table.close()
-
-
-def _patch(lane: Lane, victims: set[int], targets: list[int]) -> list[int]:
-    """Puts the targets where the victims' blocks stand in the lane's block tables, and returns those blocks."""
-    old: list[int] = []
-    fresh = iter(targets)
-    for seq in lane.running:
-        for i, block in enumerate(seq.blocks):
-            if block >> SLOT_BITS in victims:
-                old.append(block)
-                seq.blocks[i] = next(fresh)
-    assert len(old) == len(targets), f"{len(old)} live blocks in the victims, {len(targets)} targets"
-    return old
