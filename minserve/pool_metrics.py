@@ -43,7 +43,8 @@ def pool_metrics(plans: Mapping[str, PoolPlan], pools: Mapping[str, PoolCounts |
     known = {name: (plans[name], counts) for name, counts in pools.items() if counts is not None}
     for state in ("leased", "draining", "free"):
         yield Metric(f"slabs_{state}", "gauge", [(pool(n), getattr(c, state)) for n, (_, c) in known.items()])
-    yield Metric("kv_pool_bytes", "gauge", [(pool(n), p.pool_bytes) for n, (p, _) in known.items()])
+    size = [(pool(n), float(c.mapped * p.slab_bytes)) for n, (p, c) in known.items()]
+    yield Metric("kv_pool_bytes", "gauge", size)
     yield Metric("kv_free_bytes", "gauge", [(pool(n), c.free * p.slab_bytes) for n, (p, c) in known.items()])
     yield Metric("kv_table_rebuilds_total", "counter", [(pool(n), c.repairs) for n, (_, c) in known.items()])
     models = [

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 
+from minserve.slab_segments import num_away
 from minserve.slab_table import SlabTable
 from minserve.slab_words import OUT, liveness_of, planned_reserves
 from sched.quota import POLICIES, Need
@@ -64,7 +65,7 @@ class QuotaWriter:
         """Slabs to divide, with the liveness reserve that there will be when those that ask take part."""
         planned = planned_reserves(self._plan)
         reserves = [r if self._counts(owner) else OUT for owner, r in enumerate(planned)]
-        return self._plan.num_slabs - liveness_of(self._plan, reserves)
+        return self._plan.num_slabs - num_away(self._table) - liveness_of(self._plan, reserves)
 
     def tick(self, now_s: float) -> None:
         """One division.  `now_s` on the machine's monotonic clock."""

@@ -38,7 +38,7 @@ class ModelCounts:
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
-    """A pool in slabs: mapped = leased + draining + free.  `repairs` counts rebuilds after a holder died in a change."""
+    """A pool in slabs: mapped = leased + draining + free; those that are away have no memory.  `repairs` counts rebuilds after a holder died in a change."""
 
     mapped: int
     leased: int
@@ -68,7 +68,8 @@ def count_pool(
     }  # fmt: skip
     leased, draining = (sum(getattr(m, what) for m in models.values()) for what in ("live", "draining"))
     leases, refused = (sum(getattr(m, what) for m in models.values()) for what in ("leases", "refused"))
-    return PoolCounts(plan.num_slabs, leased, draining, free, leases, refused, repairs, holder, models)
+    mapped = leased + draining + free
+    return PoolCounts(mapped, leased, draining, free, leases, refused, repairs, holder, models)
 
 
 def bytes_by_place(plan: PoolPlan, name: str, counts: ModelCounts) -> dict[str, int]:

@@ -21,11 +21,11 @@ from sched.slabs import LayerGroup, PoolPlan, SetShape
 Int64s = NDArray[np.int64]
 
 MAGIC = 0x6D696E736C616273  # "minslabs"
-VERSION = 4
+VERSION = 5
 
 # a word: the low 2 bits are the state, then 14 bits of owner, then the generation
-FREE, LIVE, DRAINING = range(3)
-STATES = ("free", "live", "draining")
+FREE, LIVE, DRAINING, AWAY = range(4)  # away: of a segment without memory, or about to be
+STATES = ("free", "live", "draining", "away")
 STATE_BITS, OWNER_BITS = 2, 14
 STATE_MASK, OWNER_MASK = (1 << STATE_BITS) - 1, (1 << OWNER_BITS) - 1
 NOBODY = OWNER_MASK
@@ -36,6 +36,8 @@ H_MAGIC, H_VERSION, H_BYTES, H_SLABS, H_MODELS, H_PLAN_BYTES, H_CRC = range(7)
 H_DIRTY, H_TOP, H_SERIAL, H_HOLDER, H_UNFILLED, H_REPAIRS, H_QUOTAS, H_LIVENESS = range(8, 16)
 # the prefill token (prefill_token.py): who has it and until when, and since when nobody has
 H_TURN, H_TURN_FREED = 16, 17
+# slabs that are away, and a bit for each segment without memory (slab_segments.py)
+H_AWAY, H_GONE, GONE_WORDS, GONE_BITS = 18, 19, 5, 60
 # H_QUOTAS: no quotas, quotas that bind while another model has a claim, quotas that always bind
 NO_QUOTAS, WHILE_CLAIMED, ALWAYS = range(3)
 # a model's row: derived counts, statistics, the agent's words, then what its worker publishes.  The agent's, in slabs: the
@@ -146,16 +148,18 @@ def derive(words: Int64s, reserves: Sequence[int]) -> Derived:
 def find_fault(words: Int64s, num_models: int, serial: int) -> str | None:
     """What is impossible in the owner column itself, or None."""
     states, owners, generations = state_of(words), owner_of(words), generation_of(words)
-    bad = np.flatnonzero((states > DRAINING) | (words < 0) | (owners >= num_models) & (owners != NOBODY))
+    away = (states == AWAY) & (owners == NOBODY)
+    wrong = (states == AWAY) & ~away | (owners >= num_models) & (owners != NOBODY)
+    bad = np.flatnonzero(wrong | (words < 0))
     if len(bad):
         return f"slab {bad[0]} has the impossible word {words[bad[0]]:#x}"
-    bad = np.flatnonzero((owners == NOBODY) & (states != FREE))
+    bad = np.flatnonzero((owners == NOBODY) & (states != FREE) & ~away)
     if len(bad):
         return f"slab {bad[0]} is {STATES[states[bad[0]]]} and belongs to nobody"
     if generations.max(initial=0) > serial:
         return f"generation {generations.max()} was never given, the last is {serial}"
     # one pair (generation, owner) a lease: a generation that comes twice has two owners
-    leases = np.unique(words[states != FREE] >> STATE_BITS) >> OWNER_BITS
+    leases = np.unique(words[(states != FREE) & ~away] >> STATE_BITS) >> OWNER_BITS
     twice = leases[1:][leases[1:] == leases[:-1]]
     return f"lease {twice[0]} belongs to two models" if len(twice) else None
 
