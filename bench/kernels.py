@@ -34,8 +34,9 @@ from tests.close import assert_no_worse, assert_within, in_float64, is_float, or
 
 CHECKED_ROWS = 6
 # their arguments hold a pool, which is built on the host where it is small; others are drawn where they are used
-PAGED = ("attention", "attn_prefill", "rope_kv_write", "kv_dequant", "kv_to_fp8")
-READ_BACK = ("rope_kv_write", "kv_dequant", "kv_to_fp8")  # their references go through the pool byte by byte
+PAGED = ("attention", "attn_prefill", "rope_kv_write", "kv_dequant", "kv_to_fp8", "copy_blocks")
+# their references go through the pool byte by byte
+READ_BACK = ("rope_kv_write", "kv_dequant", "kv_to_fp8", "copy_blocks")
 # contexts beyond this are written to the pool on the device
 HOST_TOKENS = 4096
 NEAR_CODES = 0.01  # share of codes that may differ by one: values on the border of two

@@ -146,6 +146,7 @@ VARIANTS = (
     Variant("prefill fp8", "_prefill_fp8_kernel", "fmtfp8"),
     Variant("kv_dequant int8", "_kv_dequant_kernel", "fmtint8"),
     Variant("kv_dequant int4", "_kv_dequant_kernel", "fmtint4"),
+    Variant("copy_blocks", "_copy_blocks_kernel", "fmtbf16"),
     Variant("w8a8 int8, T = 16", W8, "T16", "fp8"),
     Variant("w8a8 int8, T = 64", W8, "T64", "fp8"),
     Variant("w8a8 fp8, T = 16", W8, "T16 fp8"),

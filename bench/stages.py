@@ -38,6 +38,7 @@ ELEMENT_WISE = (
     "rope_kv_write",
     "kv_dequant",
     "kv_to_fp8",
+    "copy_blocks",
     "sample",
     "linear",
 )

@@ -21,6 +21,9 @@ COUNTERS: tuple[tuple[str, Callable[[ModelCounts], float]], ...] = (
     ("kv_refused_total", lambda m: m.refused),
     # sets given back because others were short, and how long each time took from the first sign to the last set
     ("kv_given_up_sets_total", lambda m: m.status["given_up"]),
+    # sets emptied by moving their blocks together, for others, and the bytes that were moved
+    ("kv_vacated_sets_total", lambda m: m.status["vacated"]),
+    ("kv_moved_bytes_total", lambda m: m.status["moved_bytes"]),
     ("kv_reclaims_total", lambda m: m.status["reclaims"]),
     ("kv_reclaim_seconds_total", lambda m: m.status["reclaim_us"] / 1e6),
     # how often and how long prompts waited for the prefill token, and how often it was taken from a holder gone silent

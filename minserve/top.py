@@ -129,7 +129,7 @@ def pool_view(now: Sample, before: Sample | None, pool: str, width: int) -> Grou
 
 def model_table(now: Sample, before: Sample | None, pool: str, models: list[str]) -> Table:
     columns = ("model", "run", "wait", "tok/s", "sets", "quota", "reserve", "demand", *PLACES,
-               "leases/s", "refused", "given up", "reclaims", "worst ms", "hits")  # fmt: skip
+               "leases/s", "refused", "given up", "moved", "reclaims", "worst ms", "hits")  # fmt: skip
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
@@ -146,7 +146,7 @@ def model_table(now: Sample, before: Sample | None, pool: str, models: list[str]
         asked = now.get("prefix_cache_queries_total", model=model)
         hits = f"{now.get('prefix_cache_hits_total', model=model) / asked:.0%}" if asked else "-"
         figures = [f"{now.get(name, pool, model):,.0f}" for name in ("kv_reserve_sets", "kv_demand_sets")]
-        ends = ("kv_refused_total", "kv_given_up_sets_total", "kv_reclaims_total")
+        ends = ("kv_refused_total", "kv_given_up_sets_total", "kv_vacated_sets_total", "kv_reclaims_total")
         table.add_row(
             model,
             f"{now.get('requests_running', model=model):.0f}",
