@@ -1,7 +1,8 @@
 """GPU memory that several processes map: allocated and exported here, imported here, through libcuda alone.  No torch.
 
 `vmm`: segments of physical memory, each a file descriptor; the driver counts references, so they outlive whoever
-allocated them, and one address range shows them in order.  `ipc`: the legacy handle of one plain allocation, where
+allocated them, and one address range shows them in order.  A segment can be unmapped and another mapped in its place at
+run time: the addresses of the others, and what captured graphs hold of them, stay.  `ipc`: the legacy handle of one plain allocation, where
 descriptors are not supported; the exporter must stay alive.  The pool's user sees a `DeviceMemory` in both cases.
 """
 
@@ -12,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_byte, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 VERSION = 1
 KINDS = ("vmm", "ipc")
+GONE = -1  # in place of a descriptor
 SEGMENT_BYTES = 1 << 30
 
 # CUdevice_attribute, CUmemAllocationType and others, by their numbers in cuda.h
@@ -105,14 +107,25 @@ class Exported:
     release: Callable[[], None]
 
 
+class Segments(Protocol):
+    """The segments of mapped memory, by their place."""
+
+    def map(self, segment: int, fd: int) -> None:
+        """Shows the memory behind `fd`, which stays the caller's."""
+
+    def unmap(self, segment: int) -> None:
+        """Nobody may touch it from here on; its memory is free once every process and descriptor has let go."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Mapped memory at `pointer`, until `release`."""
+    """Mapped memory at `pointer`, until `release`.  `segments` None: it comes and goes as a whole."""
 
     pointer: int
     num_bytes: int
     device: int
     release: Callable[[], None]
+    segments: Segments | None = None
 
 
 class Driver:
@@ -185,8 +198,7 @@ def export_memory(driver: Driver, ordinal: int, num_bytes: int, kind: str | None
 
 
 def _export_vmm(driver: Driver, device: c_int, ordinal: int, uuid: str, num_bytes: int) -> Exported:
-    prop = AllocationProp(type=PINNED, handle_types=POSIX_FD, location=Location(ON_DEVICE, device.value))
-    fds: list[int] = []
+    prop, fds = _prop(device), list[int]()
     with context(driver, device):
         unit = c_size_t()
         driver("cuMemGetAllocationGranularity", byref(unit), byref(prop), c_int(0))
@@ -195,7 +207,7 @@ def _export_vmm(driver: Driver, device: c_int, ordinal: int, uuid: str, num_byte
         total = _round_up(num_bytes, unit.value)
         try:
             for start in range(0, total, segment):
-                fds.append(_create_segment(driver, prop, min(segment, total - start)))
+                fds.append(_create(driver, prop, min(segment, total - start)))
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -203,7 +215,18 @@ def _export_vmm(driver: Driver, device: c_int, ordinal: int, uuid: str, num_byte
     return Exported(PoolHandle("vmm", ordinal, uuid, total, segment), tuple(fds), lambda: None)
 
 
-def _create_segment(driver: Driver, prop: AllocationProp, num_bytes: int) -> int:
+def export_segment(driver: Driver, ordinal: int, num_bytes: int) -> int:
+    """A segment more, as a descriptor: to take the place of one that was given back.  `num_bytes` as that had."""
+    device, _ = find_device(driver, ordinal)
+    with context(driver, device):
+        return _create(driver, _prop(device), num_bytes)
+
+
+def _prop(device: c_int) -> AllocationProp:
+    return AllocationProp(type=PINNED, handle_types=POSIX_FD, location=Location(ON_DEVICE, device.value))
+
+
+def _create(driver: Driver, prop: AllocationProp, num_bytes: int) -> int:
     memory, fd = c_uint64(), c_int(-1)
     driver("cuMemCreate", byref(memory), c_size_t(num_bytes), byref(prop), c_uint64(0))
     try:
@@ -234,7 +257,10 @@ def _export_ipc(driver: Driver, device: c_int, ordinal: int, uuid: str, num_byte
 
 
 def import_memory(driver: Driver, ordinal: int, handle: PoolHandle, fds: tuple[int, ...]) -> DeviceMemory:
-    """Maps what `handle` and `fds` describe on the GPU that is `ordinal` here; `fds` stay the caller's."""
+    """Maps what `handle` and `fds` describe on the GPU that is `ordinal` here; `fds` stay the caller's.
+
+    A descriptor of GONE: the segment has no memory now, and its addresses none.
+    """
     device, uuid = find_device(driver, ordinal)
     if uuid != handle.uuid:
         raise ValueError(f"the pool is on GPU {handle.uuid}, device {ordinal} of this process is GPU {uuid}")
@@ -246,39 +272,73 @@ def import_memory(driver: Driver, ordinal: int, handle: PoolHandle, fds: tuple[i
         return _import_ipc(driver, device, ordinal, handle)
 
 
+class Mapped:
+    """One reserved range, and the segments that are mapped in it.  Every call takes the device's primary context."""
+
+    def __init__(self, driver: Driver, device: c_int, handle: PoolHandle) -> None:
+        self._driver, self._device, self._handle = driver, device, handle
+        self._base, self._total = c_uint64(), c_size_t(handle.num_bytes)
+        self._there: set[int] = set()
+        driver("cuMemAddressReserve", byref(self._base), self._total, c_size_t(0), c_uint64(0), c_uint64(0))
+
+    @property
+    def pointer(self) -> int:
+        return self._base.value
+
+    def map(self, segment: int, fd: int) -> None:
+        address, size = self._place(segment)
+        if segment in self._there:
+            raise ValueError(f"segment {segment} is mapped already")
+        driver, memory = self._driver, c_uint64()
+        with context(driver, self._device):
+            # the driver takes the descriptor as a pointer's value
+            driver("cuMemImportFromShareableHandle", byref(memory), c_void_p(fd), c_int(POSIX_FD))
+            try:
+                driver("cuMemMap", address, size, c_size_t(0), memory, c_uint64(0))
+            finally:
+                driver("cuMemRelease", memory)  # the mapping holds the memory from here on
+            access = AccessDesc(Location(ON_DEVICE, self._device.value), READ_WRITE)
+            try:
+                driver("cuMemSetAccess", address, size, byref(access), c_size_t(1))
+            except CudaError:
+                driver("cuMemUnmap", address, size)
+                raise
+        self._there.add(segment)
+
+    def unmap(self, segment: int) -> None:
+        address, size = self._place(segment)
+        if segment not in self._there:
+            raise ValueError(f"segment {segment} is not mapped")
+        with context(self._driver, self._device):
+            self._driver("cuMemUnmap", address, size)
+        self._there.remove(segment)
+
+    def release(self) -> None:
+        for segment in sorted(self._there):
+            self.unmap(segment)
+        self._driver("cuMemAddressFree", self._base, self._total)
+
+    def _place(self, segment: int) -> tuple[c_uint64, c_size_t]:
+        num, size = self._handle.num_fds, self._handle.segment_bytes
+        if not 0 <= segment < num:
+            raise ValueError(f"segment must be in [0, {num}), got {segment}")
+        return c_uint64(self.pointer + segment * size), c_size_t(
+            min(size, self._handle.num_bytes - segment * size)
+        )
+
+
 def _import_vmm(
     driver: Driver, device: c_int, ordinal: int, handle: PoolHandle, fds: tuple[int, ...]
 ) -> DeviceMemory:
-    base, mapped = c_uint64(), 0
-    total = c_size_t(handle.num_bytes)
-    driver("cuMemAddressReserve", byref(base), total, c_size_t(0), c_uint64(0), c_uint64(0))
-
-    def release() -> None:
-        if mapped:
-            driver("cuMemUnmap", base, c_size_t(mapped))
-        driver("cuMemAddressFree", base, total)
-
+    mapped = Mapped(driver, device, handle)
     try:
-        for fd in fds:
-            size = min(handle.segment_bytes, handle.num_bytes - mapped)
-            _map_segment(driver, fd, base.value + mapped, size)
-            mapped += size
-        access = AccessDesc(Location(ON_DEVICE, device.value), READ_WRITE)
-        driver("cuMemSetAccess", base, total, byref(access), c_size_t(1))
+        for segment, fd in enumerate(fds):
+            if fd != GONE:
+                mapped.map(segment, fd)
     except BaseException:
-        release()
+        mapped.release()
         raise
-    return DeviceMemory(base.value, handle.num_bytes, ordinal, release)
-
-
-def _map_segment(driver: Driver, fd: int, address: int, num_bytes: int) -> None:
-    memory = c_uint64()
-    # the driver takes the descriptor as a pointer's value
-    driver("cuMemImportFromShareableHandle", byref(memory), c_void_p(fd), c_int(POSIX_FD))
-    try:
-        driver("cuMemMap", c_uint64(address), c_size_t(num_bytes), c_size_t(0), memory, c_uint64(0))
-    finally:
-        driver("cuMemRelease", memory)  # the mapping holds the memory from here on
+    return DeviceMemory(mapped.pointer, handle.num_bytes, ordinal, mapped.release, mapped)
 
 
 def _import_ipc(driver: Driver, device: c_int, ordinal: int, handle: PoolHandle) -> DeviceMemory:

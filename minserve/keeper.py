@@ -6,6 +6,7 @@ an error.  The keeper ends when the agent closes the socket or dies.  A pool in 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -13,8 +14,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from minserve.cuda_memory import CudaError, Driver, PoolHandle, export_memory, open_driver
+from minserve.cuda_memory import (
+    GONE,
+    CudaError,
+    Driver,
+    PoolHandle,
+    export_memory,
+    export_segment,
+    open_driver,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOT = (
@@ -49,6 +59,7 @@ class Keeper:
                 env=None if environ is None else dict(environ),
                 start_new_session=True,  # Ctrl-C is the agent's to handle
             )
+        self._asked = 0
         try:
             self.handle, self.fds = self._receive(timeout_s)
         except BaseException:
@@ -57,17 +68,28 @@ class Keeper:
             self._socket.close()
             raise
 
-    def _receive(self, timeout_s: float) -> tuple[PoolHandle, tuple[int, ...]]:
-        self._socket.settimeout(timeout_s)
+    def segment(self, num_bytes: int, timeout_s: float = 30.0) -> int:
+        """A descriptor of so much memory more, the caller's.  RuntimeError where the GPU has none, or the keeper died."""
+        self._asked += 1
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
-        except TimeoutError:
-            raise RuntimeError(f"the keeper did not allocate its pool within {timeout_s} s") from None
-        for fd in fds:
-            os.set_inheritable(fd, False)  # recv_fds takes flags and ignores them
-        if not data:
-            raise RuntimeError(f"the keeper ended with exit code {self._process.wait()} and no pool")
-        reply = json.loads(data)
+            self._socket.send(json.dumps({"bytes": num_bytes, "number": self._asked}).encode())
+        except OSError as error:
+            raise RuntimeError(f"the keeper is gone: {error}") from None
+        reply, fds = self._answer(timeout_s)
+        while reply["number"] != self._asked:  # of a question that was given up
+            for fd in fds:
+                os.close(fd)
+            reply, fds = self._answer(timeout_s)
+        if "error" in reply:
+            raise RuntimeError(f"no segment of {num_bytes} bytes: {reply['error']}")
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise RuntimeError(f"the keeper sent {len(fds)} descriptors in place of one: ulimit -n?")
+        return fds[0]
+
+    def _receive(self, timeout_s: float) -> tuple[PoolHandle, tuple[int, ...]]:
+        reply, fds = self._answer(timeout_s)
         if "error" in reply:
             raise RuntimeError(f"the keeper has no pool: {reply['error']}")
         handle = PoolHandle.from_json(reply["handle"])
@@ -78,6 +100,18 @@ class Keeper:
                 f"the keeper promised {handle.num_fds} descriptors, {len(fds)} came: ulimit -n?"
             )
         return handle, tuple(fds)
+
+    def _answer(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
+        self._socket.settimeout(timeout_s)
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
+        except TimeoutError:
+            raise RuntimeError(f"the keeper did not allocate memory within {timeout_s} s") from None
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds takes flags and ignores them
+        if not data:
+            raise RuntimeError(f"the keeper ended with exit code {self._process.wait()} and no pool")
+        return json.loads(data), fds
 
     @property
     def pid(self) -> int:
@@ -93,7 +127,8 @@ class Keeper:
     def close(self, timeout_s: float = 10.0) -> None:
         """Gives the memory back once no worker maps it any more."""
         for fd in self.fds:
-            os.close(fd)
+            if fd != GONE:
+                os.close(fd)
         self._socket.close()
         try:
             self._process.wait(timeout_s)
@@ -113,8 +148,24 @@ def keep(link: socket.socket, driver: Driver, device: int, num_bytes: int, kind:
     socket.send_fds(link, [reply], list(exported.fds))
     for fd in exported.fds:
         os.close(fd)  # the agent has its own now
-    link.recv(1)  # nothing is ever sent: this returns when the agent has closed its end
+    # until the agent has closed its end it may ask for memory in place of what was given back
+    with contextlib.suppress(ConnectionResetError):  # it closed, and had not read an answer
+        while asked := link.recv(MAX_MESSAGE):
+            _allocate(link, driver, device, json.loads(asked))
     exported.release()
+
+
+def _allocate(link: socket.socket, driver: Driver, device: int, asked: dict[str, int]) -> None:
+    number = {"number": asked["number"]}
+    try:
+        fd = export_segment(driver, device, asked["bytes"])
+    except CudaError as error:
+        link.send(json.dumps({**number, "error": str(error)}).encode())
+        return
+    try:
+        socket.send_fds(link, [json.dumps(number).encode()], [fd])
+    finally:
+        os.close(fd)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minserve.cuda_memory import DeviceMemory, PoolHandle, import_memory, open_driver
+from minserve.cuda_memory import DeviceMemory, PoolHandle, Segments, import_memory, open_driver
 from minserve.shared_memory import create_memfd, reopen_memfd
 from minserve.slab_table import Lease, SlabTable
 from minserve.slab_words import Int64s
@@ -36,6 +36,7 @@ class SlabPool:
         pool_bytes: Tensor,
         pool_fd: int | None = None,
         release: Callable[[], None] | None = None,
+        segments: Segments | None = None,
     ) -> None:
         """Takes over the table; `release` gives the memory back once `close` has dropped the tensor."""
         if pool_bytes.dtype != torch.uint8 or pool_bytes.dim() != 1:
@@ -45,6 +46,7 @@ class SlabPool:
         if pool_bytes.numel() < table.plan.pool_bytes:
             raise ValueError(f"the pool must have {table.plan.pool_bytes} bytes, got {pool_bytes.numel()}")
         self.table, self.plan, self.pool_fd, self._release = table, table.plan, pool_fd, release
+        self.segments = segments  # of a GPU's pool that can give memory back
         self.bytes = pool_bytes[: table.plan.pool_bytes]
 
     @classmethod
@@ -88,7 +90,7 @@ class SlabPool:
         memory = None
         try:
             memory = import_memory(open_driver(), torch.device(device).index or 0, handle, fds)
-            return cls(table, device_tensor(memory), release=memory.release)
+            return cls(table, device_tensor(memory), release=memory.release, segments=memory.segments)
         except BaseException:
             table.close()
             if memory is not None:

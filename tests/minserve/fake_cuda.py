@@ -104,9 +104,9 @@ class FakeCuda:
         p = prop._obj
         if (p.type, p.handle_types, p.location.type) != (1, 1, 1) or size.value % GRANULARITY:
             return INVALID
-        self.created += size.value
-        if self.created > LIMIT:
+        if self.created + size.value > LIMIT:
             return OUT_OF_MEMORY
+        self.created += size.value
         fd = os.memfd_create("gpu", os.MFD_CLOEXEC)
         os.ftruncate(fd, size.value)
         return self._keep(out, fd, size.value)

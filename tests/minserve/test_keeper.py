@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from minserve import cuda_memory
-from minserve.cuda_memory import CudaError, Driver, PoolHandle, export_memory, import_memory
+from minserve.cuda_memory import (
+    GONE,
+    CudaError,
+    Driver,
+    PoolHandle,
+    export_memory,
+    export_segment,
+    import_memory,
+)
 from minserve.keeper import Keeper
 from minserve.pool import SlabPool
 from minserve.shared_memory import create_memfd
@@ -135,7 +143,95 @@ def test_a_handle_of_another_make_is_a_clear_error(text: str, message: str):
         PoolHandle.from_json(text)
 
 
+@pytest.mark.usefixtures("small_segments", "no_fd_leak")
+def test_a_segment_goes_and_another_takes_its_place_at_the_same_address():
+    exporter, fakes = FakeCuda(), [FakeCuda(), FakeCuda()]
+    exported = export_memory(Driver(exporter), 0, 9 * MB)
+    maps = [import_memory(Driver(fake), 0, exported.handle, exported.fds) for fake in fakes]
+    ctypes.memset(maps[0].pointer, 0x11, 10 * MB)
+    for memory in maps:
+        memory.segments.unmap(1)
+    os.close(exported.fds[1])
+    for position in (0, 4 * MB - 1, 8 * MB, 10 * MB - 1):
+        assert ctypes.string_at(maps[1].pointer + position, 1) == b"\x11", "the others stay where they are"
+    # a worker that starts now maps what is there
+    late = FakeCuda()
+    third = import_memory(Driver(late), 0, exported.handle, (exported.fds[0], GONE, exported.fds[2]))
+    fd = export_segment(Driver(exporter), 0, 4 * MB)
+    for memory in (*maps, third):
+        memory.segments.map(1, fd)
+    ctypes.memset(maps[0].pointer + 4 * MB, 0x22, 4 * MB)
+    assert ctypes.string_at(third.pointer + 8 * MB - 1, 2) == b"\x22\x11"
+    for held in (exported.fds[0], fd, exported.fds[2]):
+        os.close(held)
+    maps[0].segments.unmap(2)
+    for memory, fake in zip((*maps, third), (*fakes, late), strict=True):
+        memory.release()
+        assert fake.left_over() == []
+    assert exporter.left_over() == []
+
+
+@pytest.mark.usefixtures("small_segments", "no_fd_leak")
+def test_what_is_wrong_with_a_segment_changes_nothing():
+    exported = export_memory(Driver(FakeCuda()), 0, 10 * MB)
+    fake = FakeCuda()
+    memory = import_memory(Driver(fake), 0, exported.handle, exported.fds)
+    with pytest.raises(ValueError, match="segment 0 is mapped already"):
+        memory.segments.map(0, exported.fds[0])
+    with pytest.raises(ValueError, match=r"segment must be in \[0, 3\), got 3"):
+        memory.segments.unmap(3)
+    memory.segments.unmap(2)
+    with pytest.raises(ValueError, match="segment 2 is not mapped"):
+        memory.segments.unmap(2)
+    with pytest.raises(CudaError, match="cuMemMap failed"):
+        memory.segments.map(2, exported.fds[0])  # of another size
+    fake.cuMemSetAccess = lambda *args: 1
+    with pytest.raises(CudaError, match="cuMemSetAccess failed"):
+        memory.segments.map(2, exported.fds[2])
+    del fake.cuMemSetAccess
+    memory.segments.map(2, exported.fds[2])
+    ctypes.memset(memory.pointer, 3, 10 * MB)
+    memory.release()
+    assert fake.left_over() == []
+    for fd in exported.fds:
+        os.close(fd)
+
+
+def test_memory_by_a_legacy_handle_comes_and_goes_as_a_whole():
+    exported = export_memory(Driver(FakeCuda()), 0, 3 * MB, "ipc")
+    memory = import_memory(Driver(FakeCuda()), 0, exported.handle, ())
+    assert memory.segments is None
+    memory.release()
+    exported.release()
+
+
 # ---- the process
+
+
+@pytest.mark.usefixtures("no_fd_leak")
+def test_the_keeper_gives_memory_in_place_of_what_went_or_says_why_not():
+    keeper = Keeper(0, 9 * MB, boot=FAKE_BOOT, timeout_s=30)
+    memory = import_memory(Driver(FakeCuda()), 0, keeper.handle, keeper.fds)
+    memory.segments.unmap(0)
+    os.close(keeper.fds[0])
+    keeper.fds = (GONE, *keeper.fds[1:])
+    with pytest.raises(
+        RuntimeError, match=f"no segment of {2 * LIMIT} bytes: cuMemCreate failed: out of memory"
+    ):
+        keeper.segment(2 * LIMIT)
+    os.kill(keeper.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=r"within 0\.05 s"):
+        keeper.segment(4 * MB, timeout_s=0.05)
+    os.kill(keeper.pid, signal.SIGCONT)
+    fd = keeper.segment(4 * MB)
+    memory.segments.map(0, fd)
+    keeper.fds = (fd, *keeper.fds[1:])
+    memory.release()
+    os.kill(keeper.pid, signal.SIGKILL)
+    keeper._process.wait()
+    with pytest.raises(RuntimeError, match="the keeper"):
+        keeper.segment(4 * MB)
+    keeper.close()
 
 
 @pytest.mark.usefixtures("no_fd_leak")
