@@ -23,6 +23,7 @@ import numpy as np
 from minserve import shared_memory, slab_quota, slab_rule, slab_table, slab_words
 from minserve.slab_table import Lease, OwnershipError, SlabTable
 from sched.slabs import PoolPlan
+from tests.minserve.pool_compactor import compact_for_ever
 
 LIBC = ctypes.CDLL(None)
 CANARY_BROKEN, RULE_BROKEN = 3, 4
@@ -135,15 +136,24 @@ def random_division(plan: PoolPlan, rng: random.Random) -> list[int]:
     ]
 
 
-def random_kills(table_fd: int, pool_fd: int, kills: int, seed: int) -> dict[str, float]:
+def compact(table_fd: int, pool_fd: int, owner: int, seed: int) -> None:
+    table = SlabTable.attach(table_fd)
+    compact_for_ever(table, slots_of(table.plan, pool_fd), owner, seed)
+
+
+def random_kills(
+    table_fd: int, pool_fd: int, kills: int, seed: int, body: Callable[[int, int, int, int], None]
+) -> dict[str, float]:
     """Round by round, until `kills` are done: kills some workers at a random instant, waits for them, checks the table
     while their slabs are still theirs, reclaims, checks again, and starts others in their place."""
     table, rng, reclaimed, done, reclaim_s = SlabTable.attach(table_fd), random.Random(seed), 0, 0, 0.0
     owners = range(len(table.names))
+    moving = moved = 0
 
     def start(owner: int) -> int:
-        child_seed = rng.getrandbits(32)
-        return forked(lambda: churn(table_fd, pool_fd, owner, child_seed))
+        child_seed = rng.getrandbits(31)
+        table.publish(owner, vacatable=0, moved_bytes=0)
+        return forked(lambda: body(table_fd, pool_fd, owner, child_seed))
 
     began = time.perf_counter()
     workers = [start(owner) for owner in owners]
@@ -156,6 +166,8 @@ def random_kills(table_fd: int, pool_fd: int, kills: int, seed: int) -> dict[str
             os.kill(workers[owner], signal.SIGKILL)
         for owner in victims:
             wait_killed(workers[owner])
+            moving += table.status(owner)["vacatable"]
+            moved += table.status(owner)["moved_bytes"]
         done += len(victims)
         table.check()
         for owner in victims:
@@ -172,7 +184,7 @@ def random_kills(table_fd: int, pool_fd: int, kills: int, seed: int) -> dict[str
             workers[owner] = start(owner)
     return {"kills": done, "seconds": time.perf_counter() - began, "repairs": counts.repairs, "reclaimed": reclaimed,
             "leaked": counts.mapped - counts.free, "leases": counts.leases, "refused": counts.refused,
-            "reclaim_us": reclaim_s / done * 1e6}  # fmt: skip
+            "moved": moved, "killed_in_moves": moving, "reclaim_us": reclaim_s / done * 1e6}  # fmt: skip
 
 
 # ---- a kill at every instruction
@@ -282,7 +294,7 @@ def forget_to_repair() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["random", "instructions", "operations"])
+    parser.add_argument("mode", choices=["random", "compaction", "instructions", "operations"])
     parser.add_argument("--table-fd", type=int)
     parser.add_argument("--pool-fd", type=int)
     parser.add_argument("--kills", type=int, default=1000)
@@ -295,8 +307,9 @@ def main() -> None:
     if args.forget_to_repair:
         forget_to_repair()
     try:
-        if args.mode == "random":
-            out = random_kills(args.table_fd, args.pool_fd, args.kills, args.seed)
+        if args.mode in ("random", "compaction"):
+            body = churn if args.mode == "random" else compact
+            out = random_kills(args.table_fd, args.pool_fd, args.kills, args.seed, body)
         elif args.mode == "operations":
             out = operations(args.table_fd, args.pool_fd, args.operations, args.seed, args.corrupt)
         else:

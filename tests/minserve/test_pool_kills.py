@@ -50,6 +50,18 @@ def test_a_thousand_random_kills_leave_the_table_whole_and_leak_nothing():
     print(report)
 
 
+@pytest.mark.parametrize("kills", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_kills_while_blocks_are_moved_leak_nothing_and_hurt_nobody(kills: int):
+    """Whoever lives reads of every block what was written there, in every layer."""
+    report, table = nursery("compaction", "--kills", str(kills), "--seed", "3")
+    assert "fault" not in report, report
+    assert report["leaked"] == 0, report
+    assert report["killed_in_moves"] > kills / 20, f"no kill hit a move: {report}"
+    assert report["moved"] > kills, report
+    table.check()
+    print(report)
+
+
 def test_random_kills_without_repair_are_caught_by_the_same_check():
     report, _ = nursery("random", "--kills", "5000", "--seed", "1", "--forget-to-repair")
     assert "fault" in report, f"a table that nobody repairs went through {report['kills']} kills unnoticed"
