@@ -119,6 +119,9 @@ class Residency:
         except ResidencyError as error:
             log.error("[%s] %s: %s", self.host.name, verb, error)
             raise
+        except Exception:
+            log.exception("[%s] %s went wrong", self.host.name, verb)
+            raise
         finally:
             if asyncio.current_task() is self._task:
                 self.doing = None

@@ -135,3 +135,19 @@ def test_storages_go_and_come_back_where_every_view_of_them_finds_them(
     assert all(t.untyped_storage().nbytes() == 0 for t in tree)
     copy.restore()
     assert all(torch.equal(t, b) for t, b in zip(tree, before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", [1, 2])
+def test_on_a_gpu_its_memory_goes_back_to_the_device(folder: Path, level: int) -> None:
+    """Graphs are captured anew, at other addresses; what is said stays."""
+    engine, pool = served(folder, "cuda:0")
+    before, nbytes = said(engine), pool.bytes.nbytes
+    for _ in range(2):
+        engine.sleep(level)
+        held = torch.cuda.memory_allocated() - nbytes
+        assert held < 1 << 20, f"{held} bytes are still held beside the pool"
+        assert torch.cuda.memory_reserved() - nbytes < 64 << 20
+        engine.wake()
+        assert said(engine) == before
+    engine.close()
