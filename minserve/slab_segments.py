@@ -4,6 +4,7 @@ The order that makes it safe: the free slabs of a segment are withdrawn, so that
 free one by one and are withdrawn too; when none is anybody's the segment is gone by a bit in the table, and only then
 every process unmaps it and its memory is released.  Back the other way round: memory, mapping, bit, slabs.  A slab that
 is away is a state of its owner word, so whoever dies in a change, the next holder of the lock finds it whole.
+The first segment stays: rows of sets that are not leased name slab 0, and a kernel may look there.
 """
 
 import numpy as np
@@ -71,8 +72,8 @@ class SlabSegments:
         return int(((states == LIVE) | (states == DRAINING)).sum())
 
     def emptiest(self) -> int | None:
-        """The one to give back: the fewest slabs to wait for, then the highest.  None: all are gone."""
-        here = set(range(self.num)) - gone_segments(self._table)
+        """The one to give back: the fewest slabs to wait for, then the highest.  None: no other may go."""
+        here = set(range(1, self.num)) - gone_segments(self._table)
         return min(here, key=lambda i: (self.held(i), -i), default=None)
 
     def withdraw(self, segment: int) -> int:
@@ -81,6 +82,10 @@ class SlabSegments:
         ValueError, and nothing changes, where the pool would be too small for its reserves without the segment.
         """
         table, (first, last) = self._table, self.slabs(segment)
+        if segment == 0:
+            raise ValueError(
+                f"segment must be in [1, {self.num}) to be given back, got 0: the first one stays"
+            )
         head = table._head
         with table._lock:
             table._repair()

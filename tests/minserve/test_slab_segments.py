@@ -31,24 +31,26 @@ def test_a_segment_goes_when_its_slabs_are_nobodys_and_comes_back_whole(table: S
     segments = SlabSegments(table, SEGMENT)
     assert segments.num == 5
     assert [segments.slabs(i) for i in range(5)] == [(0, 6), (5, 11), (11, 17), (16, 22), (22, 24)]
-    lease = leased(table, 0, 3)  # the low slabs
-    assert (segments.held(0), segments.emptiest()) == (3, 4)
-    assert segments.withdraw(0) == 3, "three are somebody's"
+    lease = leased(table, 0, 8)  # the low slabs
+    assert (segments.held(1), segments.emptiest()) == (3, 4)
+    assert segments.withdraw(1) == 3, "three are somebody's"
     assert num_away(table) == 3
-    with pytest.raises(ValueError, match="segment 0 must be empty to be given back, 3 slabs are not away"):
-        segments.leave(0)
+    with pytest.raises(ValueError, match="segment 1 must be empty to be given back, 3 slabs are not away"):
+        segments.leave(1)
     table.check()
     table.free(0, lease)
-    give_back(segments, 0)
-    assert gone_segments(table) == {0}
+    give_back(segments, 1)
+    assert gone_segments(table) == {1}
     assert table.counts().mapped == 24 - 6
     table.check()
-    taken = leased(table, 1, 4)
-    assert min(taken.slabs) >= 6, "none of the slabs that are away"
-    segments.restore(0)
+    taken = leased(table, 1, 7)
+    assert not {5, 6, 7, 8, 9, 10} & set(taken.slabs.tolist()), "none of the slabs that are away"
+    segments.restore(1)
     assert (num_away(table), gone_segments(table)) == (0, frozenset())
     assert table.counts().mapped == 24
     table.check()
+    with pytest.raises(ValueError, match=r"must be in \[1, 5\) to be given back, got 0: the first one stays"):
+        segments.withdraw(0)
 
 
 def test_a_slab_between_two_segments_comes_back_with_the_second(table: SlabTable) -> None:
@@ -63,10 +65,10 @@ def test_a_slab_between_two_segments_comes_back_with_the_second(table: SlabTable
     assert num_away(table) == 0
     table.check()
     other = SlabSegments(table, 5 * 4096 - 2048)
-    give_back(other, 0)
-    give_back(other, 1)
-    other.restore(0)
-    assert sw.state_of(table._words)[:5].tolist() == [0, 0, 0, 0, sw.AWAY], "slab 4 lies in both"
+    give_back(other, 5)
+    give_back(other, 4)
+    other.restore(4)
+    assert sw.state_of(table._words)[18:].tolist() == [0, 0, 0, 0, sw.AWAY, sw.AWAY], "slab 22 lies in both"
     table.check()
 
 
