@@ -105,7 +105,8 @@ class SlabQuotas:
         missing = self.claims(but=owner) - self.coming
         if missing <= 0:
             return 0
-        total = sum(max(0, self._over(i)) for i in range(len(self._layers)))
+        # each word is read once: the agent may write new quotas at any moment
+        total = over + sum(max(0, self._over(i)) for i in range(len(self._layers)) if i != owner)
         return min(over, -(-missing * over // total))
 
     def unmet(self, owner: int, limit: int | None = None) -> int:

@@ -47,6 +47,25 @@ def test_without_a_claim_a_quota_stops_nobody(table: SlabTable) -> None:
     assert fill(table, DEEP, 3) == 6
 
 
+def test_quotas_that_change_while_they_are_read_are_no_fault(
+    table: SlabTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.quotas.write((10, 15, 20))
+    leased(table, POOR, 85)
+    table.publish(DEEP, demand=6)
+    before = table.quotas.excess(POOR)
+    claims = table.quotas.claims
+
+    def in_between(but: int = -1) -> int:
+        found = claims(but)
+        table.quotas.write((0, 0, 100))
+        return found
+
+    monkeypatch.setattr(table.quotas, "claims", in_between)
+    assert table.quotas.excess(POOR) == before > 0
+    assert table.quotas.excess(POOR) == 0
+
+
 def test_a_claim_stops_leases_beyond_a_quota_and_only_as_far_as_it_goes(table: SlabTable) -> None:
     table.quotas.write((10, 15, 20))
     leased(table, POOR, 20)
