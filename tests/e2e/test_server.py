@@ -304,7 +304,7 @@ def test_metrics_are_what_the_workers_report(http: httpx.Client) -> None:
     # of a model, of the pool, of a model in the pool
     kinds = Counter(tuple(re.findall(r"(\w+)=", line)) for line in series)
     of_a_model = 2 * (len(metrics.MODEL_METRICS) + 2)
-    assert kinds == {("model_name",): of_a_model, ("pool",): 6, ("pool", "model_name"): 2 * 19}
+    assert kinds == {("model_name",): of_a_model, ("pool",): 6, ("pool", "model_name"): 2 * 21}
     assert "# TYPE minserve:late_compiles_total counter" in text()
     assert http.head("/metrics").status_code == 200
 

@@ -120,9 +120,10 @@ def test_a_worker_reports_late_compiles_and_its_cache(monkeypatch: pytest.Monkey
     blocks = SimpleNamespace(num_cached=5)
     counters = engine.Counters(prefix_queries=70, prefix_hits=64)
     own: Any = SimpleNamespace(
-        batcher=SimpleNamespace(num_running=1, num_waiting=2, blocks=blocks), counters=counters
+        batcher=SimpleNamespace(num_running=1, num_waiting=2, num_preemptions=4, blocks=blocks),
+        counters=counters,
     )
     served: Any = object.__new__(worker.EngineServed)
     served._active = SimpleNamespace(engine=own)
-    want = Stats(running=1, waiting=2, late_compiles=3, prefix_queries=70, prefix_hits=64, cached_blocks=5)
-    assert served.stats() == want
+    prefix = {"prefix_queries": 70, "prefix_hits": 64, "cached_blocks": 5}
+    assert served.stats() == Stats(running=1, waiting=2, preemptions=4, late_compiles=3, **prefix)
