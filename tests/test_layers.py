@@ -37,7 +37,7 @@ ORDER = {
     "minserve": """
         sampling schema overrides config keys
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
-        slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table slab_segments cuda_memory mps pool keeper green probe sm_share
+        slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table group_sets slab_segments cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs moves runner warmup engine cache_identity loading kv_moves kv_share prefill_token offload
         text outputs llm
         wire link host residency quota_writer agent protocol answers loop device_share worker frontend listener responses admin_routes pool_metrics metrics server serve place top admin
