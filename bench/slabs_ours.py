@@ -16,7 +16,7 @@ from bench.slabs_replay import MAX_RUNNING, Lane
 from minserve.kv_share import CLAIM_AHEAD_S
 from minserve.slab_table import Lease, SlabTable
 from sched.blocks import BlockPool
-from sched.compaction import MOST_SETS, NO_OFFER, Offer, choose, sets_to_vacate
+from sched.compaction import MOST_SETS, NO_OFFER, Offer, choose, sets_to_vacate, watermark
 from sched.slabs import MAX_SLAB_BYTES, PoolPlan, solve
 
 # 1 ms of copying on an H200, which reads and writes 4.8 TB/s at best
@@ -130,11 +130,14 @@ class Slabs:
                     pool.trim()
             return
         wants = [self._wants(lane) for lane in tables]
-        if sum(wants) <= self.free_slabs:
+        if sum(wants) + self._wanted <= self.free_slabs:
             return
+        shapes = [self.plan.models[m.name] for m in self.models]
+        busy = [bool(lane.running or lane.waiting) for lane in tables]
         offers = [self._offer(lane) for lane in tables]
         for m, lane in enumerate(tables):
-            missing = sum(wants) - wants[m] - self.free_slabs
+            least = watermark([s for i, s in enumerate(shapes) if busy[i] and i != m], self.plan.num_slabs)
+            missing = max(least, sum(wants) - wants[m]) - self.free_slabs
             others = offers[:m] + offers[m + 1 :]
             sets = sets_to_vacate(offers[m], others, -(-missing // self.models[m].layers))
             if sets:

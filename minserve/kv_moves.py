@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 
 from minserve.slab_table import SlabTable
-from sched.compaction import NO_OFFER, Compactor, Offer, sets_to_vacate
+from sched.compaction import NO_OFFER, Compactor, Offer, sets_to_vacate, watermark
 
-# an offer that is not renewed for so long, and for three steps, is that of a worker that has stopped
+# what is not said again for so long, and for three steps, is that of a worker that has stopped
 FRESH_NS = 10**9
 
 
@@ -29,18 +29,22 @@ class KvMoves:
     ) -> None:
         self._table, self._owner, self._compactor = table, owner, compactor
         self._offer, self._ask, self._moved_bytes, self._clock = offer, ask, moved_bytes, clock
-        self._layers = list(table.plan.models.values())[owner].layers
+        self._shapes = list(table.plan.models.values())
         self._offered = NO_OFFER
 
     def turn(self, excess: int) -> None:
         """`excess`: sets that this model is to give back, beyond those that hold no request."""
-        missing = -(-self._table.quotas.missing(but=self._owner) // self._layers)
+        heard = self._heard()
+        busy = [self._shapes[i] for i, said in heard.items() if said["used"] or said["waiting"]]
+        least = watermark(busy, self._table.plan.num_slabs)
+        missing = -(-self._table.quotas.missing(self._owner, least) // self._shapes[self._owner].layers)
         self._offered = NO_OFFER
         if missing <= 0 and excess <= 0:
             return
         self._offered = self._offer()
+        others = [Offer(said["vacatable"], said["vacate_milli"] / 1000) for said in heard.values()]
         leaving = self._compactor.num_leaving
-        wanted = sets_to_vacate(self._offered, self._others(), missing - leaving)
+        wanted = sets_to_vacate(self._offered, others, missing - leaving)
         wanted = max(wanted, min(self._offered.sets, excess - leaving))
         if wanted > 0:
             self._ask(wanted)
@@ -54,12 +58,11 @@ class KvMoves:
             "moved_bytes": self._moved_bytes(),
         }
 
-    def _others(self) -> list[Offer]:
-        now = 1e9 * self._clock()
-        offers = []
-        for owner in range(len(self._table.names)):
+    def _heard(self) -> dict[int, dict[str, int]]:
+        """What the other models have said of late."""
+        now, heard = 1e9 * self._clock(), {}
+        for owner in range(len(self._shapes)):
             said = self._table.status(owner)
-            fresh = now - said["heartbeat_ns"] <= FRESH_NS + 3000 * said["step_us"]
-            if owner != self._owner and fresh:
-                offers.append(Offer(said["vacatable"], said["vacate_milli"] / 1000))
-        return offers
+            if owner != self._owner and now - said["heartbeat_ns"] <= FRESH_NS + 3000 * said["step_us"]:
+                heard[owner] = said
+        return heard

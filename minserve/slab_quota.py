@@ -122,9 +122,9 @@ class SlabQuotas:
         draining = sum(self._rows[i * ROW_WORDS + R_DRAINING] for i in range(len(self._layers)))
         return self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._head[H_LIVENESS]
 
-    def missing(self, but: int) -> int:
-        """Slabs that the models but this one want, whatever their quotas, and that are not to be had."""
-        return sum(self.unmet(i) for i in range(len(self._layers)) if i != but) - self.coming
+    def missing(self, but: int, least: int = 0) -> int:
+        """Slabs that the models but this one want, whatever their quotas, at least `least`, and that are not to be had."""
+        return max(least, sum(self.unmet(i) for i in range(len(self._layers)) if i != but)) - self.coming
 
     def _claim(self, owner: int) -> int:
         quota = self.quota(owner)

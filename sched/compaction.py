@@ -13,10 +13,13 @@ from typing import NamedTuple
 from sched.blocks import BlockPool
 from sched.flights import Flights
 from sched.sequence import Seq
+from sched.slabs import SetShape
 from sched.step import SLOT_BITS, Move, Patch
 
 # sets emptied in one step at most
 MOST_SETS = 8
+# of a prompt, that a step of another model takes blocks for at once
+STEP_TOKENS = 2048
 
 
 class Vacated(NamedTuple):
@@ -120,6 +123,15 @@ class Compactor:
     @property
     def _pinned(self) -> set[int]:
         return {block >> SLOT_BITS for blocks in self._flights.held() for block in blocks}
+
+
+def watermark(shapes: Iterable[SetShape], num_slabs: int) -> int:
+    """Slabs that the next steps of these models may ask for without warning: the prompt of one that is not there yet,
+    and a set each.  At most a part of the pool: in a tiny one blocks would be moved for nothing else."""
+    sizes = [(-(-STEP_TOKENS // shape.set_tokens) * shape.layers, shape.layers) for shape in shapes]
+    if not sizes:
+        return 0
+    return min(num_slabs // 16, max(chunk for chunk, _ in sizes) + sum(layers for _, layers in sizes))
 
 
 def sets_to_vacate(own: Offer, others: Iterable[Offer], missing_sets: int) -> int:
