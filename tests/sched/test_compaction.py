@@ -5,9 +5,10 @@ import random
 import pytest
 
 from sched.blocks import BlockPool
-from sched.compaction import NO_OFFER, Offer, choose, sets_to_vacate
+from sched.compaction import NO_OFFER, Offer, choose, sets_to_vacate, watermark
 from sched.limits import Limits
 from sched.pressure import offer
+from sched.slabs import SetShape
 from tests.sched.content import Content
 from tests.sched.witness import Sets
 
@@ -166,6 +167,16 @@ def test_the_cheapest_compacts_for_what_the_others_want(
     own: Offer, others: list[Offer], missing: int, sets: int
 ) -> None:
     assert sets_to_vacate(own, others, missing) == sets
+
+
+def test_the_next_steps_of_others_find_slabs_without_having_asked() -> None:
+    def shape(layers: int, slots: int) -> SetShape:
+        return SetShape(layers, (), slots, 16, 0, 1, 0.0)
+
+    # 2,048 tokens are 8 sets of 4 layers of the one, 4 of 2 of the other; and a set of each
+    assert watermark([shape(4, 16), shape(2, 32)], 10_000) == 8 * 4 + 4 + 2
+    assert watermark([shape(4, 16), shape(2, 32)], 160) == 10, "at most a sixteenth of the pool"
+    assert watermark([], 10_000) == 0
 
 
 def test_what_steps_under_way_are_emptying_is_counted_until_they_have_run() -> None:
