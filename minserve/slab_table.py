@@ -157,7 +157,8 @@ class SlabTable:
         if n <= 0:
             raise ValueError(f"n must be at least 1 slab, got {n}")
         with self._lock:
-            self._repair()
+            if self._head[H_DIRTY]:
+                self._repair()
             draws = self.rule.draws(owner, n, urgent)
             if draws is None:
                 self._rows[row + R_REFUSED] += 1
@@ -179,14 +180,18 @@ class SlabTable:
         """live or draining -> free: from now on anybody may lease the slabs."""
         head, row, n = self._head, self._row(owner), len(lease.slabs)
         with self._lock:
-            self._repair()
+            if head[H_DIRTY]:
+                self._repair()
             state = self._expect(owner, lease, (LIVE, DRAINING))
             top = head[H_TOP]
             head[H_DIRTY] = 1
             self._words[lease.slabs] = pack(lease.generation, owner, FREE)
             self._stack[top : top + n] = lease.slabs
             head[H_TOP] = top + n
-            self._hold(row, *((-n, 0) if state == LIVE else (0, -n)))
+            if state == LIVE:
+                self._hold(row, -n, 0)
+            else:
+                self._hold(row, 0, -n)
             self._rows[row + R_RETURNS] += 1
             head[H_DIRTY] = 0
 

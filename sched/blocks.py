@@ -81,14 +81,16 @@ class BlockPool:
         """
         if n + headroom > self.num_free and not self._make_room(n, headroom, urgent):
             return None
+        if n == 1 and not self._spare:  # what a decode takes
+            block = (self._current_free or self._next_set()).pop()
+            self._live.add(block)
+            self.num_free -= 1
+            return [block]
         taken: list[int] = []
         while n:
             free = self._current_free or self._next_set()
             if self._spare and self._current is not None:
                 self._spare.pop(self._current, None)
-            if n == 1:  # what a decode takes
-                taken.append(free.pop())
-                break
             part = free[-n:]
             del free[-n:]
             part.reverse()
@@ -114,7 +116,7 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less.  The last one frees the block, and its set may go back to the source; or makes it idle:
         those released first are the first to be evicted."""
-        live, shared, cached = self._live, self._shared, self._cached
+        live, shared, cached, slots = self._live, self._shared, self._cached, self.slots
         for block in blocks:
             if shared and block in shared:
                 if shared[block] > 1:
@@ -127,14 +129,19 @@ class BlockPool:
             except KeyError:
                 raise _not_allocated(block) from None
             self.num_released += 1
-            if block in cached:
+            if cached and block in cached:
                 self._rest(block)
-            else:
-                self._free_block(block)
+                continue
+            free = self._free[block >> SLOT_BITS]
+            free.append(block)
+            self.num_free += 1
+            # most change nothing else, and the call would be a third of what a block costs
+            if not 1 < len(free) < slots or self._idle_in:
+                self._settle(block >> SLOT_BITS, free)
 
-    def trim(self) -> None:
-        """Give back every empty set."""
-        while self._empty:
+    def trim(self, keep: int = 0) -> None:
+        """Give back every empty set but `keep`."""
+        while len(self._empty) > keep:
             self._give_back(self._empty[-1])
 
     # -- the cache
@@ -174,7 +181,7 @@ class BlockPool:
                 self._evict(block)
             else:
                 del self._cached[block], self._by_key[key]
-        self._keep_one()
+        self.trim(keep=1)
 
     def give_up(self, n: int) -> int:
         """Gives back at most `n` sets that no request needs, and says how many: empty ones, then those of idle blocks
@@ -271,10 +278,12 @@ class BlockPool:
                 self._evict(block)
 
     def _evict(self, block: int) -> None:
-        key, _ = self._cached.pop(block)
-        del self._by_key[key]
+        del self._by_key[self._cached.pop(block)[0]]
         self._leave_idle(block)
-        self._free_block(block, evicted=True)
+        free = self._free[block >> SLOT_BITS]
+        free.append(block)
+        self.num_free += 1
+        self._settle(block >> SLOT_BITS, free, evicted=True)
 
     def _leave_idle(self, block: int) -> None:
         set_id = block >> SLOT_BITS
@@ -286,12 +295,8 @@ class BlockPool:
 
     # -- sets
 
-    def _free_block(self, block: int, *, evicted: bool = False) -> None:
-        """`evicted`: an empty set is kept, whoever evicts wants its blocks."""
-        set_id = block >> SLOT_BITS
-        free = self._free[set_id]
-        free.append(block)
-        self.num_free += 1
+    def _settle(self, set_id: int, free: list[int], *, evicted: bool = False) -> None:
+        """One more of its blocks is free.  `evicted`: an empty set is kept, whoever evicts wants its blocks."""
         count = len(free)
         if count == self.slots:
             self._emptied(set_id)
@@ -299,7 +304,7 @@ class BlockPool:
                 # what came out of the liveness reserve is not for keeping: another model may need it to move at all
                 if set_id in self._urgent:
                     self._give_back(set_id)
-                self._keep_one()
+                self.trim(keep=1)
             return
         if count == 1 and set_id != self._current:
             self._open[set_id] = free
@@ -312,10 +317,6 @@ class BlockPool:
         self._open.pop(set_id, None)
         self._spare.pop(set_id, None)
         self._empty.append(set_id)
-
-    def _keep_one(self) -> None:
-        while len(self._empty) > 1:
-            self._give_back(self._empty[-1])
 
     def _next_set(self) -> list[int]:
         """The current set is used up (or none): go on with the one opened last, else with an empty one."""
