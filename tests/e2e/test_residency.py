@@ -1,9 +1,12 @@
 """A model's place at run time, seen from inside the agent, with oracles for workers: every way up, down and off the road."""
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -59,16 +62,16 @@ class Site:
 Story = Callable[[Site], Awaitable[None]]
 
 
-def tell(folder: Path, name: str, story: Story, **keys: Any) -> None:
+def tell(folder: Path, name: str, story: Story, within_s: float = PATIENCE_S) -> None:
     write_model(folder / "m")
     gpus = [{"device": "cpu", "pool_bytes": "16 MiB", "slab_bytes": "16 KiB"}]
-    models = [{"name": name, "path": "m", **keys}, {"name": "bystander", "path": "m"}]
+    models = [{"name": name, "path": "m"}, {"name": "bystander", "path": "m"}]
     config = parse_config({"nodes": [{"name": "local", "gpus": gpus}], "models": models}, folder)
 
     async def run() -> None:
         agent = Agent(config, {}, BOOT)
         agent.start()
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(within_s):
             await agent.settled()
             site, other = Site(agent, name), agent.hosts["bystander"].pid
             try:
@@ -284,3 +287,51 @@ def test_a_model_that_failed_withholds_nothing_and_can_be_tried_again(tmp_path: 
         site.check("unloaded")
 
     tell(tmp_path, "refuses", story)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_random_orders_kills_and_changes_of_mind(tmp_path: Path, seed: int) -> None:
+    """Whatever comes together: at rest a model has its reserve exactly where it serves, and holds nothing elsewhere."""
+    rng = random.Random(seed)
+    ends = Counter[str]()
+
+    async def step(site: Site) -> None:
+        tasks, ears = [], []
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            if site.host.state == "ready":
+                ears.append(site.ask("a", rng.choice((1, SLOW)), rng.choice((5, 30))))
+            verb = rng.choice(list(GOALS))
+            try:
+                task = site.residency.begin(
+                    verb, drain_s=rng.choice((0.0, 0.05, 5.0)), level=rng.choice((1, 2))
+                )
+                tasks += [task] if task is not None else []
+            except StateError:
+                ends["forbidden"] += 1
+            await asyncio.sleep(rng.choice((0.0, 0.01, 0.1, 0.4)) * rng.random())
+            if rng.random() < 0.3 and site.host.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(site.host.pid, signal.SIGKILL)
+                    ends["killed"] += 1
+        for found in await asyncio.gather(*tasks, return_exceptions=True):
+            assert found is None or isinstance(found, ResidencyError), found
+            ends["done" if found is None else "not done"] += 1
+        await until(lambda: site.host.state in ("ready", "asleep", "unloaded", "failed"))
+        await until(lambda: all(e.end is not None for e in ears) or site.host.state == "ready")
+        # a dead worker is buried in its own time
+        await until(lambda: site.table.takes_part(site.owner) == (site.host.state in ("ready", "loading")))
+        if site.host.state == "ready":
+            await until(lambda: all(e.end is not None for e in ears))
+        assert site.residency.doing is None
+        if site.host.state != "loading":
+            site.check(site.host.state)
+        ends[site.host.state] += 1
+
+    async def story(site: Site) -> None:
+        for _ in range(60):
+            await step(site)
+
+    tell(tmp_path, "a", story, 10 * PATIENCE_S)
+    print(dict(ends))
+    assert min(ends[s] for s in ("ready", "asleep", "unloaded", "killed", "done", "forbidden")) > 2, ends
