@@ -64,6 +64,11 @@ class Batcher:
         return len(self._queue)
 
     @property
+    def num_open(self) -> int:
+        """Requests that came and have not ended: those that run, wait, or have their last token in a step under way."""
+        return len(self._live)
+
+    @property
     def has_work(self) -> bool:
         """A request lives, a step is not advanced, or a table is still to be dropped by a plan."""
         return bool(self._live or self._flights or self._left)
