@@ -20,6 +20,7 @@ from minserve.host import BOOT, Host
 from minserve.keeper import Keeper
 from minserve.lock_watch import LockWatch
 from minserve.memory import weight_bytes, workspace
+from minserve.pool_segments import DeviceRoom, PoolSegments
 from minserve.prefill_token import turn_off
 from minserve.quota_writer import QuotaWriter
 from minserve.residency import Residency
@@ -100,19 +101,42 @@ def open_pool(
     return Pool(name, device, plan, table, keeper.fds, keeper.handle.to_json(), keeper, sharing)
 
 
+def gpu_memory(device: str, environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """(bytes free, bytes in all), asked in a child: this process must not open CUDA.  RuntimeError without an answer."""
+    ask = f"import torch; print(*torch.cuda.mem_get_info({device!r}))"
+    env = {**os.environ, **(environ or {})}
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=False, env=env
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{device} does not say how much memory it has: {error}") from None
+    if found.returncode != 0:
+        raise RuntimeError(f"{device} cannot be used: {found.stderr.strip().splitlines()[-1:]}")
+    free, total = map(int, found.stdout.split())
+    return free, total
+
+
+def device_room(
+    pool: Pool, gpu: GpuConfig, models: list[ResolvedModel], hosts: list[Host]
+) -> DeviceRoom | None:
+    """None where the pool's memory cannot be given back in parts."""
+    if pool.keeper is None or pool.keeper.needed():
+        return None
+    environ = {} if pool.sharing is None else pool.sharing.keeper_environ
+    segments = PoolSegments(pool.table, pool.keeper, hosts)
+    needs = {m.entry.name: weight_bytes(m) + workspace(m).total for m in models}
+    keep = 1 - gpu.memory_fraction
+    return DeviceRoom(
+        segments, lambda: gpu_memory(pool.device, environ), needs, lambda total: int(total * keep)
+    )
+
+
 def gpu_pool_bytes(
     device: str, gpu: GpuConfig, models: list[ResolvedModel], environ: Mapping[str, str] | None = None
 ) -> int:
     """What is left of the GPU's fraction after the weights, as large as their files, and what each worker works in."""
-    # asked in a child: this process must not open CUDA
-    ask = f"import torch; print(*torch.cuda.mem_get_info({device!r}))"
-    env = {**os.environ, **(environ or {})}
-    found = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=False, env=env
-    )
-    if found.returncode != 0:
-        raise RuntimeError(f"{device} cannot be used: {found.stderr.strip().splitlines()[-1:]}")
-    free, total = map(int, found.stdout.split())
+    free, total = gpu_memory(device, environ)
     taken = sum(weight_bytes(m) + workspace(m).total for m in models)
     left = free - int(total * (1 - gpu.memory_fraction)) - taken
     if left <= 0:
@@ -163,6 +187,8 @@ class Agent:
         rates = {m.entry.name: m.entry.rate for m in resolved if m.entry.rate is not None}
         self._quotas.append(QuotaWriter(pool.table, gpu.quota, rates))
         self._watches.append(LockWatch(pool.table.fd))
+        hosts: list[Host] = []
+        room = device_room(pool, gpu, resolved, hosts)
         for m in resolved:
             name, owner = m.entry.name, pool.table.owner_of(m.entry.name)
             keys = dataclasses.asdict(m.entry)
@@ -173,7 +199,8 @@ class Agent:
             # what is imported may be charged to the importer: the pool is within the limit
             environ = sharing.environ(name, own_bytes(m) + pool.plan.pool_bytes)
             self.hosts[name] = Host(name, start, boot, reclaimer(pool.table, owner), environ=environ)
-            self.residencies[name] = Residency(self.hosts[name], pool.table)
+            hosts.append(self.hosts[name])
+            self.residencies[name] = Residency(self.hosts[name], pool.table, device=room)
             if not m.entry.load_at_start:
                 self.hosts[name].park("not loaded yet")
 

@@ -25,7 +25,6 @@ from minserve.wire import (
     Abort,
     Asleep,
     Awake,
-    FromWorker,
     Loaded,
     LoadFailed,
     Ping,
@@ -38,6 +37,7 @@ from minserve.wire import (
     Submit,
     TokenEvent,
     Tokens,
+    Told,
     Wake,
     encode,
 )
@@ -223,7 +223,7 @@ class Host:
         exited = asyncio.Event()
         pidfd = os.pidfd_open(process.pid)
         loop.add_reader(pidfd, exited.set)
-        _, self._link = await loop.create_unix_connection(lambda: Link(self._take), sock=ours)
+        _, self._link = await loop.create_unix_connection(lambda: Link(self._take, ours.dup()), sock=ours)
         self._send(self._start)
         assert process.stderr is not None
         await loop.connect_read_pipe(lambda: LineLog(self.name), process.stderr)
@@ -246,7 +246,7 @@ class Host:
                 str(theirs.fileno()),
                 str(os.getpid()),
             ],
-            pass_fds=[theirs.fileno(), self._start.table_fd, *self._start.pool_fds],
+            pass_fds=[theirs.fileno(), self._start.table_fd, *(fd for fd in self._start.pool_fds if fd >= 0)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -298,7 +298,7 @@ class Host:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
-    def _take(self, message: FromWorker) -> None:
+    def _take(self, message: Told) -> None:
         if isinstance(message, Tokens):
             self._moved_s, self._answered = time.monotonic(), True
             for event in message.events:

@@ -24,6 +24,8 @@ from minserve.wire import (
     Ping,
     Pong,
     Refused,
+    Segment,
+    SegmentDone,
     Sleep,
     Start,
     Stats,
@@ -47,7 +49,8 @@ class ServedEngine(Protocol):
 
     `idle` is called in place of a step while there is no work, and says after how many seconds to call it again if no
     message comes; None: not at all.  `sleep` is called without requests and says what it did; until `wake` there is no
-    work.  A `wake` that raises one of REFUSALS leaves the engine asleep.
+    work.  A `wake` that raises one of REFUSALS leaves the engine asleep.  `segment`: of the pool's memory; without `fd`
+    nothing touches it from then on.
     """
 
     @property
@@ -59,6 +62,7 @@ class ServedEngine(Protocol):
     def stats(self) -> Stats: ...
     def sleep(self, level: int) -> str: ...
     def wake(self) -> str: ...
+    def segment(self, index: int, fd: int | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -107,8 +111,22 @@ class Loop:
             self._channel.send(Asleep(self._engine.sleep(message.level)))
         elif isinstance(message, Wake):
             self._channel.send(self._woken())
+        elif isinstance(message, Segment):
+            self._channel.send(SegmentDone(message.index, self._moved_segment(message)))
         elif isinstance(message, Stop):
             self._stopping = True
+
+    def _moved_segment(self, message: Segment) -> str:
+        """What went wrong."""
+        fd = self._channel.fds.popleft() if message.there else None
+        try:
+            self._engine.segment(message.index, fd)
+        except REFUSALS as error:
+            return explain(error)
+        finally:
+            if fd is not None:
+                os.close(fd)
+        return ""
 
     def _woken(self) -> Awake:
         try:

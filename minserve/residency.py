@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from minserve.host import Host, WakeRefused, WorkerLost
+from minserve.pool_segments import DeviceRoom
 from minserve.slab_table import OwnershipError, SlabTable
 
 log = logging.getLogger("minserve")
@@ -52,8 +53,16 @@ class ResidencyError(RuntimeError):
 class Residency:
     """All methods belong to the event loop's thread."""
 
-    def __init__(self, host: Host, table: SlabTable, room_timeout_s: float = ROOM_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        host: Host,
+        table: SlabTable,
+        room_timeout_s: float = ROOM_TIMEOUT_S,
+        device: DeviceRoom | None = None,
+    ) -> None:
+        """`device`: None where memory for weights need not be made."""
         self.host, self._table, self._room_timeout_s = host, table, room_timeout_s
+        self._device = device
         self.doing: str | None = None
         self._owner = table.owner_of(host.name)
         self._task: asyncio.Task[None] | None = None
@@ -177,9 +186,17 @@ class Residency:
                         f"{self._room_timeout_s:.0f} s; unload another model or let running requests end"
                     )
                 await self._pause()
+            await self._make_memory()
         except ResidencyError:
             await self._leave()
             raise
+
+    async def _make_memory(self) -> None:
+        if self._device is not None:
+            try:
+                await self._device.make(self.host.name)
+            except RuntimeError as error:
+                log.warning("[%s] its GPU was not asked for memory: %s", self.host.name, error)
 
     # ---- down
 
@@ -188,6 +205,14 @@ class Residency:
         if self._life is not None:
             await self.host.stop(self._life)
         self.host.park()
+        await self._give_to_pool()
+
+    async def _give_to_pool(self) -> None:
+        if self._device is not None:
+            try:
+                await self._device.reclaim()
+            except RuntimeError as error:
+                log.warning("[%s] what it held of its GPU is not the pool's yet: %s", self.host.name, error)
 
     async def _sleep(self, level: int, drain_s: float) -> None:
         await self._drain(drain_s)
@@ -196,6 +221,7 @@ class Residency:
                 raise WorkerLost(self.host.reason)
             await self._answer(self.host.sleep(level))
             await self._leave()
+            await self._give_to_pool()
         except OwnershipError as error:
             log.error("[%s] says that it sleeps, but %s: killing it", self.host.name, error)
             self.host.kill()

@@ -195,6 +195,14 @@ class Runner:
             future.set_exception(e)
         return StepHandle(future)
 
+    @torch.inference_mode()
+    def forget_slabs(self) -> None:
+        """The device's slab table names the slabs of leased sets and no others; waits for all that is under way."""
+        with self._on_device():
+            self._slab_table_SL.copy_(self._sets.slab_table_SL)
+            if self.on_gpu:
+                torch.cuda.synchronize()
+
     def _prepare(self, plan: StepPlan, joins: tuple[Join, ...]) -> _Prepared:
         self.rows.drop(plan.left)
         uploads = [(self.rows.join(j).index, j.tokens) for j in joins]

@@ -4,9 +4,11 @@ A frame is 4 bytes of length (little endian) and one tagged message.  Nothing is
 cap, and a peer that breaks the framing is hung up on.  Knows neither engines nor HTTP.
 """
 
+import os
 import select
 import socket
 import struct
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +17,7 @@ import msgspec
 from minserve.sampling import SamplingParams
 
 MAX_FRAME_BYTES = 64 << 20
+MAX_FDS = 16  # beside what is read at a time
 HEAD = struct.Struct("<I")
 
 
@@ -75,6 +78,13 @@ class Sleep(msgspec.Struct, tag=True, frozen=True):
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
     """Be as before Sleep."""
+
+
+class Segment(msgspec.Struct, tag=True, frozen=True):
+    """Let go of a segment of the pool's memory, or, where it is `there`, map the descriptor that comes beside this frame."""
+
+    index: int
+    there: bool
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -140,6 +150,13 @@ class Awake(msgspec.Struct, tag=True, frozen=True):
     error: str = ""
 
 
+class SegmentDone(msgspec.Struct, tag=True, frozen=True):
+    """Answers come in the order of the questions."""
+
+    index: int
+    error: str = ""
+
+
 class Stats(msgspec.Struct, frozen=True):
     """`running`, `waiting` and `cached_blocks` are now, the rest totals since the start.  `late_compiles`: kernels that
     warm-up missed.  `prefix_queries` and `prefix_hits` count tokens of prompts.  `preemptions`: requests that lost
@@ -165,8 +182,9 @@ class Pong(msgspec.Struct, tag=True, frozen=True):
     at_s: float = 0.0
 
 
-ToWorker = Start | Submit | Abort | Ping | Sleep | Wake | Stop
-FromWorker = Loaded | LoadFailed | Tokens | Refused | Pong | Asleep | Awake
+ToWorker = Start | Submit | Abort | Ping | Sleep | Wake | Segment | Stop
+Told = Loaded | LoadFailed | Tokens | Refused | Pong | Asleep | Awake
+FromWorker = Told | SegmentDone
 Message = TypeVar("Message")
 
 
@@ -212,7 +230,10 @@ class Frames(Generic[Message]):
 
 
 class Channel:
-    """The worker's end: blocking sends, receives that wait as long as they are told."""
+    """The worker's end: blocking sends, receives that wait as long as they are told.
+
+    `fds`: descriptors that came beside frames, in their order, whoever takes one closes it.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -221,6 +242,7 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._frames: Frames[ToWorker] = Frames(ToWorker)
+        self.fds: deque[int] = deque()
 
     def send(self, message: Any) -> None:
         self._sock.sendall(encode(message))
@@ -232,7 +254,10 @@ class Channel:
         while True:
             if not self._poll.poll(0 if got else wait_ms):
                 return got
-            data = self._sock.recv(1 << 20)
+            data, fds, _, _ = socket.recv_fds(self._sock, 1 << 20, MAX_FDS)
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            self.fds += fds
             if not data:
                 raise EOFError("the agent is gone")
             got += self._frames.feed(data)

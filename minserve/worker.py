@@ -5,6 +5,7 @@ line; any other end is a crash, which the agent sees by waitpid and answers with
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import msgspec
 import torch
 
 from minserve.config import ModelEntry
-from minserve.cuda_memory import PoolHandle
+from minserve.cuda_memory import GONE, PoolHandle
 from minserve.device_share import take_share
 from minserve.engine import Engine, EngineRequest, TokenEvent
 from minserve.kv_moves import KvMoves
@@ -159,6 +160,19 @@ class EngineServed:
         self._engine.counters = self._counters
         return f"awake in {time.monotonic() - began:.2f} s"
 
+    def segment(self, index: int, fd: int | None) -> None:
+        """ValueError where the pool's memory comes and goes as a whole."""
+        segments = self._pool.segments
+        if segments is None:
+            raise ValueError("this pool has no segments")
+        if fd is not None:
+            segments.map(index, fd)
+            return
+        if self._active is not None:
+            # rows of sets that were given back still name slabs there, and a kernel may look
+            self._engine.runner.forget_slabs()
+        segments.unmap(index)
+
     def stats(self) -> Stats:
         if self._active is None:
             return self._stats
@@ -186,7 +200,11 @@ def attach_pool(start: Start) -> SlabPool:
     if not start.pool_handle:
         return SlabPool.attach(start.table_fd, start.pool_fds[0])
     handle = PoolHandle.from_json(start.pool_handle)
-    return SlabPool.attach_device(start.table_fd, handle, start.pool_fds, start.device)
+    pool = SlabPool.attach_device(start.table_fd, handle, start.pool_fds, start.device)
+    for fd in start.pool_fds:
+        if fd != GONE:
+            os.close(fd)  # a segment's memory would stay as long as this is open
+    return pool
 
 
 def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:

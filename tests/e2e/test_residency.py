@@ -335,3 +335,32 @@ def test_random_orders_kills_and_changes_of_mind(tmp_path: Path, seed: int) -> N
     tell(tmp_path, "a", story, 10 * PATIENCE_S)
     print(dict(ends))
     assert min(ends[s] for s in ("ready", "asleep", "unloaded", "killed", "done", "forbidden")) > 2, ends
+
+
+def test_memory_is_made_before_a_model_comes_and_given_to_the_pool_when_it_has_gone(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        seen: list[tuple[str, str, bool]] = []
+
+        class Device:
+            async def make(self, name: str) -> None:
+                seen.append(("make", site.host.state, site.table.takes_part(site.owner)))
+                if len(seen) > 4:
+                    raise RuntimeError("the GPU does not answer")
+
+            async def reclaim(self) -> None:
+                seen.append(("reclaim", site.host.state, site.table.takes_part(site.owner)))
+
+        site.residency._device = Device()  # type: ignore[assignment]
+        for verb in ("sleep", "wake", "unload", "load"):
+            await site.do(verb)
+        assert seen == [
+            ("reclaim", "asleep", False),
+            ("make", "asleep", True),
+            ("reclaim", "unloaded", False),
+            ("make", "unloaded", True),
+        ]
+        await site.do("unload")
+        await site.do("load")
+        site.check("ready")
+
+    tell(tmp_path, "m", story)

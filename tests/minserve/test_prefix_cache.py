@@ -274,3 +274,17 @@ def test_the_cache_knows_what_its_blocks_depend_on(folder: Path, tmp_path: Path)
     rope = dataclasses.replace(resolved.config.rope, theta=resolved.config.rope.theta * 2)
     config = dataclasses.replace(resolved.config, rope=rope)
     assert cache_identity(dataclasses.replace(resolved, config=config)) not in found
+
+
+def test_the_device_forgets_slabs_of_sets_that_were_given_back(llm: LLM) -> None:
+    """Before memory goes: rows of the device's table name leased slabs or slab 0, and what is cached is still right."""
+    want = tokens(llm.generate(prompts(12), GREEDY))
+    blocks, runner, sets = llm.engine.batcher.blocks, llm.engine.runner, llm._local.sets
+    blocks.give_up(max(1, blocks.num_sets - 1))
+    sets.poll()
+    free = [s for s in range(len(sets.slab_table_SL)) if s not in sets._leases]
+    assert runner._slab_table_SL[free].any(), "they are named until they are forgotten"
+    runner.forget_slabs()
+    assert not runner._slab_table_SL[free].any()
+    assert torch.equal(runner._slab_table_SL, sets.slab_table_SL)
+    assert tokens(llm.generate(prompts(12), GREEDY)) == want
