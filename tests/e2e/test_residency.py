@@ -147,6 +147,7 @@ def test_a_worker_that_dies_while_it_falls_asleep(tmp_path: Path) -> None:
     tell(tmp_path, "collapses", story)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_it_drains(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         ears = site.ask("a", SLOW, 250)
@@ -241,7 +242,7 @@ def test_an_agent_that_stops_while_a_model_wakes_ends_it(tmp_path: Path) -> None
         os.kill(pids[0], 0)
 
 
-@pytest.mark.parametrize("way", ["load", "wake"])
+@pytest.mark.parametrize("way", ["load", pytest.param("wake", marks=pytest.mark.slow)])
 def test_without_room_for_its_reserve_it_stays_where_it_was(tmp_path: Path, way: str) -> None:
     async def story(site: Site) -> None:
         await site.do("sleep" if way == "wake" else "unload")
