@@ -130,6 +130,8 @@ def test_files() -> list[str]:
     others = [
         "tests/minserve/test_llm.py",
         "tests/minserve/test_warmup.py",
+        "tests/minserve/test_keeper.py",
+        "tests/minserve/test_gpu_sharing.py",
         "tests/e2e/test_triton_engine.py",
     ]
     found = [p for p in others if (ROOT / p).exists()]

@@ -38,11 +38,11 @@ class GreenContext:
     release: Callable[[], None]
 
 
-def split(driver: Driver, device: c_int) -> "ctypes.Array[Resource]":
-    """All groups of the least size.  CudaError where the driver knows no green contexts."""
+def split(driver: Driver, device: c_int, times: int = 1) -> "ctypes.Array[Resource]":
+    """All groups of `times` the least size.  CudaError where the driver knows no green contexts."""
     whole, rest, count = Resource(), Resource(), c_uint(0)
     driver("cuDeviceGetDevResource", device, byref(whole), c_int(SM))
-    least = c_uint(whole.least or LEAST_SMS)
+    least = c_uint(times * (whole.least or LEAST_SMS))
     driver("cuDevSmResourceSplitByCount", None, byref(count), byref(whole), None, c_uint(0), least)
     groups = (Resource * count.value)()
     driver("cuDevSmResourceSplitByCount", groups, byref(count), byref(whole), byref(rest), c_uint(0), least)
@@ -63,7 +63,14 @@ def create_green(driver: Driver, ordinal: int, first: int, count: int) -> GreenC
                     f"groups of SMs must be among the {len(groups)} of device {ordinal}, got {count} from {first} on"
                 )
             own = (Resource * count)(*groups[first : first + count])
-            driver("cuDevResourceGenerateDesc", byref(desc), own, c_uint(count))
+            try:
+                driver("cuDevResourceGenerateDesc", byref(desc), own, c_uint(count))
+            except CudaError:
+                # drivers before CUDA 13 take one group: one as large, of a split of its own, where it has such a place
+                if count == 1 or first % count:
+                    raise
+                own = (Resource * 1)(split(driver, device, count)[first // count])
+                driver("cuDevResourceGenerateDesc", byref(desc), own, c_uint(1))
             driver("cuGreenCtxCreate", byref(green), desc, device, c_uint(DEFAULT_STREAM))
             try:
                 driver("cuGreenCtxStreamCreate", byref(stream), green, c_uint(NON_BLOCKING), c_int(0))

@@ -28,7 +28,7 @@ from minserve.cuda_memory import (
     import_memory,
     open_driver,
 )
-from minserve.green import split
+from minserve.green import Resource, split
 from minserve.keeper import BOOT as KEEPER_BOOT
 from minserve.keeper import ROOT, Keeper
 from minserve.mps import Daemon, MpsError
@@ -87,7 +87,7 @@ class Found:
 
 
 def look_at_gpu(driver: Driver, ordinal: int) -> Gpu:
-    """Opens no context.  CudaError where there is no such device."""
+    """Opens no context where it need not.  CudaError where there is no such device."""
     device, uuid = find_device(driver, ordinal)
     name, version = (c_char * 256)(), c_int()
     driver("cuDeviceGetName", name, c_int(len(name)), device)
@@ -98,7 +98,7 @@ def look_at_gpu(driver: Driver, ordinal: int) -> Gpu:
         why = f"the driver is of CUDA {version.value // 1000}.{version.value % 1000 // 10}, 12.4 or later is needed"
     else:
         try:
-            groups = tuple(int(g.sms) for g in split(driver, device))
+            groups = tuple(int(g.sms) for g in groups_of(driver, device))
         except CudaError as error:
             why = str(error)
     mode = driver.attribute(device, COMPUTE_MODE)
@@ -120,6 +120,14 @@ def look_at_gpu(driver: Driver, ordinal: int) -> Gpu:
         green_sms=groups,
         green_why=why,
     )
+
+
+def groups_of(driver: Driver, device: c_int) -> "ctypes.Array[Resource]":
+    try:
+        return split(driver, device)
+    except CudaError:
+        with context(driver, device):  # where the question needs one
+            return split(driver, device)
 
 
 def look_at_mps(daemon: Daemon) -> Mps:

@@ -199,19 +199,21 @@ class FakeCuda:
         return 0 if kind.value == 1 else INVALID
 
     def cuDevSmResourceSplitByCount(self, groups, count, whole, rest, flags, least):
-        n = self.facts["groups"]
-        if whole._obj.type != 1 or least.value != 8:
+        n, size = self.facts["groups"] * 8 // least.value, least.value
+        if whole._obj.type != 1 or size % 8:
             return INVALID
         for i in range(min(count._obj.value, n) if groups is not None else 0):
-            groups[i].type, groups[i].sms, groups[i].rest[0] = 1, 8, i + 1
+            groups[i].type, groups[i].sms, groups[i].rest[0] = 1, size, i + 1
         count._obj.value = n if groups is None else min(count._obj.value, n)
         if rest is not None:
-            rest._obj.sms = self.facts["sms"] - 8 * n
+            rest._obj.sms = self.facts["sms"] - size * n
         return 0
 
     def cuDevResourceGenerateDesc(self, out, resources, count):
         own = list(resources)
         if len(own) != count.value or any(r.type != 1 or not r.rest[0] for r in own):
+            return INVALID
+        if len(own) > 1 and self.facts["driver"] < 13000:
             return INVALID
         self.asked = [r.rest[0] - 1 for r in own]
         out._obj.value = 77
@@ -221,7 +223,7 @@ class FakeCuda:
         if not self.contexts or desc.value != 77 or flags.value != 1:
             return INVALID
         self.serial += 1
-        self.green[self.serial], out._obj.value = 8 * len(self.asked), self.serial
+        self.green[self.serial], out._obj.value = len(self.asked), self.serial
         return 0
 
     def cuGreenCtxStreamCreate(self, out, green, flags, priority):

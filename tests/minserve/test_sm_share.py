@@ -251,6 +251,16 @@ def test_a_green_context_has_the_groups_it_asks_for_and_leaves_nothing() -> None
     assert fake.left_over() == []
 
 
+def test_an_older_driver_gives_one_group_as_large() -> None:
+    fake = FakeCuda(driver=12040)
+    context = create_green(Driver(fake), 0, 8, 4)
+    assert (fake.asked, context.sms) == ([2], 32), "the third of four times the least size"
+    context.release()
+    with pytest.raises(CudaError, match="cuDevResourceGenerateDesc failed"):
+        create_green(Driver(fake), 0, 2, 4)
+    assert fake.left_over() == []
+
+
 @pytest.mark.parametrize(("first", "count"), [(0, 17), (14, 3), (-1, 1), (3, 0)])
 def test_groups_that_are_not_there_are_refused(first: int, count: int) -> None:
     fake = FakeCuda()
