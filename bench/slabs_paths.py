@@ -2,9 +2,10 @@
 
     python -m bench.slabs --paths [--quick] [--record]
 
-Block pool, leases and slab table are those that serve, on a pool in host memory.  Each figure is the median over
-repeats, also of the 99th percentiles: other work on this machine is part of a single one, and its load is printed.
-Contention is four processes on two cores, at 100 leases and 100 returns a second each, and as fast as they can.
+Block pool, leases and slab table are those that serve, on a pool in host memory.  What is timed alone stays on one core.
+Each figure is the median over repeats, also of the 99th percentiles: other work on this machine is part of a single one,
+and its load is printed.  Contention is four processes on two cores, at 100 leases and 100 returns a second each, and as
+fast as they can.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +246,25 @@ def row(
     return {"tag": "measured", "path": path, "value": rounded, "unit": unit, "target": target, "note": note}
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """What is timed alone stays where it is: a move to another core costs more than a lease."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def measure(*, quick: bool) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     repeats, n, seconds = (3, 1000, 1.0) if quick else (9, 5000, 2.0)
-    alloc, free, many, many_free = median_of(repeats, lambda: time_blocks(BATCH))
-    (call,) = median_of(repeats, lambda: time_call(n))
+    with one_core():
+        alloc, free, many, many_free = median_of(repeats, lambda: time_blocks(BATCH))
+        (call,) = median_of(repeats, lambda: time_call(n))
+        own = columns_of(repeats, lambda: time_leases(n))
+        table = columns_of(repeats, lambda: time_table(n))
     rows = [
         row("an empty Python function, for scale", call, "ns"),
         row("block, one allocated", alloc, "ns", 500),
@@ -256,9 +272,8 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
         row("block, of 64 allocated", many, "ns", 500),
         row("block, of 64 released", many_free, "ns", 500),
     ]
-    own = columns_of(repeats, lambda: time_leases(n))
     rows += lease_rows("alone", own, (10, 10))
-    rows += lease_rows("alone, the table only", columns_of(repeats, lambda: time_table(n)), (10, 10))
+    rows += lease_rows("alone, the table only", table, (10, 10))
     calm = columns_of(min(repeats, 5), lambda: time_contention(seconds, RATE))
     rows += lease_rows(f"{PROCESSES} processes, {RATE}/s each", calm, (200, 200))
     wild = columns_of(min(repeats, 3), lambda: time_contention(seconds, 0))
