@@ -128,17 +128,17 @@ async def run(device: str, token: bool, seconds: float, tpot_s: float) -> dict[s
     }
 
 
-def alone_us(rounds: int = 20_000) -> float:
-    """Microseconds a step of the three calls, of a model that computes prompts all the time and that nobody disturbs."""
+def alone_us(prompts: bool, rounds: int = 20_000) -> float:
+    """Microseconds a step of the three calls, of a model that computes prompts or decodes all the time, undisturbed."""
     shape = SetShape(1, (LayerGroup(0, 1, 4096),), 1, 16, 1, 1, 0.0)
     table = SlabTable.create(PoolPlan(4096, 24, {"a": shape, "b": shape, "c": shape}, 1))
-    token = PrefillToken(table, 0, lambda: True, lambda: float("inf"))
+    token = PrefillToken(table, 0, lambda: prompts, lambda: float("inf") if prompts else 1e9)
     found = []
     for _ in range(5):
         begin = time.perf_counter()
         for _ in range(rounds // 5):
             token.cap()
-            token.planned(512, True)
+            token.planned(512 * prompts, True)
             token.landed()
         found.append(1e6 * (time.perf_counter() - begin) / (rounds // 5))
     table.close()
@@ -171,8 +171,9 @@ def main() -> None:
         for token, rows in found.items()
     }
     sys.stdout.write("\n".join(table_of(arms)) + "\n")
-    us = alone_us()
-    sys.stdout.write(f"calls of a step that never waits: {us:.1f} us\n")
+    us = {what: alone_us(what == "prompts") for what in ("prompts", "decodes")}
+    calls = ", ".join(f"{value:.1f} us with {what}" for what, value in us.items())
+    sys.stdout.write(f"calls of a step that never waits: {calls}\n")
     result = {"bench": "prefill_token", "arms": arms, "alone_us": us, "tag": "measured", **vars(args)}
     sys.stdout.write(json.dumps(result) + "\n")
 
