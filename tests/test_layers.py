@@ -32,7 +32,7 @@ ORDER = {
     """,
     "sched": """
         metrics step slabs other_pools sm_shares quota prefix sequence recount blocks latency
-        limits flights claims compaction waiting running batching pressure prefill_turn simulator
+        limits flights claims compaction waiting running batching pressure prefill_turn simulator step_time
     """,
     "minserve": """
         sampling schema overrides config keys
