@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from minserve.kv_moves import KvMoves
-from minserve.pool import LeasedSets
 from sched.pressure import Demand
 from sched.quota import urgency
 
@@ -20,6 +19,17 @@ PREEMPT_AFTER_S = 0.1
 CLAIM_AHEAD_S = 0.5
 MOST_AHEAD = 256  # steps
 STEP_WEIGHT = 0.1
+
+
+class Shared(Protocol):
+    """Where the sets are from: minserve.pool.LeasedSets, or the GroupSets of a model on several GPUs."""
+
+    @property
+    def excess(self) -> int: ...
+    @property
+    def num_draining(self) -> int: ...
+    def publish(self, **status: int) -> None: ...
+    def poll(self) -> None: ...
 
 
 class Holder(Protocol):
@@ -49,7 +59,7 @@ class KvShare:
 
     def __init__(
         self,
-        sets: LeasedSets,
+        sets: Shared,
         holder: Holder,
         demand: Callable[[int], Demand],
         preempt: Callable[[int], int] | None = None,

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from minserve.group_sets import GroupSets
+from minserve.kv_share import KvShare
 from minserve.shared_memory import create_memfd
 from minserve.slab_table import Lease, SlabTable
 from sched.blocks import BlockPool
+from sched.pressure import Demand
 from sched.slabs import LayerGroup, PoolPlan, SetShape
 from tests.minserve.small_table import copy_of, snapshot
 
@@ -128,6 +130,36 @@ def test_quotas_bind_by_the_tightest_rank(tables: tuple[SlabTable, ...]) -> None
         sets.give_back(set_id)
     assert sets.excess == 0
     tables[1].publish(tables[1].owner_of("b"), demand=0)
+    sets.close()
+
+
+def test_a_group_gives_way_on_all_ranks_when_one_is_short(tables: tuple[SlabTable, ...]) -> None:
+    sets = GroupSets(tables, "g")
+    blocks = BlockPool(sets, sets.slots, sets.block_tokens)
+    held = []
+    while (found := blocks.allocate(sets.slots)) is not None:
+        held.append(found)
+    # cached, and of no request any more
+    for i, found in enumerate(held):
+        blocks.publish(found, [bytes([i, k]) for k in range(len(found))])
+        blocks.release(found)
+    share = KvShare(sets, blocks, lambda steps: Demand())
+    share.turn()
+    before = sets.num_leased
+    assert before == blocks.num_spare_sets > 4
+    rows = [table.status(table.owner_of("g")) for table in tables]
+    assert rows[0] == rows[1]
+    assert rows[0]["cached_blocks"] == before * sets.slots
+    tables[1].quotas.write([2, 0, 20])
+    tables[1].publish(tables[1].owner_of("b"), demand=10)
+    share.turn()
+    assert sets.num_leased < before
+    sets.check()
+    assert [table.held(table.owner_of("g")) for table in tables] == [8 * sets.num_leased] * 2
+    assert tables[1].lease(tables[1].owner_of("b"), 70) is not None
+    blocks.forget()
+    blocks.trim()
+    tables[1].reclaim(tables[1].owner_of("b"))
     sets.close()
 
 
