@@ -31,7 +31,7 @@ ORDER = {
         __main__
     """,
     "sched": """
-        metrics step slabs other_pools sm_shares quota prefix sequence recount blocks latency
+        metrics arrivals workload synthetic step slabs other_pools sm_shares quota prefix sequence recount blocks latency
         limits flights claims compaction waiting running batching pressure prefill_turn simulator step_time
     """,
     "minserve": """
@@ -40,7 +40,7 @@ ORDER = {
         slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table group_sets slab_segments cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs moves runner warmup engine cache_identity loading kv_moves kv_share prefill_token offload
         text outputs llm
-        wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker frontend listener responses admin_routes pool_metrics metrics server serve place top admin
+        wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker frontend listener responses admin_routes pool_metrics metrics server serve place top admin workload_tables workload_saved workload
     """,
 }
 MAY_IMPORT = {
@@ -83,6 +83,7 @@ TORCH_FREE = (
     "serve",
     "top",
     "admin",
+    "workload",
 )
 
 # what the server alone needs: a machine that only measures, or runs LLM, does without
