@@ -6,16 +6,16 @@ nearly idle for 30 s, out of phase.  The rate is set so that the blocks of a poo
 the bytes of this one, in the mean.
 """
 
-import csv
 import dataclasses
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kernels.kv_layout import KvLayout
+from minserve.workload_tables import read_azure
+from sched.arrivals import busy, consecutive, lognormal, pick, popularity
 from sched.slabs import ModelShape
 
 GIB = 1 << 30
@@ -23,6 +23,8 @@ STEP_S = 0.03
 CHUNK_TOKENS = 2048  # prompt tokens a model computes in a step
 MAX_MODEL_LEN = 8192
 BUSY_S, QUIET = 30.0, 0.1
+# before a trace's first row: 0.1 s on the grid that seconds since 1970 have in double precision
+FIRST_GAP_S = round(0.1 * 2**22) / 2**22
 # of Azure's conversations: prompts have median 1,020 and mean 1,155 tokens, answers 129 and 211
 PROMPT_MEDIAN, PROMPT_MEAN, ANSWER_MEDIAN, ANSWER_MEAN = 1020, 1155, 129, 211
 
@@ -128,33 +130,18 @@ class Workload:
 
 
 def read_trace(path: str) -> Lengths:
-    """Azure's CSV: TIMESTAMP, ContextTokens, GeneratedTokens.  ValueError where it is another."""
-    needed = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+    """Azure's CSV.  ValueError where it is another."""
     try:
-        with Path(path).open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--trace {path!r} cannot be read: {error}") from error
-    if len(rows) < 2 or any(name not in rows[0] for name in needed):
-        found = ", ".join(rows[0]) if rows else "nothing"
-        raise ValueError(f"--trace {path!r} must have columns {', '.join(needed)} and 2 rows, got {found}")
-    try:
-        # seven digits of a second's fraction are one more than fromisoformat takes
-        times = [datetime.fromisoformat(r["TIMESTAMP"][:26]).timestamp() for r in rows]
-        prompts, answers = ([int(r[name]) for r in rows] for name in needed[1:])
+        rows = read_azure(Path(path))
     except ValueError as error:
-        raise ValueError(f"--trace {path!r} has a row that cannot be read: {error}") from error
-    gaps = np.diff(np.array(times), prepend=times[0] - 0.1)
-    return Lengths(np.maximum(gaps, 0), np.maximum(prompts, 1), np.maximum(answers, 1))
+        raise ValueError(f"--trace {error}") from error
+    assert rows.times_s is not None, "Azure's trace has times"
+    return Lengths(np.diff(rows.times_s, prepend=-FIRST_GAP_S), rows.prompts, rows.outputs)
 
 
 def make_lengths(rng: np.random.Generator, n: int) -> Lengths:
-    def lognormal(median: float, mean: float) -> np.ndarray:
-        sigma = (2 * np.log(mean / median)) ** 0.5
-        return np.maximum(1, rng.lognormal(np.log(median), sigma, n).astype(int))
-
-    prompts = lognormal(PROMPT_MEDIAN, PROMPT_MEAN)
-    return Lengths(rng.exponential(1.0, n), prompts, lognormal(ANSWER_MEDIAN, ANSWER_MEAN))
+    prompts = lognormal(rng, n, PROMPT_MEDIAN, PROMPT_MEAN)
+    return Lengths(rng.exponential(1.0, n), prompts, lognormal(rng, n, ANSWER_MEDIAN, ANSWER_MEAN))
 
 
 def draw_lengths(rng: np.random.Generator, trace: Lengths | None, n: int) -> Lengths:
@@ -162,7 +149,7 @@ def draw_lengths(rng: np.random.Generator, trace: Lengths | None, n: int) -> Len
     if trace is None:
         found = make_lengths(rng, n)
     else:
-        rows = (int(rng.integers(len(trace.prompts))) + np.arange(n)) % len(trace.prompts)
+        rows = consecutive(rng, len(trace.prompts), n)
         found = Lengths(trace.gaps_s[rows], trace.prompts[rows], trace.answers[rows])
     answers = np.minimum(found.answers, MAX_MODEL_LEN // 4)
     prompts = np.minimum(found.prompts, MAX_MODEL_LEN - answers)
@@ -199,16 +186,11 @@ def _arrivals(
     n_models: int, regime: Regime, seed: int, rate: float, seconds: float, trace: Lengths | None
 ) -> list[Arrival]:
     rng = np.random.default_rng(seed)
-    popular = rng.permutation(n_models)
-    weights = np.empty(n_models)
-    weights[popular] = np.arange(1, n_models + 1) ** -regime.alpha
+    weights = popularity(rng, n_models, regime.alpha)
     n = int(rate * seconds * 1.5) + 50
     rows = draw_lengths(rng, trace, n)
     at = np.cumsum(rows.gaps_s) / rate
-    phase = (at[:, None] / BUSY_S - 2 * np.arange(n_models) / n_models) % 2
-    odds = weights * np.where(phase < 1, 1.0, QUIET)
-    edges = np.cumsum(odds / odds.sum(1, keepdims=True), axis=1)
-    model = np.minimum((rng.random(n)[:, None] > edges).sum(1), n_models - 1)
+    model = pick(rng, weights * np.where(busy(at, n_models, BUSY_S), 1.0, QUIET))
     return [
         Arrival(float(at[i]), int(model[i]), int(rows.prompts[i]), int(rows.answers[i]))
         for i in range(n)
