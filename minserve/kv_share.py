@@ -101,7 +101,7 @@ class KvShare:
             live_blocks=holder.num_live,
             cached_blocks=holder.num_idle,
             waiting=demand.waiting,
-            heartbeat_ns=time.monotonic_ns(),
+            heartbeat_ns=int(self._clock() * 1e9),
             slack_us=int(demand.slack_s * 1e6),
             step_us=int(self._step_us),
             sequence_tokens=int(demand.sequence_tokens),

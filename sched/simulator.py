@@ -49,15 +49,23 @@ class Record:
 
 
 class Replica:
-    """`name` serves `model` on `device`; `stalled` while it has work and no memory to plan a step with."""
+    """`name` serves `model` on `device`; `stalled` while it has work and no memory to plan a step with.  `after(step_s)`
+    is called when steps have ended, with the mean seconds of one, and with None while there is nothing to do."""
 
-    __slots__ = ("a_s", "b_s", "batcher", "begun_s", "device", "generation", "k", "model", "name", "phase", "plan",
+    __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "device", "generation", "k", "model", "name", "phase", "plan",
                  "stalled", "steps")  # fmt: skip
 
-    def __init__(self, name: str, model: str, device: str, batcher: Batcher) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        device: str,
+        batcher: Batcher,
+        after: Callable[[float | None], None] | None = None,
+    ) -> None:
         if batcher.cost is None:
             raise ValueError(f"replica {name!r} needs a cost model: its steps would take no time")
-        self.name, self.model, self.device, self.batcher = name, model, device, batcher
+        self.name, self.model, self.device, self.batcher, self.after = name, model, device, batcher, after
         self.plan: StepPlan | None = None
         self.phase = IDLE
         self.k = self.generation = self.steps = 0
@@ -211,6 +219,8 @@ class Simulation:
         self.tokens += k * len(plan.decode)
         for rid in replica.batcher.advance(plan, k, self.now):
             self.records[rid].end_s = self.now
+        if replica.after is not None:
+            replica.after((self.now - replica.begun_s) / k)
         self._start(replica)
         # what came back to the pool may be what another waits for
         for other in self._beside[replica.device]:
@@ -222,7 +232,10 @@ class Simulation:
         turn.do(self.now)
         heappush(self._heap, (self.now + turn.every_s, TURN, index, 0))
         for replica in self.replicas:
-            if replica.stalled:
+            self._cut(replica)  # what was decided now holds from the next step on
+            if replica.plan is None:
+                if replica.after is not None:
+                    replica.after(None)
                 self._start(replica)
 
     # -- steps

@@ -1,0 +1,325 @@
+"""`python -m minserve.simulate CONFIG.yaml WORKLOAD.jsonl`: what the configuration would do with the workload.
+
+Batchers, pools, slab tables, quotas and compaction are those that serve, on a clock that jumps (sched/simulator.py); only
+the time of a step is a model of it: a profile's where --costs names one, else a roofline of the model's bytes and
+operations on --gpu.  A table for people, last one JSON object with the keys of a replay.  --trace writes every step in
+Chrome's format (chrome://tracing, ui.perfetto.dev).  The same inputs give the same bytes.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minserve.config import Config, TiB, load_config
+from minserve.kv_moves import KvMoves
+from minserve.kv_share import KvShare
+from minserve.place import PlannedPool, plan_memory
+from minserve.pool import LeasedSets, SlabPool
+from minserve.quota_writer import TICK_S, QuotaWriter
+from minserve.resolve import ResolvedModel
+from minserve.schema import At, size
+from sched.batching import Batcher
+from sched.blocks import BlockPool
+from sched.latency import StepCost
+from sched.limits import Limits
+from sched.metrics import Record, Slo, summarize, table
+from sched.pressure import demand, offer, preempt_for
+from sched.simulator import Arrival, Replica, Simulation, Turn
+from sched.step_time import DEVICES, Fitted, Work, decode_point, fit, prefill_point, roofline
+from sched.workload import Workload, from_lines
+
+COLUMNS = (
+    "model",
+    "qformat",
+    "tp",
+    "mps_percentage",
+    "batch_size",
+    "input_len",
+    "output_len",
+    "prefill_time",
+    "tpot",
+)
+WEIGHT_BITS = {"w8a8-int8": 8, "w8a8-fp8": 8, "w4a8-int8": 4, "w4a8-fp8": 4}
+COPY_S = 0.001  # of a step, for compaction, on a device that copies at half of what it reads
+OPEN = "the workload ended before it did"
+
+
+def read_costs(path: str) -> dict[str, Fitted]:
+    """Step-time models of FineServe's profile, by `model/qformat/tp/mps`.  ValueError says what is wrong with the file."""
+    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
+    try:
+        with Path(path).open(newline="") as lines:
+            reader = csv.DictReader(lines)
+            missing = set(COLUMNS) - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"--costs {path!r} lacks the columns {', '.join(sorted(missing))}")
+            for row in reader:
+                rows["/".join(row[name] for name in COLUMNS[:4])].append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--costs {path!r} cannot be read: {error}") from error
+    found = {}
+    for key, of in rows.items():
+        points = []
+        for row in of:
+            try:
+                batch, prompt, answer = (int(row[name]) for name in COLUMNS[4:7])
+                points.append(prefill_point(batch, prompt, float(row["prefill_time"])))
+                points.append(decode_point(batch, prompt, answer, float(row["tpot"])))
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"--costs {path!r} has a row of {key} that holds no numbers: {row}"
+                ) from None
+        found[key] = fit(points)
+    return found
+
+
+def cost_of(model: ResolvedModel, gpu: str) -> StepCost:
+    """A roofline of the model on a kind of GPU."""
+    c = model.config
+    products = c.num_layers * (
+        c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + 3 * c.hidden_size * c.intermediate_size
+    )
+    head = c.vocab_size * c.hidden_size
+    bits = WEIGHT_BITS.get(model.quantization, 16)
+    kv = model.shape.block_bytes * c.num_layers / model.layout.block_tokens
+    work = Work(
+        weight_bytes=products * bits / 8 + head * 2,
+        parameters=products + head,
+        kv_token_bytes=kv,
+        bits=8 if bits < 16 else 16,
+    )
+    return roofline(work, DEVICES[gpu])
+
+
+class SimulatedPool:
+    """One GPU's pool and the replicas on it.  The bytes are a sparse file that nobody touches."""
+
+    def __init__(self, planned: PlannedPool, costs: dict[str, StepCost], config: Config, now: "Now") -> None:
+        self.name, self.planned = planned.gpu.name or "pool", planned
+        self.pool = SlabPool.create(planned.plan)
+        rates = {m.name: m.rate for m in config.models if m.rate is not None}
+        self.writer = QuotaWriter(self.pool.table, planned.gpu.quota, rates)
+        self.shares: list[KvShare] = []
+        self.replicas = [self._replica(m, costs[m.entry.name], now) for m in planned.models]
+
+    def _replica(self, model: ResolvedModel, cost: StepCost, now: "Now") -> Replica:
+        entry, sets = model.entry, LeasedSets(self.pool, model.entry.name)
+        limits = Limits(
+            max_running=entry.max_num_seqs,
+            max_step_tokens=entry.max_num_batched_tokens,
+            max_chunk_tokens=entry.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+            max_waiting=entry.max_queued_requests,
+        )
+        batcher = Batcher(BlockPool(sets, sets.shape.slots, sets.shape.block_tokens), limits, cost)
+        block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
+        # bytes are copied no faster than a context is read, and read and written both
+        token_bytes = block_bytes / sets.shape.block_tokens
+        per_block_s = 2 * cost.per_context_token_s * sets.shape.block_tokens if token_bytes else 0.0
+        most = int(COPY_S / per_block_s) if per_block_s else 1 << 30
+        moved = [0]
+
+        def ask(n: int) -> None:
+            batcher.compactor.ask(n, most)
+
+        moves = KvMoves(
+            self.pool.table, sets.owner, batcher.compactor, lambda: offer(batcher), ask, lambda: moved[0], now
+        )
+        share = KvShare(
+            sets,
+            batcher.blocks,
+            lambda ahead: demand(batcher, now(), ahead),
+            lambda n: preempt_for(batcher, n),
+            now,
+            moves,
+        )
+        self.shares.append(share)
+
+        def after(step_s: float | None) -> None:
+            if step_s is not None:
+                share.stepped(step_s)
+            share.turn()
+
+        return Replica(f"{entry.name}@{self.name}", entry.name, self.name, batcher, after)
+
+    def check(self) -> None:
+        self.pool.table.check()
+
+
+class Now:
+    """The simulation's clock, for what asks for one."""
+
+    def __init__(self) -> None:
+        self.simulation: Simulation | None = None
+
+    def __call__(self) -> float:
+        # not 0, which in a row of the table means never
+        return 1.0 + (self.simulation.now if self.simulation is not None else 0.0)
+
+
+def arrivals_of(workload: Workload, slos: dict[str, Slo]) -> list[Arrival]:
+    return [
+        Arrival(
+            r.arrival_s,
+            r.rid,
+            r.model,
+            r.prompt_tokens,
+            r.output_tokens,
+            slos[r.model].first_s(r.prompt_tokens) if r.ttft_slo_s is None else r.ttft_slo_s,
+            slos[r.model].tpot_s if r.tpot_slo_s is None else r.tpot_slo_s,
+        )
+        for r in workload.requests
+    ]
+
+
+def records_of(simulation: Simulation, workload: Workload) -> list[Record]:
+    records = []
+    for r in workload.requests:
+        done = simulation.records[r.rid]
+        error = done.error or (OPEN if done.end_s is None else None)
+        records.append(
+            Record(
+                r.rid,
+                r.model,
+                r.arrival_s,
+                done.first_s,
+                done.end_s,
+                r.prompt_tokens,
+                r.output_tokens if done.end_s is not None else 0,
+                r.output_tokens,
+                error,
+                r.ttft_slo_s,
+                r.tpot_slo_s,
+            )
+        )
+    return records
+
+
+def simulate(
+    config: Config,
+    workload: Workload,
+    costs: dict[str, StepCost],
+    pools: Sequence[PlannedPool],
+    *,
+    stretch: bool = True,
+    trace: list[dict[str, Any]] | None = None,
+) -> tuple[Simulation, list[Record], dict[str, Any]]:
+    """The run, its records, and their summary.  ValueError for a model that the configuration does not serve."""
+    served = {m.entry.name for p in pools for m in p.models}
+    if unknown := set(workload.models) - served:
+        raise ValueError(
+            f"the workload asks for {sorted(unknown)}; the configuration serves {sorted(served)}"
+        )
+    slos = {m.name: Slo(m.slo.ttft_ms / 1000, m.slo.tpot_ms / 1000) for m in config.models}
+    slos |= dict(workload.slos)
+    now = Now()
+    made = [SimulatedPool(p, costs, config, now) for p in pools]
+
+    def divide(_: float) -> None:
+        for pool in made:
+            pool.writer.tick(now())
+
+    def draw(replica: Replica, begin_s: float, end_s: float, tokens: int) -> None:
+        assert trace is not None
+        trace.append({"name": replica.phase, "ph": "X", "pid": replica.device, "tid": replica.name,
+                      "ts": begin_s * 1e6, "dur": (end_s - begin_s) * 1e6, "args": {"tokens": tokens}})  # fmt: skip
+
+    simulation = Simulation(
+        [r for pool in made for r in pool.replicas],
+        arrivals_of(workload, slos),
+        turns=[Turn(TICK_S, divide)],
+        stretch=stretch and trace is None,
+        trace=None if trace is None else draw,
+    )
+    now.simulation = simulation
+    try:
+        simulation.run()
+        simulation.check()
+        for pool in made:
+            pool.check()
+    finally:
+        for pool in made:
+            pool.pool.close()
+    records = records_of(simulation, workload)
+    summary = summarize(records, slos)
+    summary["simulated"] = {
+        "tokens": simulation.tokens,
+        "events": simulation.events,
+        "seconds": simulation.now,
+        "steps": {r.name: r.steps for r in simulation.replicas},
+        "preemptions": {r.name: r.batcher.num_preemptions for r in simulation.replicas},
+        "sets_emptied": {r.name: r.batcher.compactor.num_vacated for r in simulation.replicas},
+    }
+    return simulation, records, summary
+
+
+def choose_costs(args: argparse.Namespace, pools: Sequence[PlannedPool]) -> dict[str, StepCost]:
+    """By model; prints where each comes from."""
+    profile = read_costs(args.costs) if args.costs else {}
+    named = dict(pair.split("=", 1) for pair in args.use if "=" in pair)
+    if wrong := [pair for pair in args.use if "=" not in pair]:
+        raise ValueError(f"--use must be NAME=model/qformat/tp/mps, got {wrong[0]!r}")
+    served = {m.entry.name: m for pool in pools for m in pool.models}
+    if unknown := named.keys() - served.keys():
+        raise ValueError(f"--use names {sorted(unknown)}; the configuration serves {sorted(served)}")
+    costs = {}
+    for name, model in served.items():
+        if name in named:
+            if named[name] not in profile:
+                choices = ", ".join(sorted(profile)[:12]) or "none: give --costs"
+                raise ValueError(
+                    f"--use {name}={named[name]!r} is not in the profile; there are {choices} ..."
+                )
+            costs[name], error = profile[named[name]]
+            sys.stdout.write(f"{name}: profile {named[name]}, off by {error:.1%} in the mean\n")
+        else:
+            costs[name] = cost_of(model, args.gpu)
+            sys.stdout.write(f"{name}: roofline on {args.gpu}\n")
+    return costs
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minserve.simulate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", metavar="CONFIG.yaml", help="see examples/full.yaml")
+    parser.add_argument("workload", metavar="WORKLOAD.jsonl", help="of python -m minserve.workload")
+    parser.add_argument(
+        "--gpu", choices=sorted(DEVICES), default="h200", help="whose bandwidth and speed are assumed"
+    )
+    parser.add_argument("--costs", metavar="CSV", help="a profile in FineServe's form")
+    parser.add_argument("--use", metavar="NAME=KEY", action="append", default=[],
+                        help="the profile's model/qformat/tp/mps for a model; others have a roofline")  # fmt: skip
+    parser.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
+    parser.add_argument("--trace", metavar="FILE", help="every step, as JSON for chrome://tracing")
+    parser.add_argument("--single-steps", action="store_true", help="no stretches: slower, and the same")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    args = read_arguments(argv)
+    try:
+        given = args.pool_bytes and size(64 << 10, TiB).read(At("--pool-bytes", Path()), args.pool_bytes)
+        config = load_config(args.config)
+        pools = plan_memory(config, given=given)
+        with Path(args.workload).open() as lines:
+            workload = from_lines(lines)
+        trace: list[dict[str, Any]] | None = [] if args.trace else None
+        costs = choose_costs(args, pools)
+        _, _, summary = simulate(config, workload, costs, pools, stretch=not args.single_steps, trace=trace)
+        if args.trace:
+            Path(args.trace).write_text(json.dumps({"traceEvents": trace}))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.stderr.write(f"minserve: {error}\n")
+        return 2
+    sys.stdout.write(table(summary) + "\n")
+    sys.stdout.write(json.dumps(summary) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
