@@ -12,7 +12,7 @@ from sched.pressure import Demand
 from sched.quota import urgency
 
 # an idle worker that holds sets looks this often whether others want them
-IDLE_LOOK_S = 0.1
+IDLE_LOOK_S = 0.02
 # requests that end by themselves are cheaper than one that is computed again
 PREEMPT_AFTER_S = 0.1
 # what runs claims its memory so long before it needs it: an idle neighbour has looked by then, and given it
