@@ -35,12 +35,12 @@ ORDER = {
         limits flights claims compaction waiting running batching pressure prefill_turn simulator step_time
     """,
     "minserve": """
-        sampling schema overrides config keys
+        sampling schema overrides config keys workload_tables workload_saved
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
         slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table group_sets slab_segments cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs moves runner warmup engine cache_identity loading kv_moves kv_share prefill_token offload
         text outputs llm
-        wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker frontend listener responses admin_routes pool_metrics metrics server serve place simulate top admin workload_tables workload_saved workload
+        wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker frontend listener responses admin_routes pool_metrics metrics server serve place simulate top admin workload replay_heard replay_http replay_engine replay
     """,
 }
 MAY_IMPORT = {
@@ -84,6 +84,7 @@ TORCH_FREE = (
     "top",
     "admin",
     "workload",
+    "replay",
 )
 
 # what the server alone needs: a machine that only measures, or runs LLM, does without

@@ -1,0 +1,77 @@
+"""A replay's way to the engines of a configuration without HTTP: workers as `serve` has them, spoken to over their sockets."""
+
+import asyncio
+from typing import Any
+
+from minserve.agent import Agent
+from minserve.config import Config
+from minserve.replay_heard import Heard
+from minserve.replay_http import Clock
+from minserve.sampling import SamplingParams
+from minserve.wire import Submit, TokenEvent
+from sched.workload import Request
+
+
+class Listener:
+    """Hears what the worker says of one sequence."""
+
+    def __init__(self, heard: Heard, clock: Clock) -> None:
+        self._heard, self._clock = heard, clock
+
+    def token(self, event: TokenEvent) -> None:
+        now, heard = self._clock(), self._heard
+        heard.cached = max(heard.cached, event.cached_tokens)
+        heard.news(len(event.token_ids), now)
+        if event.finish_reason is not None:
+            heard.end(now, None if event.finish_reason in ("length", "stop") else event.finish_reason)
+
+    def refused(self, error: str) -> None:
+        self._heard.end(self._clock(), f"shed: {error}" if "shed" in error else error)
+
+    def lost(self, error: str) -> None:
+        self._heard.end(self._clock(), error)
+
+
+class EngineTarget:
+    """Starts the workers in `open` and ends them in `close`.  Tokenizers and the front end's queues have no part in it."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        config.check_here()
+        self._slos = {m.name: m.slo for m in config.models}
+        self._clock = clock
+        self._agent = Agent(config, {})
+        self._rids: dict[int, int] = {}
+
+    async def open(self) -> None:
+        """ValueError where a model cannot be loaded."""
+        self._agent.start()
+        await self._agent.settled()
+        failed = [f"{n}: {h.reason}" for n, h in self._agent.hosts.items() if h.state != "ready"]
+        if failed:
+            raise ValueError(f"every model must load, got {'; '.join(failed)}")
+
+    def prepared(self, request: Request, ids: list[int]) -> Submit:
+        slo = self._slos[request.model]
+        ttft = slo.ttft_ms / 1e3 if request.ttft_slo_s is None else request.ttft_slo_s
+        tpot = slo.tpot_ms / 1e3 if request.tpot_slo_s is None else request.tpot_slo_s
+        params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True, seed=request.rid)
+        return Submit(
+            self._agent.next_rid(), tuple(ids), params, ttft_s=ttft, tpot_s=tpot, priority=request.priority
+        )
+
+    def send(self, submit: Submit, heard: Heard) -> None:
+        host = self._agent.hosts[heard.request.model]
+        if host.state != "ready":
+            heard.end(self._clock(), f"the model is {host.state}")
+            return
+        self._rids[heard.request.rid] = submit.rid
+        host.submit(submit, Listener(heard, self._clock))
+        heard.sent_s = self._clock()
+
+    def cancel(self, heard: Heard) -> None:
+        if heard.request.rid in self._rids:
+            self._agent.hosts[heard.request.model].abort(self._rids[heard.request.rid])
+
+    async def close(self) -> None:
+        stop: Any = self._agent.stop()
+        await asyncio.wait_for(stop, None)

@@ -1,0 +1,296 @@
+"""The replay against servers of a few lines: when it sends, what it counts, and what it makes of bad answers."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minserve.replay import RunClock, lateness, main, replay
+from minserve.replay_heard import Heard
+from minserve.replay_http import HttpTarget
+from minserve.workload_saved import save_workload
+from sched.workload import Request, Workload, ordered, token_ids
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+Answer = Callable[[dict[str, Any], asyncio.StreamWriter], Awaitable[None]]
+
+
+def chunk(*events: Any) -> bytes:
+    data = b"".join(
+        b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + b"\n\n" for e in events
+    )
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(tokens: int, finish: str | None = None, **usage: Any) -> dict[str, Any]:
+    choice = {"index": 0, "text": "", "finish_reason": finish}
+    return {"choices": [choice], "usage": {"completion_tokens": tokens, **usage}}
+
+
+async def whole(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    """All tokens, two at a time but for the first."""
+    writer.write(OK + chunk(event(1, prompt_tokens_details={"cached_tokens": 2})))
+    n = 1
+    while n < body["max_tokens"]:
+        await asyncio.sleep(0.005)
+        n = min(n + 2, body["max_tokens"])
+        writer.write(chunk(event(n, prompt_tokens_details={"cached_tokens": 2})))
+    writer.write(
+        chunk(event(n, "length", prompt_tokens_details={"cached_tokens": 2}), b"[DONE]") + b"0\r\n\r\n"
+    )
+
+
+class Fake:
+    """Answers on a port of its own; `bodies` and the number of `connections` it has seen."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.bodies: list[dict[str, Any]] = []
+        self.heads: list[str] = []
+        self.connections = 0
+
+    async def __aenter__(self) -> "Fake":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
+                self.heads.append(head)
+                self.bodies.append(json.loads(await reader.readexactly(length)))
+                await self._answer(self.bodies[-1], writer)
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            return
+        finally:
+            writer.close()
+
+
+def workload(n: int, gap_s: float = 0.01, tokens: int = 6, **keys: Any) -> Workload:
+    return Workload(
+        ordered(Request(0, "m", i * gap_s, 8, tokens, **keys) for i in range(n)), n * gap_s, seed=3
+    )
+
+
+def replayed(
+    answer: Answer, load: Workload, drain_s: float = 20.0, key: str | None = None
+) -> tuple[list[Heard], Fake]:
+    async def story() -> tuple[list[Heard], Fake]:
+        async with Fake(answer) as server:
+            clock = RunClock()
+            target = HttpTarget(server.url, key, clock)
+            await target.open()
+            try:
+                return await replay(load, target, clock, drain_s=drain_s, ids=(5, 250)), server
+            finally:
+                await target.close()
+
+    return asyncio.run(story())
+
+
+def test_what_is_sent_and_what_is_counted() -> None:
+    load = workload(30, priority=-3)
+    heards, server = replayed(whole, load, key="secret")
+    assert len(server.bodies) == 30
+    by_seed = {b["seed"]: b for b in server.bodies}
+    for h in heards:
+        body = by_seed[h.request.rid]
+        assert body["prompt"] == token_ids(h.request, 3, 5, 250).tolist()
+        assert (body["model"], body["max_tokens"], body["ignore_eos"], body["priority"]) == ("m", 6, True, -3)
+        assert (h.tokens, h.cached, h.error) == (6, 2, None)
+        assert h.sent_s is not None
+        assert h.first_s is not None
+        assert h.end_s is not None
+        assert h.request.arrival_s <= h.sent_s <= h.first_s <= h.end_s
+        assert len(h.itl_s) == 3, "three moments after the first"
+        assert sum(h.itl_s) <= h.end_s - h.first_s
+        assert h.record().completed
+    assert all("authorization: Bearer secret" in head for head in server.heads)
+
+
+def test_arrivals_wait_for_no_answer() -> None:
+    """The server answers nothing until it has all requests: a closed loop would never get there."""
+    load, held, everyone = workload(50, gap_s=0.002), 0, asyncio.Event()
+
+    async def answer(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        nonlocal held
+        held += 1
+        if held == 50:
+            everyone.set()
+        await everyone.wait()
+        await whole(body, writer)
+
+    heards, _ = replayed(answer, load)
+    assert all(h.record().completed for h in heards)
+    # 50 requests open at once need as many connections, and no request was lost for want of one
+    found = lateness(heards)
+    assert found["sent"] == 50
+    assert 0 <= found["p50_ms"] <= found["p99_ms"] <= found["max_ms"]
+
+
+def test_connections_are_kept() -> None:
+    _, server = replayed(whole, workload(40, gap_s=0.02, tokens=1))
+    assert server.connections < 30
+
+
+async def refuse(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    data = json.dumps({"error": {"message": "no", "code": "queue_full"}}).encode()
+    writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
+
+
+async def shed(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    data = json.dumps({"error": {"message": "hopeless", "code": "shed_by_policy"}}).encode()
+    writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
+
+
+async def cut_off(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(OK + chunk(event(2)))
+    writer.close()
+
+
+async def fail_in_mid_stream(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(OK + chunk(event(2)) + chunk({"error": {"message": "lost", "code": "engine_died"}}))
+
+
+async def end_early(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(OK + chunk(event(2, "stop")) + b"0\r\n\r\n")
+
+
+async def talk_nonsense(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(b"hello\r\n\r\n")
+
+
+async def break_json(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(OK + chunk(b'{"choices": ['))
+
+
+async def say_nothing(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(OK)
+
+
+async def no_finish(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    writer.write(OK + chunk(event(6)) + b"0\r\n\r\n")
+
+
+async def uncounted(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    """As servers that count at the end alone."""
+    texts = [{"choices": [{"text": "x", "finish_reason": None}]}] * 4
+    last = [
+        {"choices": [{"text": "x", "finish_reason": "length"}]},
+        {"choices": [], "usage": {"completion_tokens": 6}},
+    ]
+    writer.write(OK + chunk(*texts) + chunk(*last) + b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "tokens"),
+    [
+        (refuse, "503 queue_full", 0),
+        (shed, "shed: shed_by_policy", 0),
+        (cut_off, "connection lost", 2),
+        (fail_in_mid_stream, "200 engine_died", 2),
+        (end_early, None, 2),
+        (talk_nonsense, "the answer cannot be read: HttpParserInvalidStatusError", 0),
+        (break_json, "the answer cannot be read: JSONDecodeError", 0),
+        (no_finish, "the stream has no finish reason", 6),
+        (uncounted, None, 6),
+    ],
+)
+def test_every_answer_becomes_a_record(answer: Answer, error: str | None, tokens: int) -> None:
+    heards, _ = replayed(answer, workload(3))
+    for h in heards:
+        if answer is talk_nonsense:
+            assert h.error is not None
+            assert h.error.startswith("the answer cannot be read"), h.error
+        else:
+            assert h.error == error
+        assert h.tokens == tokens
+        assert h.over
+        assert h.record().completed is (answer is uncounted)
+
+
+def test_what_has_not_ended_is_unfinished() -> None:
+    heards, _ = replayed(say_nothing, workload(3), drain_s=0.2)
+    assert [(h.end_s, h.error, h.record().completed) for h in heards] == [(None, None, False)] * 3
+
+
+def command(tmp_path: Path, answer: Answer, load: Workload, *flags: str) -> int:
+    """The command in a thread of its own, the server here."""
+    file = tmp_path / "w.jsonl"
+    save_workload(load, file)
+
+    async def story() -> int:
+        async with Fake(answer) as server:
+            return await asyncio.to_thread(main, [str(file), "--url", server.url, *flags])
+
+    return asyncio.run(story())
+
+
+def test_the_command_ends_in_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, alone = tmp_path / "log.jsonl", tmp_path / "alone.json"
+    alone.write_text(json.dumps({"m": {"ttft_s": 30.0, "tpot_s": 1e-7, "ttft_per_token_s": 0.1}}))
+    flags = ["--log", str(log), "--itl", "--warmup-s", "0.05", "--rate-scale", "0.5"]
+    assert command(tmp_path, whole, workload(20), *flags, "--slo", "m=60000:60000") == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    assert (found["completed"], found["slo_attainment"], found["cached_tokens"]) == (17, 1.0, 34)
+    assert found["client"]["sent"] == 20
+    assert ("VOID" in out) is found["client"]["void"]
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(rows) == 20
+    assert all(r["attained"] and r["output_tokens"] == 6 and len(r["itl_s"]) == 3 for r in rows)
+    assert rows[1]["arrival_s"] == 0.02
+    # now against a request alone: the time of a token is out of reach, that of the first is not
+    assert command(tmp_path, whole, workload(20), "--alone", str(alone), "--slo-scale", "2:10") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["slo_attainment"], found["ttft_attainment"], found["tpot_attainment"]) == (0.0, 1.0, 0.0)
+    assert found["slos"] == {"m": [60.0, 0.2, 1e-6]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--slo", "x=1:2"], "--slo must name one of m, got 'x'"),
+        (["--slo", "m=1"], "--slo must be MODEL=TTFT_MS:TPOT_MS, got 'm=1'"),
+        (["--slo-scale", "5"], "go together"),
+        (["--slo-scale", "5", "--alone", "/nowhere"], "--alone must have"),
+        (["--token-ids", "9:9"], "--token-ids must be LOW:HIGH"),
+        (["--warmup-s", "5"], "--warmup-s must be in [0, 0.03), got 5"),
+        (["--rate-scale", "0"], "must be > 0, got 0"),
+    ],
+)
+def test_wrong_flags_are_said(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(tmp_path, whole, workload(3), *flags) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_wrong_addresses_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "w.jsonl"
+    save_workload(workload(1), file)
+    assert main([str(file), "--url", "127.0.0.1:8000"]) == 2
+    assert "--url must be http://HOST:PORT" in capsys.readouterr().err
+    assert main([str(file), "--url", "http://127.0.0.1:1"]) == 2
+    assert "127.0.0.1" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), "--url", "http://127.0.0.1:1"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_lateness_is_from_when_a_request_was_due() -> None:
+    heards = [Heard(r, sent_s=r.arrival_s + 0.001) for r in workload(99).requests]
+    found = lateness(heards)
+    assert (found["p50_ms"], found["p99_ms"], found["void"]) == (1.0, 1.0, False)
+    late = [*heards[:90], *(Heard(h.request, sent_s=h.request.arrival_s + 0.003) for h in heards[:9])]
+    assert lateness(late)["void"] is True
+    assert lateness([Heard(heards[0].request)])["sent"] == 0
