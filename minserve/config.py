@@ -81,7 +81,7 @@ class GpuConfig:
     slab_bytes: int | None = key(maybe(size(4 * KiB, GiB, multiple=4 * KiB), "auto"), None)
     quota: str = key(choice(*POLICIES), "marginal")
     sharing: str = key(SHARING, "auto")
-    prefill_token: bool = key(boolean(), True)
+    prefill_token: bool | None = key(maybe(boolean(), "auto"), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
