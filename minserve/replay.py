@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minserve.config import load_config
+from minserve.replay_alone import measure_alone
 from minserve.replay_heard import Heard
 from minserve.replay_http import HttpTarget
 from minserve.workload_saved import load_workload
@@ -167,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--alone", metavar="FILE.json", help="by model ttft_s, ttft_per_token_s, tpot_s of a request alone"
     )
+    p.add_argument(
+        "--measure-alone", metavar="FILE.json", help="no replay: write that file, of one request at a time"
+    )
     p.add_argument("--slo-scale", metavar="TTFT:TPOT", help="SLOs are so many times those of --alone")
     return p
 
@@ -178,25 +182,33 @@ def read_ids(given: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-async def run(args: argparse.Namespace, workload: Workload) -> list[Heard]:
-    clock = RunClock()
-    target: Target
+def target_of(args: argparse.Namespace, workload: Workload, clock: RunClock) -> Target:
+    """ValueError where it cannot take the workload."""
     if args.url is not None:
-        target = HttpTarget(args.url, os.environ.get(args.api_key_env), clock)
-    else:
-        from minserve.replay_engine import EngineTarget  # what follows from it, a client has no use for
+        return HttpTarget(args.url, os.environ.get(args.api_key_env), clock)
+    from minserve.replay_engine import EngineTarget  # what follows from it, a client has no use for
 
-        config = load_config(args.engine)
-        strangers = sorted(set(workload.models) - {m.name for m in config.models})
-        if strangers:
-            names = ", ".join(m.name for m in config.models)
-            raise ValueError(
-                f"{args.engine} must have the workload's models, got {names} without {strangers[0]!r}"
-            )
-        target = EngineTarget(config, clock)
+    config = load_config(args.engine)
+    strangers = sorted(set(workload.models) - {m.name for m in config.models})
+    if strangers:
+        names = ", ".join(m.name for m in config.models)
+        raise ValueError(
+            f"{args.engine} must have the workload's models, got {names} without {strangers[0]!r}"
+        )
+    return EngineTarget(config, clock)
+
+
+async def run(args: argparse.Namespace, workload: Workload) -> list[Heard]:
+    """What was heard of each request; of none where --measure-alone is what was asked."""
+    clock, ids = RunClock(), read_ids(args.token_ids)
+    target = target_of(args, workload, clock)
     try:
         await target.open()
-        return await replay(workload, target, clock, drain_s=args.drain_s, ids=read_ids(args.token_ids))
+        if args.measure_alone is None:
+            return await replay(workload, target, clock, drain_s=args.drain_s, ids=ids)
+        found = await measure_alone(workload, target, clock, ids)
+        Path(args.measure_alone).write_text(json.dumps(found, indent=1) + "\n")
+        return []
     finally:
         await target.close()
 
@@ -232,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--warmup-s must be in [0, {workload.duration_s:g}), got {args.warmup_s:g}")
         gc.freeze()
         heards = asyncio.run(run(args, workload))
+        if args.measure_alone is not None:
+            sys.stdout.write(Path(args.measure_alone).read_text())
+            return 0
         if args.log is not None:
             lines = (json.dumps(h.row(attained(h.record(), slos), args.itl)) for h in heards)
             Path(args.log).write_text("".join(f"{line}\n" for line in lines))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minserve.replay import RunClock, lateness, main, replay
+from minserve.replay_alone import line
 from minserve.replay_heard import Heard
 from minserve.replay_http import HttpTarget
 from minserve.workload_saved import save_workload
@@ -255,6 +256,45 @@ def test_the_command_ends_in_one_json_object(tmp_path: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["slo_attainment"], found["ttft_attainment"], found["tpot_attainment"]) == (0.0, 1.0, 0.0)
     assert found["slos"] == {"m": [60.0, 0.2, 1e-6]}
+
+
+def test_alone_is_measured_and_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_now, most = 0, 0
+
+    async def answer(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await asyncio.sleep(0.03 + 0.001 * len(body["prompt"]))
+        await slow(body, writer)
+        open_now -= 1
+
+    async def slow(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        for n in range(1, body["max_tokens"] + 1):
+            writer.write(
+                (OK if n == 1 else b"") + chunk(event(n, "length" if n == body["max_tokens"] else None))
+            )
+            await asyncio.sleep(0.002)
+        writer.write(b"0\r\n\r\n")
+
+    load = Workload(ordered(Request(0, "m", i * 0.01, 10 + i, 3) for i in range(100)), 1.0)
+    file = tmp_path / "alone.json"
+    assert command(tmp_path, answer, load, "--measure-alone", str(file)) == 0
+    found = json.loads(file.read_text())["m"]
+    assert json.loads(capsys.readouterr().out) == {"m": found}
+    assert most == 1
+    # a busy machine adds to both; it never takes from them
+    assert found["ttft_s"] + 60 * found["ttft_per_token_s"] >= 0.085
+    assert found["tpot_s"] >= 0.002
+    assert command(tmp_path, refuse, load, "--measure-alone", str(file)) == 2
+    assert "must end well, got 503 queue_full of m" in capsys.readouterr().err
+
+
+def test_the_line_through_times_alone() -> None:
+    assert line([10, 20, 30], [0.02, 0.03, 0.04]) == {"ttft_s": 0.01, "ttft_per_token_s": 0.001}
+    assert line([10, 20], [0.04, 0.02]) == {"ttft_s": 0.03, "ttft_per_token_s": 0.0}
+    assert line([10], [0.04]) == {"ttft_s": 0.04, "ttft_per_token_s": 0.0}
+    assert line([10, 20], [0.01, 0.03]) == {"ttft_s": 0.0, "ttft_per_token_s": 0.0014}
 
 
 @pytest.mark.parametrize(
