@@ -28,7 +28,7 @@ from sched.workload import Request, Workload, cut, rescaled, token_ids
 
 LATE_S = 0.002
 AHEAD = 64  # requests made ready before they are due
-NAP_S = 0.0015  # a timer fires up to a millisecond late: from here on the clock is watched
+NAP_S = 0.001  # a timer fires up to a millisecond late: from here on the clock is watched
 START_IN_S = 0.05
 
 
@@ -146,6 +146,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--api-key-env", default="MINSERVE_API_KEY", metavar="NAME", help="the variable with the key"
     )
+    p.add_argument(
+        "--salt",
+        help="of the prefix cache: replays with the same find each other's prompts; default: none does",
+    )
     p.add_argument("--log", metavar="FILE.jsonl", help="a line for each request")
     p.add_argument("--itl", action="store_true", help="with every gap between tokens in the log")
     p.add_argument("--rate-scale", type=float, default=1.0, metavar="X", help="X times as many a second")
@@ -185,7 +189,9 @@ def read_ids(given: str) -> tuple[int, int]:
 def target_of(args: argparse.Namespace, workload: Workload, clock: RunClock) -> Target:
     """ValueError where it cannot take the workload."""
     if args.url is not None:
-        return HttpTarget(args.url, os.environ.get(args.api_key_env), clock)
+        # a second replay must not find the prompts of the first
+        salt = f"replay-{time.time_ns()}" if args.salt is None else args.salt
+        return HttpTarget(args.url, os.environ.get(args.api_key_env), clock, salt)
     from minserve.replay_engine import EngineTarget  # what follows from it, a client has no use for
 
     config = load_config(args.engine)

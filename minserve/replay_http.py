@@ -143,9 +143,12 @@ class Connection(asyncio.Protocol):
 
 
 class HttpTarget:
-    """`url` as http://host:port; ValueError where it is another kind of address, OSError where nobody answers."""
+    """`url` as http://host:port; ValueError where it is another kind of address, OSError where nobody answers.
 
-    def __init__(self, url: str, key: str | None, clock: Clock) -> None:
+    `salt`: prompts find in the server's cache only what was sent with the same.
+    """
+
+    def __init__(self, url: str, key: str | None, clock: Clock, salt: str = "") -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
             raise ValueError(f"--url must be http://HOST:PORT or https://..., got {url!r}")
@@ -156,7 +159,7 @@ class HttpTarget:
             f"POST {self._path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\n"
             + (f"authorization: Bearer {key}\r\n" if key else "")
         ).encode()
-        self._clock = clock
+        self._clock, self._salt = clock, salt
         self._usage = {"include_usage": True, "continuous_usage_stats": True}
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
@@ -192,6 +195,8 @@ class HttpTarget:
         }  # fmt: skip
         if request.priority:
             body["priority"] = request.priority
+        if self._salt:
+            body["cache_salt"] = self._salt
         data = orjson.dumps(body)
         return b"%scontent-length: %d\r\n\r\n%s" % (self._head, len(data), data)
 

@@ -290,6 +290,22 @@ def test_alone_is_measured_and_fitted(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "must end well, got 503 queue_full of m" in capsys.readouterr().err
 
 
+def test_a_second_replay_finds_nothing_of_the_first(tmp_path: Path) -> None:
+    salts = []
+
+    async def answer(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        salts.append(body.get("cache_salt"))
+        await whole(body, writer)
+
+    for flags in ((), (), ("--salt", "s"), ("--salt", "s"), ("--salt", "")):
+        assert command(tmp_path, answer, workload(2), *flags) == 0
+    first, second = set(salts[:2]), set(salts[2:4])
+    assert len(first) == len(second) == 1
+    assert None not in first | second
+    assert first != second
+    assert salts[4:] == ["s"] * 4 + [None] * 2
+
+
 def test_the_line_through_times_alone() -> None:
     assert line([10, 20, 30], [0.02, 0.03, 0.04]) == {"ttft_s": 0.01, "ttft_per_token_s": 0.001}
     assert line([10, 20], [0.04, 0.02]) == {"ttft_s": 0.03, "ttft_per_token_s": 0.0}
