@@ -215,6 +215,9 @@ def from_lines(lines: Iterable[str]) -> Workload:
             f"line 1: {FORMAT} must be {VERSION}, the header of a workload, got {head.get(FORMAT)!r}"
         )
     requests = [_request(i, _object(i, line)) for i, line in rows]
+    for i, r in enumerate(requests):
+        if r.rid != i:
+            raise ValueError(f"line {i + 2}: rid must count the requests from 0, here {i}, got {r.rid}")
     if head.get("requests") != len(requests):
         raise ValueError(
             f"line 1: requests must be {len(requests)}, as many as follow, got {head.get('requests')!r}"
@@ -232,7 +235,7 @@ def from_lines(lines: Iterable[str]) -> Workload:
         raise ValueError(f"line 1: seed must be an integer in [0, 2^63), got {seed!r}")
     if not isinstance(info, dict):
         raise ValueError(f"line 1: info must be an object, got {info!r:.60}")
-    return Workload(tuple(requests), float(seconds), seed, _slos(head.get("slos", {})), info)
+    return Workload(ordered(requests), float(seconds), seed, _slos(head.get("slos", {})), info)
 
 
 def _object(i: int, line: str) -> dict[str, Any]:
@@ -294,6 +297,8 @@ def _request(i: int, row: dict[str, Any]) -> Request:
             raise bad(name, f"an integer in [{least}, 2^31)")
     if row.get("prefix_tokens", 0) > row["prompt_tokens"]:
         raise bad("prefix_tokens", f"at most prompt_tokens={row['prompt_tokens']}")
+    if row.get("prefix_tokens", 0) > 0 and row.get("prefix", -1) < 0:
+        raise bad("prefix", "the number of a prefix >= 0 where there are prefix_tokens")
     for name in ("ttft_slo_s", "tpot_slo_s"):
         if row.get(name) is not None and (not _number(row[name]) or row[name] < 0):
             raise bad(name, "seconds >= 0, or null")

@@ -208,6 +208,8 @@ HEAD = {"minserve_workload": 1, "requests": 1, "duration_s": 9.0, "seed": 0, "sl
         ({}, {"prompt_tokens": 0}, r"line 2: prompt_tokens must be an integer in \[1, 2\^31\), got 0"),
         ({}, {"output_tokens": 2.0}, r"line 2: output_tokens"),
         ({}, {"prefix_tokens": 4}, r"line 2: prefix_tokens must be at most prompt_tokens=3, got 4"),
+        ({}, {"prefix_tokens": 2}, r"line 2: prefix must be the number of a prefix >= 0 .*, got None"),
+        ({}, {"rid": 1}, r"line 2: rid must count the requests from 0, here 0, got 1"),
         ({}, {"ttft_slo_s": "1"}, r"line 2: ttft_slo_s must be seconds >= 0, or null, got '1'"),
         ({}, {"priority": None}, r"line 2: priority must be an integer"),
         ({}, {"tokens": 3}, r"line 2: the keys are rid, model, .*, got 'tokens'"),
@@ -216,6 +218,13 @@ HEAD = {"minserve_workload": 1, "requests": 1, "duration_s": 9.0, "seed": 0, "sl
 def test_a_wrong_file_is_said(head: dict[str, Any], row: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         from_lines([json.dumps(HEAD | head), json.dumps(GOOD | row)])
+
+
+def test_a_file_by_hand_needs_no_sessions() -> None:
+    rows = [json.dumps(GOOD | {"rid": i, "arrival_s": i}) for i in range(3)]
+    found = from_lines([json.dumps(HEAD | {"requests": 3}), *rows])
+    assert [r.session for r in found.requests] == [0, 1, 2]
+    assert len({token_ids(r, found.seed, 0, 1 << 20).tobytes() for r in found.requests}) == 3
 
 
 def test_any_damage_is_a_valueerror_or_another_workload() -> None:
