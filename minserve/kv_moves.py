@@ -34,13 +34,18 @@ class KvMoves:
 
     def turn(self, excess: int) -> None:
         """`excess`: sets that this model is to give back, beyond those that hold no request."""
+        self._compactor.ask(
+            0, 0
+        )  # what was asked for and has not been made is no longer wanted, or will be asked for again
         heard = self._heard()
         busy = [self._shapes[i] for i, said in heard.items() if said["used"] or said["waiting"]]
         least = watermark(busy, self._table.plan.num_slabs)
-        missing = -(-self._table.quotas.missing(self._owner, least) // self._shapes[self._owner].layers)
+        missing = -(-self._table.quotas.missing(heard, least) // self._shapes[self._owner].layers)
         self._offered = NO_OFFER
         if missing <= 0 and excess <= 0:
             return
+        if missing > 0:
+            self._compactor.give_empty()
         self._offered = self._offer()
         others = [Offer(said["vacatable"], said["vacate_milli"] / 1000) for said in heard.values()]
         leaving = self._compactor.num_leaving

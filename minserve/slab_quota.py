@@ -8,7 +8,7 @@ where there are no quotas.
 All of it is single words, each with one writer, and read as they are: a stale one costs a moment, never a slab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from minserve.slab_words import (
     ALWAYS,
@@ -122,9 +122,9 @@ class SlabQuotas:
         draining = sum(self._rows[i * ROW_WORDS + R_DRAINING] for i in range(len(self._layers)))
         return self._head[H_TOP] + draining - self._head[H_UNFILLED] - self._head[H_LIVENESS]
 
-    def missing(self, but: int, least: int = 0) -> int:
-        """Slabs that the models but this one want, whatever their quotas, at least `least`, and that are not to be had."""
-        return max(least, sum(self.unmet(i) for i in range(len(self._layers)) if i != but)) - self.coming
+    def missing(self, owners: Iterable[int], least: int = 0) -> int:
+        """Slabs that these models want, whatever their quotas, at least `least`, and that are not to be had."""
+        return max(least, sum(map(self.unmet, owners))) - self.coming
 
     def _claim(self, owner: int) -> int:
         quota = self.quota(owner)

@@ -287,7 +287,7 @@ class Batcher:
         if seq is None or not self._flights.advanced(seq.last):
             return None
         alone = not self._active and not self._flights
-        if self._step < self._retry_step and self.blocks.num_released == self._refused_at and not alone:
+        if self._step < self._retry_step and self.blocks.num_released <= self._refused_at and not alone:
             return None
         # the others will grow
         if not claim(self.blocks, seq, len(self._active) // 8, alone):

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from heapq import nsmallest
 
-from sched.recount import check_cache, check_sets
+from sched.recount import check_blocks, check_cache, check_sets
 from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 
 
@@ -29,7 +29,7 @@ class BlockPool:
         self.block_tokens = block_tokens
         self.num_free = 0
         self.num_released = 0  # ever: a refusal is worth no second try before it has grown
-        self.num_evicted = 0  # ever: idle blocks that were forgotten for want of a free one
+        self.num_evicted = 0  # ever: idle blocks forgotten for want of a free one
         self.num_revived = 0  # ever: idle blocks that a request took up again, what the cache is worth
         self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
         self._live: set[int] = set()
@@ -45,11 +45,16 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # longest out of use first
         self._idle_in: dict[int, int] = {}  # set -> its idle blocks, where there are any
         self._spare: dict[int, None] = {}  # sets with idle blocks and no live one, longest out of use first
+        self._moved_in: dict[int, int] = {}  # block -> the newest step that moved another here, over or not
         self._ask_at = 0  # num_evicted from which on the source is asked again before something is evicted
 
     @property
     def num_sets(self) -> int:
         return len(self._free)
+
+    @property
+    def num_empty_sets(self) -> int:
+        return len(self._empty)
 
     @property
     def num_spare_sets(self) -> int:
@@ -156,7 +161,8 @@ class BlockPool:
                 raise _not_allocated(block)
             if key not in self._by_key and block not in self._cached:
                 self._by_key[key] = block
-                self._cached[block] = key, step
+                # what is written already may be on its way here in a step that has not run
+                self._cached[block] = key, max(step, self._moved_in.get(block, -1))
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """The cached blocks of the longest known beginning of `keys`.  They may be gone after the next `allocate`."""
@@ -208,17 +214,14 @@ class BlockPool:
     def evacuate(self, sets: Sequence[int], step: int) -> tuple[dict[int, int], list[int]]:
         """Moves all that is live in `sets` to other sets, the fullest first; idle blocks are evicted, there and for room.
 
-        Returns where each block goes to, in `step`, and all blocks of the sets: nobody can allocate them before their
-        one reference is released.
+        Returns where each block goes to, in `step`, and all blocks of the sets, each with one reference to be released.
         """
-        for set_id in sets:
-            self._clear(set_id)
         sources: list[int] = []
         held: list[int] = []
         for set_id in sets:
+            self._clear(set_id)
             free, first = self._free[set_id], set_id << SLOT_BITS
-            taken = set(free)
-            sources += [b for b in range(first, first + self.slots) if b not in taken]
+            sources += sorted(set(range(first, first + self.slots)) - set(free))
             held += self._take(set_id, len(free))
         targets: list[int] = []
         for _, set_id in sorted((len(free), s) for s, free in self._free.items() if free):
@@ -229,7 +232,9 @@ class BlockPool:
             self.num_evicted += 1
             targets += self._take(idle >> SLOT_BITS, 1)
         moved = dict(zip(sources, targets, strict=True))
+        self.num_released -= len(held) + len(sources)  # they come free for others: no reason to ask again
         for source, target in moved.items():
+            self._moved_in[target] = step
             if source in self._shared:
                 self._shared[target] = self._shared.pop(source)
             if source in self._cached:
@@ -380,12 +385,7 @@ class BlockPool:
 
     def check(self) -> None:
         """Recounts everything.  Raises AssertionError where the structures disagree."""
-        free_blocks = {block for free in self._free.values() for block in free}
-        all_blocks = {s << SLOT_BITS | slot for s in self._free for slot in range(self.slots)}
-        held = self._live | self._idle.keys()
-        assert self.num_free == sum(map(len, self._free.values())) == len(free_blocks), f"{self.num_free=}"
-        assert not free_blocks & held, f"{free_blocks & held} are both free and held"
-        assert free_blocks | held == all_blocks, f"{free_blocks ^ held ^ all_blocks} are lost or foreign"
+        check_blocks(self._free, self.slots, self.num_free, self._live | self._idle.keys())
         assert self._shared.keys() <= self._live, f"{self._shared.keys() - self._live} are shared but free"
         check_sets(self._free, self.slots, self._current, self._open, self._empty, self._urgent)
         check_cache(self._by_key, self._cached, self._live, self._idle, self._idle_in)

@@ -51,10 +51,11 @@ def choose(
 
     `most_blocks` may be moved; one set may exceed that, or a slow device would never move any.
     """
-    if pool.num_available < pool.slots:
+    # an empty set is no room: filling it would free as many sets as it takes
+    room = pool.num_available - pool.num_empty_sets * pool.slots - headroom
+    if room < pool.slots:
         return []
     emptiest = pool.emptiest(most_sets, but)
-    room = pool.num_available - headroom
     chosen: list[int] = []
     moved = 0
     for live, set_id in emptiest:
@@ -95,6 +96,10 @@ class Compactor:
     def ask(self, sets: int, most_blocks: int) -> None:
         """The next step empties at most so many sets, and moves at most so many blocks."""
         self._sets, self._most_blocks = sets, most_blocks
+
+    def give_empty(self) -> None:
+        """Sets that no block needs go back, also the one that is kept against flutter: others are short."""
+        self._pool.trim()
 
     def make(self, active: Mapping[int, Seq], step: int) -> Vacated:
         """What was asked for, as part of `step`, which names somebody; `active` are all that hold blocks."""

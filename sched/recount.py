@@ -6,6 +6,15 @@ from sched.sequence import Seq, State
 from sched.step import SLOT_BITS
 
 
+def check_blocks(free: Mapping[int, list[int]], slots: int, num_free: int, held: Collection[int]) -> None:
+    """Every block of a set is free or held, and none is both."""
+    free_blocks, held = {block for blocks in free.values() for block in blocks}, set(held)
+    all_blocks = {s << SLOT_BITS | slot for s in free for slot in range(slots)}
+    assert num_free == sum(map(len, free.values())) == len(free_blocks), f"{num_free=}"
+    assert not free_blocks & held, f"{free_blocks & held} are both free and held"
+    assert free_blocks | held == all_blocks, f"{free_blocks ^ held ^ all_blocks} are lost or foreign"
+
+
 def check_sets(
     free: Mapping[int, list[int]],
     slots: int,

@@ -78,9 +78,9 @@ def test_no_token_is_another(folder: Path, keys: dict[str, Any]) -> None:
     with load(folder, **keys) as llm:
         assert serve(llm.engine, compact=True) == want
         counters, compactor = llm.engine.counters, llm.engine.batcher.compactor
-        assert counters.moved_blocks > 50, "nothing was moved"
+        assert counters.moved_blocks > 20, "hardly anything was moved"
         assert 0 < counters.move_s < 60
-        assert compactor.num_vacated > 10
+        assert compactor.num_vacated > 5
         assert llm.engine.batcher.blocks.num_live == 0
         llm._local.sets.check()
         llm._local.pool.table.check()

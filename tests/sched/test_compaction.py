@@ -169,6 +169,27 @@ def test_the_cheapest_compacts_for_what_the_others_want(
     assert sets_to_vacate(own, others, missing) == sets
 
 
+def test_an_empty_set_is_no_room_for_others_blocks() -> None:
+    """To fill it would take a set for each that comes free, for ever."""
+    pool, _ = held({0: 0, 1: 3, 2: 4, 3: 4})
+    assert pool.num_empty_sets == 1
+    assert choose(pool, 8, 99) == []
+
+
+def test_what_is_published_while_a_copy_is_under_way_is_forgotten_if_it_fails() -> None:
+    """A block may become known as full, and written, after the step was planned that moves it."""
+    pool, _ = held({0: 1, 1: 3, 2: 3})
+    (block,) = (b for b in pool.references() if b >> 12 == 0)
+    moved, _ = pool.evacuate([0], step=7)
+    pool.publish([moved[block]], [b"key"], step=-1)
+    assert pool.match([b"key"]) == [moved[block]]
+    pool.forget(since=8)
+    assert pool.match([b"key"]) == [moved[block]]
+    pool.forget(since=7)
+    assert pool.match([b"key"]) == []
+    pool.check()
+
+
 def test_the_next_steps_of_others_find_slabs_without_having_asked() -> None:
     def shape(layers: int, slots: int) -> SetShape:
         return SetShape(layers, (), slots, 16, 0, 1, 0.0)
