@@ -20,6 +20,7 @@ from sched.prefill_turn import (
     Neighbour,
     Pace,
     is_next,
+    is_silent,
     next_due_s,
     tightest_slack_s,
     wants_prefill,
@@ -71,7 +72,9 @@ class PrefillToken:
             self._stop_waiting(now)
             if self._holds and not self._prefilling:
                 self._give()
-            return None
+            return (
+                0  # a plan may resume somebody and then admit another: that one's chunk is for the next turn
+            )
         if self._holds and self._word_owner() != self._owner:
             self._holds = False  # it took too long: others have taken it
         if not self._holds and not self._take(now):
@@ -147,8 +150,12 @@ class PrefillToken:
         ]
 
     def _others_wait(self) -> bool:
-        rows = range(0, len(self._rows), ROW_WORDS)
-        return any(self._rows[row + SINCE] for row in rows if row != self._row)
+        """One that has stopped, or died, waits for nothing."""
+        waiting = [n for n in self._neighbours() if n.since_ns]
+        if not waiting:
+            return False
+        now = self._clock_ns()
+        return not all(is_silent(n, now) for n in waiting)
 
     def _word_owner(self) -> int:
         """Who has the token, expired or not; -1: nobody."""
