@@ -295,7 +295,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="the profile's model/qformat/tp/mps for a model; others have a roofline")  # fmt: skip
     parser.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
     parser.add_argument("--trace", metavar="FILE", help="every step, as JSON for chrome://tracing")
-    parser.add_argument("--single-steps", action="store_true", help="no stretches: slower, and the same")
+    parser.add_argument(
+        "--single-steps",
+        action="store_true",
+        help="no stretches: slower; what models share is looked at after every step",
+    )
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,8 @@ A replica is a Batcher on one device.  It plans a step, the step takes what its 
 the replicas that run beside it when it starts, and is advanced at its end.  Decodes that need no decision are advanced
 many at a time (`Batcher.horizon`): step i of such a stretch takes A + B * i seconds, so k of them take A * k +
 B * k * (k - 1) / 2.  What happens meanwhile to the replica or beside it cuts the stretch at the end of the step under
-way, so the result is that of single steps.  No clock and no chance: the same arrivals give the same records.
+way, so the result is that of single steps, save for what `Replica.after` does: it is called once a stretch and at every
+turn.  No clock and no chance: the same arrivals give the same records.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from sched.step import Request, StepPlan
 
 # what happens at a moment: requests come before steps end, and steps end before quotas are divided anew
 ARRIVE, END, TURN = range(3)
+IDLE_TURNS = 1000
 IDLE, DECODE, PREFILL = "idle", "decode", "prefill"
 # how much longer a step takes beside one of the other kind, as (own, other): two that share a device's time get half each
 TIME_SLICED = {(a, b): 1.0 for a in (DECODE, PREFILL) for b in (DECODE, PREFILL)}
@@ -157,6 +159,7 @@ class Simulation:
 
     def run(self, until_s: float = inf) -> None:
         """To the end of the last request, or of the first event after `until_s`."""
+        idle_turns = 0
         while True:
             at = self._arrivals[self._next].at_s if self._next < len(self._arrivals) else inf
             first = self._heap[0] if self._heap else None
@@ -167,8 +170,15 @@ class Simulation:
                 self._arrive(self._arrivals[self._next])
                 self._next += 1
             else:
-                if first[0] > until_s or (first[1] == TURN and at == inf and not self._busy):
+                if first[0] > until_s:
                     return
+                if first[1] == TURN and at == inf and not self._busy:
+                    # who is short of memory may get it by a turn, but not by a thousand
+                    idle_turns += 1
+                    if not self.num_open or idle_turns > IDLE_TURNS:
+                        return
+                else:
+                    idle_turns = 0
                 heappop(self._heap)
                 self.now = first[0]
                 if first[1] == TURN:

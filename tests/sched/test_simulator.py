@@ -148,6 +148,28 @@ def test_a_turn_is_taken_in_time_and_ends_with_the_last_request() -> None:
     assert taken == pytest.approx([0.25 * (i + 1) for i in range(int(end / 0.25))])
 
 
+def test_memory_that_a_turn_gives_ends_who_waits_for_it() -> None:
+    """Also when the last request has come and nobody makes a step."""
+    sets = Sets(400)
+    sets.foreign = 400
+
+    def give(now: float) -> None:
+        sets.foreign = 0 if now >= 2.0 else 400
+
+    simulation = Simulation(
+        [replica("a", "a", "gpu0", sets)], [Arrival(0.1, 0, "a", 100, 3)], turns=[Turn(0.5, give)]
+    )
+    simulation.run()
+    end = simulation.records[0].end_s
+    assert end is not None
+    assert 2.0 < end < 2.2
+    never = Simulation(
+        [replica("b", "b", "gpu0", Sets(0))], [Arrival(0.1, 0, "b", 9, 3)], turns=[Turn(0.5, lambda _: None)]
+    )
+    never.run()
+    assert never.num_open == 1, "there is nothing to wait for"
+
+
 def test_millions_of_tokens_a_second() -> None:
     """8 models on 4 devices, under load; the issue asks for 5 million on one quiet core, this bound is for a busy one."""
     models = [f"m{i}" for i in range(8)]
