@@ -218,7 +218,7 @@ class Daemon:
             orphans = processes(SERVER, self.pipe)
             if orphans:
                 raise MpsError(
-                    f"server {', '.join(map(str, orphans))} of a dead daemon still runs: end its clients, then `stop`"
+                    f"server {', '.join(map(str, orphans))} of a dead daemon still runs: end its clients, then `stop --force`"
                 )
             self._clear()
             self._spawn(static)
@@ -256,6 +256,10 @@ class Daemon:
             running = self.pid()
             if running is not None:
                 self._quit(running, force)
+            elif (left := processes(SERVER, self.pipe)) and not force:
+                raise MpsError(
+                    f"no daemon runs, but its servers {left} do, perhaps with clients: end those, then --force"
+                )
             self._end(processes(CONTROL, self.pipe) + processes(SERVER, self.pipe))
             self._clear()
             return running is not None
