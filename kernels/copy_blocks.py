@@ -186,7 +186,7 @@ SPEC = KernelSpec(
     tests=(
         case(torch.bfloat16, G=2, K=16, fmt="fp8", L=3, moves=2),
         case(torch.float16, G=1, K=10, fmt="int4z", L=2, moves=3),
-        case(torch.bfloat16, G=3, K=80, fmt="bf16", L=2, moves=1),
+        case(torch.bfloat16, G=3, K=80, fmt="bf16", L=2, moves=2),
         case(torch.float32, G=1, K=128, fmt="fp32", L=1, moves=5),
     ),
     compiles=(case(torch.bfloat16, G=8, K=128, fmt="bf16", L=1, moves=1),),

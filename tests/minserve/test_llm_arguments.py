@@ -148,9 +148,9 @@ def test_ctrl_c_in_any_part_of_a_step_leaves_an_engine_that_works(
 def test_an_ignored_sigint_stays_ignored(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     want, plan = tokens(llm, PROMPT), llm.engine.batcher.plan
 
-    def interrupted(now: float) -> Any:
+    def interrupted(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return plan(now)
+        return plan(*args)
 
     with monkeypatch.context() as m, sigint(signal.SIG_IGN):
         m.setattr(llm.engine.batcher, "plan", interrupted)
