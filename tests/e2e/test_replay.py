@@ -72,7 +72,7 @@ def check(folder: Path, said: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("where", ["--url", "--engine"])
+@pytest.mark.parametrize("where", ["--url", pytest.param("--engine", marks=pytest.mark.slow)])
 def test_every_token_comes_and_prefixes_are_found(
     where: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,8 +65,8 @@ def serve(engine: Engine, compact: bool) -> dict[int, list[int]]:
     "keys",
     [
         {},
-        {"overlap": False},
-        {"enable_prefix_caching": False},
+        pytest.param({"overlap": False}, marks=pytest.mark.slow),
+        pytest.param({"enable_prefix_caching": False}, marks=pytest.mark.slow),
         {"kv_dtype": "int8", "kv_dtype_overrides": MIX},
         {"dtype": "bf16", "kv_dtype": "int4", "deterministic": True},
     ],
