@@ -119,16 +119,20 @@ class SimulatedPool:
         batcher = Batcher(BlockPool(sets, sets.shape.slots, sets.shape.block_tokens), limits, cost)
         block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
         # bytes are copied no faster than a context is read, and read and written both
-        token_bytes = block_bytes / sets.shape.block_tokens
-        per_block_s = 2 * cost.per_context_token_s * sets.shape.block_tokens if token_bytes else 0.0
+        per_block_s = 2 * cost.per_context_token_s * sets.shape.block_tokens
         most = int(COPY_S / per_block_s) if per_block_s else 1 << 30
-        moved = [0]
 
         def ask(n: int) -> None:
             batcher.compactor.ask(n, most)
 
         moves = KvMoves(
-            self.pool.table, sets.owner, batcher.compactor, lambda: offer(batcher), ask, lambda: moved[0], now
+            self.pool.table,
+            sets.owner,
+            batcher.compactor,
+            lambda: offer(batcher),
+            ask,
+            lambda: batcher.compactor.num_moved * block_bytes,
+            now,
         )
         share = KvShare(
             sets,
@@ -253,6 +257,7 @@ def simulate(
         "seconds": simulation.now,
         "steps": {r.name: r.steps for r in simulation.replicas},
         "preemptions": {r.name: r.batcher.num_preemptions for r in simulation.replicas},
+        "blocks_moved": {r.name: r.batcher.compactor.num_moved for r in simulation.replicas},
         "sets_emptied": {r.name: r.batcher.compactor.num_vacated for r in simulation.replicas},
     }
     return simulation, records, summary

@@ -89,7 +89,7 @@ class Compactor:
 
     def __init__(self, pool: BlockPool, flights: Flights) -> None:
         self._pool, self._flights = pool, flights
-        self.num_vacated = 0  # ever
+        self.num_vacated = self.num_moved = 0  # ever: sets emptied, and blocks planned to be moved for it
         self._sets, self._most_blocks = 0, 0
         self._leaving: deque[tuple[int, int]] = deque()  # (step, sets) of the compactions under way
 
@@ -111,7 +111,9 @@ class Compactor:
         if chosen:
             self.num_vacated += len(chosen)
             self._leaving.append((step, len(chosen)))
-        return vacate(self._pool, active.values(), chosen, step)
+        vacated = vacate(self._pool, active.values(), chosen, step)
+        self.num_moved += len(vacated.moves)
+        return vacated
 
     def offer(self, active: int) -> Offer:
         """What could be asked for now, `active` being how many requests hold blocks."""

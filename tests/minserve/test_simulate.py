@@ -77,6 +77,8 @@ def test_memory_that_is_short_moves_between_the_models(config: Path) -> None:
     assert all(r.completed for r in records)
     done = summary["simulated"]
     assert sum(done["preemptions"].values()) + sum(done["sets_emptied"].values()) > 0
+    for name, sets in done["sets_emptied"].items():
+        assert (done["blocks_moved"][name] > 0) == (sets > 0)
     # the same pool with all the time in the world: nobody waits
     _, _, calm = simulate.simulate(settled, workload(60, 1.0), costs, pools)
     assert calm["p99_ttft_ms"] < summary["p99_ttft_ms"] / 5
