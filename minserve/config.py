@@ -5,7 +5,6 @@ naming the key, the value and the choices.  Every key is explained in examples/f
 then a model's own keys, then `defaults`, then the defaults below.  From the environment come secrets only.
 """
 
-import argparse
 import dataclasses
 import glob
 import os
@@ -16,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minserve.groups import GroupConfig, read_groups
 from minserve.overrides import GROUP_SIZE, OVERRIDES, by_layer
 from minserve.schema import (
+    NAME,
     At,
     boolean,
     check_keys,
     choice,
+    claim,
     file_path,
     integer,
     key,
@@ -29,7 +31,6 @@ from minserve.schema import (
     listing,
     maybe,
     number,
-    plain_value,
     read_section,
     read_yaml,
     refuse,
@@ -40,8 +41,10 @@ from minserve.schema import (
 from sched.quota import POLICIES
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
-NAME = text(
-    r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", "a name of letters, digits and . _ : / -, at most 128 of them"
+# of a replica: the model's and its GPU's; a file names models only
+REPLICA = text(
+    r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}(@[A-Za-z0-9._:/-]{1,128})?",
+    "a name of letters, digits and . _ : / -, at most 128 of them",
 )
 FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 DTYPE = choice("auto", "fp32", "bf16", "fp16", **FLOATS)
@@ -112,7 +115,7 @@ class Lengths:
 class ModelEntry:
     """One served model.  `max_model_len` None: the checkpoint's window.  `placement` empty: the first GPU."""
 
-    name: str = key(NAME)
+    name: str = key(REPLICA)
     path: str = key(file_path())
     aliases: tuple[str, ...] = key(listing(NAME, 16), ())
     tokenizer: str | None = key(maybe(file_path()), None)
@@ -152,6 +155,11 @@ class ModelEntry:
         """From keys as the file has them, or from `dataclasses.asdict` of one."""
         return check_model(read_section(cls, dict(value), At("", base or Path.cwd())), At("", Path()))
 
+    @property
+    def model(self) -> str:
+        """Whose replica it is: its own name but for NAME@GPU."""
+        return self.name.partition("@")[0]
+
 
 def check_model(model: ModelEntry, at: At) -> ModelEntry:
     """What one key alone cannot show."""
@@ -167,11 +175,15 @@ def check_model(model: ModelEntry, at: At) -> ModelEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A whole file after `defaults`; names are unique, every GPU has its name, every placement names a GPU."""
+    """A whole file after `defaults`; names are unique, every GPU has its name, every placement names a GPU.
+
+    `groups`: those of the file, then those that models name without one of theirs there.
+    """
 
     server: ServerConfig = ServerConfig()
     nodes: tuple[NodeConfig, ...]
     models: tuple[ModelEntry, ...]
+    groups: tuple[GroupConfig, ...] = ()
 
     @property
     def gpus(self) -> tuple[GpuConfig, ...]:
@@ -208,16 +220,28 @@ class Config:
         server = read_section(ServerConfig, dataclasses.asdict(self.server) | keys, At("server", Path.cwd()))
         return dataclasses.replace(self, server=server)
 
+    def with_models(self, **given: Any) -> "Config":
+        """The same with these keys for every model, in place of its own."""
+        models = (ModelEntry.read(dataclasses.asdict(m) | given) for m in self.models)
+        return dataclasses.replace(self, models=tuple(models))
+
+    def replicated(self) -> "Config":
+        """The same with an entry for each replica: NAME@GPU, on that GPU alone, where a model has several."""
+        models: list[ModelEntry] = []
+        for m in self.models:
+            several = len(m.placement) > 1
+            models += (
+                dataclasses.replace(m, name=f"{m.name}@{gpu}" if several else m.name, placement=(gpu,))
+                for gpu in m.placement or (self.gpu_of(m).name or "",)
+            )
+        return dataclasses.replace(self, models=tuple(models))
+
     def check_here(self) -> None:
-        """This machine can serve it: every path exists, one node, one replica of each model."""
+        """This machine can serve it: every path exists, and there is one node."""
         if len(self.nodes) > 1:
             raise ValueError(
                 f"nodes must be one node to be served, got {len(self.nodes)}: place and simulate take more"
             )
-        for i, model in enumerate(self.models):
-            if len(model.placement) > 1:
-                says = "one GPU to be served: place and simulate take more"
-                raise refuse(At(f"models[{i}].placement", Path()), says, model.placement)
         for at, value, folder in self._paths():
             if value is not None and not (Path(value).is_dir() if folder else Path(value).exists()):
                 raise ValueError(
@@ -241,6 +265,8 @@ class Config:
             found |= _changed(gpu, f"gpus[{i}].")
         for i, model in enumerate(self.models):
             found |= _changed(model, f"models[{i}].")
+        for i, group in enumerate(self.groups):
+            found |= _changed(group, f"groups[{i}].")
         return found
 
 
@@ -257,7 +283,7 @@ def _changed(value: Any, prefix: str) -> dict[str, Any]:
 
 # keys that only a model itself may have
 OWN_KEYS = ("name", "path", "aliases")
-TOP_KEYS = ["server", "nodes", "defaults", "models"]
+TOP_KEYS = ["server", "nodes", "defaults", "models", "groups"]
 
 
 def load_config(path: str | Path) -> Config:
@@ -278,8 +304,9 @@ def parse_config(value: Any, base: Path) -> Config:
     server = read_section(ServerConfig, given.get("server"), top.sub("server"))
     nodes = _read_nodes(given.get("nodes"), top.sub("nodes"))
     models = _read_models(given.get("models"), given.get("defaults"), top)
-    _check_names(models, [gpu.name for node in nodes for gpu in node.gpus])
-    return Config(server=server, nodes=nodes, models=models)
+    taken = _check_names(models, [gpu.name or "" for node in nodes for gpu in node.gpus])
+    groups = read_groups(given.get("groups"), [m.group for m in models], taken, top.sub("groups"))
+    return Config(server=server, nodes=nodes, models=models, groups=groups)
 
 
 def _read_nodes(value: Any, at: At) -> tuple[NodeConfig, ...]:
@@ -289,11 +316,11 @@ def _read_nodes(value: Any, at: At) -> tuple[NodeConfig, ...]:
     seen: dict[str, str] = {}
     named = []
     for i, node in enumerate(nodes):
-        _claim(seen, node.name, at.item(i).sub("name"))
+        claim(seen, node.name, at.item(i).sub("name"))
         gpus = []
         for j, gpu in enumerate(node.gpus):
             name = gpu.name or f"gpu{sum(len(n.gpus) for n in nodes[:i]) + j}"
-            _claim(seen, name, at.item(i).sub("gpus").item(j).sub("name"))
+            claim(seen, name, at.item(i).sub("gpus").item(j).sub("name"))
             gpus.append(dataclasses.replace(gpu, name=name))
         named.append(dataclasses.replace(node, gpus=tuple(gpus)))
     return tuple(named)
@@ -324,46 +351,20 @@ def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _claim(seen: dict[str, str], name: str, at: At) -> None:
-    if name in seen:
-        raise ValueError(f"{at.key} must be a name of its own, got {name!r}: {seen[name]} has it")
-    seen[name] = at.key
-
-
-def _check_names(models: tuple[ModelEntry, ...], gpus: list[str]) -> None:
+def _check_names(models: tuple[ModelEntry, ...], gpus: list[str]) -> dict[str, str]:
+    """Every name to the key that has it."""
     seen: dict[str, str] = {}
     for i, model in enumerate(models):
         at = At("models", Path()).item(i)
-        _claim(seen, model.name, at.sub("name"))
+        NAME.read(at.sub("name"), model.name)
+        claim(seen, model.name, at.sub("name"))
         for j, alias in enumerate(model.aliases):
-            _claim(seen, alias, at.sub("aliases").item(j))
+            claim(seen, alias, at.sub("aliases").item(j))
         for j, gpu in enumerate(model.placement):
             choice(*gpus).read(at.sub("placement").item(j), gpu)
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each plain key of a model, `--max-model-len` for max_model_len; not given is None."""
-    group = parser.add_argument_group(
-        "model", "keys of the one model that --model names; examples/full.yaml explains them"
-    )
-    for name, kind in kinds(ModelEntry).items():
-        if name not in ("path", "aliases", "placement", "slo", "lengths", *MAPPINGS):
-            group.add_argument(
-                f"--{name.replace('_', '-')}",
-                dest=f"model_{name}",
-                metavar="X",
-                help=kind.says.replace("%", "%%"),
-            )
-
-
-def model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys that the flags of `add_model_flags` gave, read as the YAML file would read them."""
-    given = {
-        name.removeprefix("model_"): v
-        for name, v in vars(args).items()
-        if name.startswith("model_") and v is not None
-    }
-    return {name: plain_value(v) for name, v in given.items()}
+        if len(set(model.placement)) < len(model.placement):
+            raise refuse(at.sub("placement"), "different GPUs", model.placement)
+    return seen
 
 
 def pick_device(device: str) -> str:

@@ -74,6 +74,12 @@ def refuse(at: At, says: str, value: Any, hint: str = "") -> ValueError:
     return ValueError(f"{at.key} must be {says}, got {show(value)}{hint}")
 
 
+def claim(seen: dict[str, str], name: str, at: At) -> None:
+    if name in seen:
+        raise ValueError(f"{at.key} must be a name of its own, got {name!r}: {seen[name]} has it")
+    seen[name] = at.key
+
+
 def boolean() -> Kind:
     def read(at: At, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -157,6 +163,11 @@ def text(pattern: str, says: str) -> Kind:
         return value
 
     return Kind(says, read)
+
+
+NAME = text(
+    r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", "a name of letters, digits and . _ : / -, at most 128 of them"
+)
 
 
 def file_path() -> Kind:

@@ -26,14 +26,13 @@ from minserve.agent import Agent
 from minserve.config import (
     Config,
     ServerConfig,
-    add_model_flags,
     load_config,
-    model_flags,
 )
 from minserve.frontend import Frontend
 from minserve.host import BOOT, ROOT, Host
 from minserve.keys import admin_keys, api_keys
 from minserve.listener import HttpServer, bind, raise_open_files
+from minserve.model_flags import FOR_ALL, add_model_flags, model_flags
 from minserve.server import Access, build_app
 from minserve.text import Tokenizer
 from minserve.wire import Stats
@@ -63,11 +62,16 @@ def read_config(args: argparse.Namespace) -> Config:
     own = model_flags(args)
     if (args.config is None) == (args.model is None):
         raise ValueError("give either a CONFIG.yaml or --model PATH; examples/demo.yaml is one to try")
-    if args.config is not None and own:
+    alone = [name for name in own if name not in FOR_ALL]
+    if args.config is not None and alone:
         raise ValueError(
-            f"--{next(iter(own)).replace('_', '-')} goes with --model; in a file it is a key of the model"
+            f"--{alone[0].replace('_', '-')} goes with --model; in a file it is a key of the model"
         )
-    config = load_config(args.config) if args.model is None else Config.single(args.model, **own)
+    if args.model is not None:
+        config = Config.single(args.model, **own)
+    else:
+        config = load_config(args.config)
+        config = config.with_models(**own) if own else config
     config = config.with_server(host=args.host, port=args.port, log_level=args.log_level)
     config.check_here()
     return config

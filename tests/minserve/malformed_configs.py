@@ -21,6 +21,10 @@ def models(text: str) -> str:
     return f"models: [{text}]"
 
 
+def grouped(text: str) -> str:
+    return f"{model('group: g')}\ngroups: [{text}]"
+
+
 def defaults(text: str) -> str:
     return f"defaults: {{{text}}}\n{GOOD}"
 
@@ -254,6 +258,22 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("sm_share: 0"), ("models[0].sm_share", "0", "[1, 100]")),
     (model("sm_share: 101"), ("models[0].sm_share", "101", "[1, 100]")),
     (model("sm_share: 50%"), ("models[0].sm_share", "50%", "auto")),
+    # groups
+    (GOOD + "\ngroups: fast", ("groups", "fast", "list")),
+    (GOOD + "\ngroups: [{name: g}]", ("groups[0].name", "g", "none of them")),
+    (grouped("{name: h}"), ("groups[0].name", "h", "g")),
+    (grouped("{name: g}, {name: g}"), ("groups[1].name", "g", "groups[0].name")),
+    (grouped("{name: a}"), ("groups[0].name", "'a'", "models[0].name")),
+    (grouped("{policy: slo}"), ("groups[0].name", "missing")),
+    (grouped("{name: g, policy: fast}"), ("groups[0].policy", "fast", "slo, best, cheapest")),
+    (grouped("{name: g, margin: 0}"), ("groups[0].margin", "0", "[0.01, 1]")),
+    (grouped("{name: g, margin: 1.5}"), ("groups[0].margin", "1.5")),
+    (grouped("{name: g, hysteresis: 1}"), ("groups[0].hysteresis", "1", "[0, 0.99]")),
+    (grouped("{name: g, tier: 1}"), ("groups[0].tier", "1", "policy")),
+    (model("group: a"), ("models[0].group", "'a'", "models[0].name")),
+    (model("aliases: [b], group: b"), ("models[0].group", "'b'", "models[0].aliases[0]")),
+    (model("placement: [gpu0, gpu0]"), ("models[0].placement", "gpu0", "different")),
+    ("models: [{name: a@gpu0, path: m}]", ("models[0].name", "a@gpu0", "letters")),
     # defaults
     (defaults("kv_dtype: int2"), ("defaults.kv_dtype", "int2", "int4")),
     (defaults("int8_qk: fast"), ("defaults.int8_qk", "fast", "true or false")),

@@ -15,12 +15,12 @@ from minserve.config import (
     NodeConfig,
     ServerConfig,
     Slo,
-    add_model_flags,
     load_config,
-    model_flags,
     pick_device,
 )
+from minserve.groups import GroupConfig
 from minserve.keys import admin_keys, api_keys
+from minserve.model_flags import add_model_flags, model_flags
 from minserve.schema import kinds, read_yaml
 from tests.minserve.malformed_configs import MALFORMED, model, server
 
@@ -71,6 +71,7 @@ def test_full_yaml_loads_and_names_every_key() -> None:
         (ModelEntry, one),
         (Slo, one["slo"]),
         (Lengths, one["lengths"]),
+        (GroupConfig, raw["groups"][0]),
     ]
     for cls, section in places:
         assert set(section) == set(kinds(cls)), cls.__name__
@@ -82,7 +83,7 @@ def test_full_yaml_loads_and_names_every_key() -> None:
 def test_full_yaml_states_the_defaults() -> None:
     """Where full.yaml is off the default, the comment on that line (or the next) says what the default is."""
     config = load_config(FULL)
-    required = {"models[0].name", "models[0].path"}
+    required = {"models[0].name", "models[0].path", "groups[0].name"}
     off = {k for k in config.changed() if not k.startswith(("models[1]", "models[2]"))} - required
     lines = FULL.read_text().splitlines()
     for dotted in off:
@@ -247,9 +248,33 @@ def test_what_serve_cannot_do_is_refused(tmp_path: Path) -> None:
     two = "nodes: [{name: x, gpus: [{}]}, {name: y, gpus: [{}]}]\nmodels: [{name: a, path: m}]"
     with pytest.raises(ValueError, match=r"nodes must be one node.*got 2"):
         load_config(write(tmp_path, two)).check_here()
-    both = "nodes: [{name: x, gpus: [{}, {}]}]\nmodels: [{name: a, path: m, placement: [gpu0, gpu1]}]"
-    with pytest.raises(ValueError, match=r"models\[0\]\.placement must be one GPU.*gpu1"):
-        load_config(write(tmp_path, both)).check_here()
+
+
+def test_each_replica_has_an_entry_of_its_own(tmp_path: Path) -> None:
+    text = """
+    nodes: [{name: x, gpus: [{}, {}]}]
+    models: [{name: a, path: m, aliases: [z], placement: [gpu0, gpu1]}, {name: b, path: m}]
+    """
+    config = load_config(write(tmp_path, text)).replicated()
+    assert [(m.name, m.model, m.placement) for m in config.models] == [
+        ("a@gpu0", "a", ("gpu0",)), ("a@gpu1", "a", ("gpu1",)), ("b", "b", ("gpu0",)),
+    ]  # fmt: skip
+    for entry in config.models:
+        assert ModelEntry.read(json.loads(json.dumps(dataclasses.asdict(entry)))) == entry
+    assert config.replicated() == config
+
+
+def test_groups_have_defaults_and_an_order(tmp_path: Path) -> None:
+    text = """
+    models: [{name: a, path: m, group: g}, {name: b, path: m, group: h, tier: 3}, {name: c, path: m, group: g}]
+    groups: [{name: h, policy: cheapest, margin: 0.5}]
+    """
+    config = load_config(write(tmp_path, text))
+    assert config.groups == (
+        GroupConfig(name="h", policy="cheapest", margin=0.5),
+        GroupConfig(name="g", policy="slo", margin=0.8, hysteresis=0.2),
+    )
+    assert config.changed()["groups[0].policy"] == "cheapest"
 
 
 def test_api_keys_come_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
