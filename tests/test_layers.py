@@ -31,7 +31,7 @@ ORDER = {
         __main__
     """,
     "sched": """
-        metrics arrivals workload synthetic step slabs other_pools sm_shares quota prefix sequence recount blocks latency
+        metrics arrivals workload synthetic router observed step slabs other_pools sm_shares quota prefix sequence recount blocks latency
         limits flights claims compaction waiting running batching pressure prefill_turn simulator step_time
     """,
     "minserve": """
