@@ -10,10 +10,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response as Plain
 
-from minserve.frontend import Frontend, Served
+from minserve.frontend import Frontend
 from minserve.protocol import ApiError
 from minserve.residency import GOALS, ResidencyError, StateError
 from minserve.responses import reply
+from minserve.served import Served
 
 DRAIN_S = 10.0
 MAX_DRAIN_S = 3600.0
@@ -64,10 +65,10 @@ class AdminPages:
         return reply({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Plain:
-        return reply(self._state(self._front.find(request.path_params["name"])))
+        return reply(self._state(self._front.one(request.path_params["name"])))
 
     async def act(self, request: Request) -> Plain:
-        verb, served = request.path_params["verb"], self._front.find(request.path_params["name"])
+        verb, served = request.path_params["verb"], self._front.one(request.path_params["name"])
         if verb not in GOALS:
             raise ApiError(404, f"The verb must be one of {', '.join(GOALS)}, got {verb!r:.100}", "not_found")
         wait, keys = read_options(verb, dict(request.query_params))

@@ -1,23 +1,23 @@
-"""The life of a request in the front end: admitted, tokenized, handed to a worker, its tokens turned into text.
+"""The front end: finds models, admits requests, chooses among replicas and precisions, and knows when to say no.
 
-A Job is one HTTP request with its sequences (prompts x n).  Text waits in the sequence until somebody takes it, merged
-if it was not taken in time, so a slow reader costs no queue.  Knows no HTTP; every way out goes through `Job.close`.
+What becomes of a request that was admitted is a Job's (jobs.py).  Knows no HTTP.
 """
 
 import asyncio
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from minserve.agent import Agent
-from minserve.config import Config, ModelEntry
-from minserve.host import Host
+from minserve.config import Config
+from minserve.jobs import Job, slo_of
 from minserve.protocol import MAX_SEQUENCES, ApiError, ChatBody, CompletionBody, read_messages
 from minserve.sampling import SamplingParams
-from minserve.text import AnswerText, Tokenizer
-from minserve.wire import Submit, TokenEvent, TokenLogprobs
+from minserve.served import Served, Target, memory_of, targets_of
+from minserve.text import Tokenizer
+from sched.router import RouteRequest, cached_tokens, marks_of, with_pace
 
 # texts this short are tokenized at once, longer ones in a thread
 INLINE_CHARS = 4096
@@ -28,171 +28,19 @@ MAX_ECHOED = 1 << 20
 RESTING = {"asleep": "wake", "unloaded": "load"}
 
 
-class Sequence:
-    """One answer in the making.  `text`, `token_ids` and `logprobs` are what has not been taken yet."""
-
-    def __init__(self, job: "Job", rid: int, index: int, prompt: list[int], params: SamplingParams) -> None:
-        self.rid, self.index, self.prompt = rid, index, prompt
-        self.text, self.num_tokens = "", 0
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs | None] = []
-        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-        self.cached_tokens: int | None = None  # of its prompt; None until its first token
-        self.finish: tuple[str, Any] | None = None
-        self.closed = False  # its end has been sent
-        self._job = job
-        self._waiting = len(prompt)
-        job.served.waiting_tokens += self._waiting
-        self._answer = AnswerText(job.tokenizer, params)
-
-    def token(self, event: TokenEvent) -> None:
-        if event.finish_reason == "error":
-            self._job.fail(ApiError(500, event.error or "The engine failed.", "engine_error"))
-            return
-        if event.prompt_logprobs is not None:
-            self.prompt_logprobs = event.prompt_logprobs
-        if self.cached_tokens is None:
-            self.cached_tokens = event.cached_tokens
-        self.settle()
-        for i, token_id in enumerate(event.token_ids):
-            ends = event.finish_reason is not None and i == len(event.token_ids) - 1
-            self.num_tokens += 1
-            self.token_ids.append(token_id)
-            self.text += self._answer.push(token_id, ends and event.finish_reason == "stop")
-            if event.logprobs is not None:
-                self.logprobs.append(event.logprobs[i])
-            if self._answer.matched is not None:
-                self.finish = ("stop", self._answer.matched)
-                self._job.ended(self, abort=event.finish_reason is None)
-                return
-        if event.finish_reason is not None:
-            self.text += self._answer.finish()
-            self.finish = (event.finish_reason, event.stop_reason)
-            self._job.ended(self, abort=False)
-        self._job.wake.set()
-
-    def settle(self) -> None:
-        """Its prompt no longer waits to be computed."""
-        self._job.served.waiting_tokens -= self._waiting
-        self._waiting = 0
-
-    def refused(self, error: str) -> None:
-        code = "context_length_exceeded" if "context length" in error else "invalid_value"
-        self._job.fail(ApiError(400, error, code))
-
-    def lost(self, error: str) -> None:
-        # the same request may be sent again: nothing of it is left behind
-        self._job.fail(ApiError(503, error, self._job.lost_code, retry_after_s=1))
-
-
-@dataclass(slots=True)
-class Served:
-    """A model that requests may name; without a tokenizer only where it failed."""
-
-    entry: ModelEntry
-    host: Host
-    tokenizer: Tokenizer | None
-    waiting_tokens: int = 0
-
-    @property
-    def busy(self) -> int:
-        return self.host.num_requests
-
-
-class Job:
-    """All sequences of one HTTP request.  `wake` is set when there is something new to look at."""
-
-    def __init__(self, front: "Frontend", served: Served, body: CompletionBody | ChatBody) -> None:
-        self.served, self.body, self.tokenizer = served, body, front.tokenizer(served)
-        self.sequences: list[Sequence] = []
-        self.prompt_texts: list[str] = []
-        self.prompt_tokens = 0
-        self.wake = asyncio.Event()
-        self.error: ApiError | None = None
-        self.gone = False
-        self._front = front
-        self._open: dict[int, Sequence] = {}
-
-    def submit(self, prompts: list[list[int]], params: SamplingParams) -> None:
-        """Hands everything to the worker; there is no await in here, so all is registered or nothing."""
-        now = time.monotonic()
-        slo = self.served.entry.slo
-        self.prompt_tokens = sum(map(len, prompts))
-        for i, prompt in enumerate(prompts):
-            for k in range(params.n):
-                seq = Sequence(self, self._front.agent.next_rid(), i * params.n + k, prompt, params)
-                self.sequences.append(seq)
-                self._open[seq.rid] = seq
-                request = Submit(
-                    rid=seq.rid, prompt=tuple(prompt), params=params, index=k, arrival_s=now,
-                    ttft_s=slo.ttft_ms / 1000, tpot_s=slo.tpot_ms / 1000, priority=self.body.priority,
-                    cache_salt=self.body.cache_salt or "",
-                )  # fmt: skip
-                self.served.host.submit(request, seq)
-
-    @property
-    def done(self) -> bool:
-        return not self._open
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.sequences)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of all prompts, what was not computed; of the n samples of one, the first to come has found the least."""
-        found: dict[int, int] = {}
-        for s in self.sequences:
-            if s.cached_tokens is not None:
-                prompt = s.index // self.body.n
-                found[prompt] = min(s.cached_tokens, found.get(prompt, s.cached_tokens))
-        return sum(found.values())
-
-    def ended(self, seq: Sequence, abort: bool) -> None:
-        self._open.pop(seq.rid, None)
-        seq.settle()
-        if abort:
-            self.served.host.abort(seq.rid)
-        self._front.note_finish(self.served)
-        self.wake.set()
-
-    def fail(self, error: ApiError) -> None:
-        """The whole request ends here."""
-        self.error = self.error or error
-        self.close()
-        self.wake.set()
-
-    @property
-    def lost_code(self) -> str:
-        """Why a worker gave no more answers."""
-        if self._front.draining:
-            return "shutting_down"
-        return "model_unloaded" if self.served.host.state == "draining" else "worker_died"
-
-    def disconnect(self) -> None:
-        self.gone = True
-        self.wake.set()
-
-    def close(self) -> None:
-        """Aborts what still runs.  May be called at any time and any number of times."""
-        for rid, seq in self._open.items():
-            self.served.host.abort(rid)
-            seq.settle()
-        self._open.clear()
-
-    async def news(self) -> None:
-        """Waits until something changed since the last call."""
-        await self.wake.wait()
-        self.wake.clear()
-
-
 class Frontend:
-    """Finds models, admits requests and knows when to say no."""
+    """All methods belong to the event loop's thread."""
 
     def __init__(self, config: Config, agent: Agent, tokenizers: dict[str, Tokenizer | None]) -> None:
+        """`config` has an entry for each replica."""
         self.agent = agent
-        self.models = {m.name: Served(m, agent.hosts[m.name], tokenizers.get(m.name)) for m in config.models}
-        self._by_name = self.models | {a: self.models[m.name] for m in config.models for a in m.aliases}
+        memory = {name: memory_of(p.table, name) for p in agent.pools for name in p.plan.models}
+        self.models = {
+            m.name: Served(m, agent.hosts[m.name], tokenizers.get(m.name), memory.get(m.name, lambda: None))
+            for m in config.models
+        }
+        self._by_name = targets_of(config, self.models)
+        self.groups = tuple(self._by_name[group.name] for group in config.groups)
         self._max_queued = config.server.max_queued_requests
         self._finishes: dict[str, deque[float]] = {name: deque(maxlen=FINISHES_KEPT) for name in self.models}
         self.draining = False
@@ -201,22 +49,40 @@ class Frontend:
     def num_requests(self) -> int:
         return sum(s.busy for s in self.models.values())
 
-    def find(self, name: str | None) -> Served:
-        """The model by its name or an alias; None only where there is no choice."""
-        if name is None and len(self.models) == 1:
-            return next(iter(self.models.values()))
+    @property
+    def names(self) -> tuple[Target, ...]:
+        """What /v1/models lists: models in the order of the file, then groups."""
+        return tuple(dict.fromkeys(self._by_name[s.entry.model] for s in self.models.values())) + self.groups
+
+    def target(self, name: str | None) -> Target:
+        """What requests for `name` (a model, an alias, a replica, a group) go to; None only where there is no choice."""
+        if name is None and len({s.entry.model for s in self.models.values()}) == 1:
+            return self.names[0]
         names = ", ".join(self._by_name)
         if name is None:
             raise ApiError(400, f"model is required: one of {names}", "missing_parameter", "model")
-        served = self._by_name.get(name)
-        if served is None:
+        target = self._by_name.get(name)
+        if target is None:
             raise ApiError(
                 404,
                 f"The model {name!r:.130} does not exist. Served are: {names}",
                 "model_not_found",
                 "model",
             )
-        return served
+        return target
+
+    def find(self, name: str | None) -> Served:
+        """One model of that name: of several the first that is ready."""
+        members = self.target(name).members
+        return next((s for s in members if s.host.state == "ready"), members[0])
+
+    def one(self, name: str) -> Served:
+        """The one worker of that name; ApiError where it stands for several."""
+        target = self.target(name)
+        if target.several:
+            names = ", ".join(s.entry.name for s in target.members)
+            raise ApiError(400, f"{name} stands for several: name one of {names}", param="model")
+        return target.members[0]
 
     def note_finish(self, served: Served) -> None:
         self._finishes[served.entry.name].append(time.monotonic())
@@ -266,32 +132,76 @@ class Frontend:
             )  # fmt: skip
 
     async def completion(self, body: CompletionBody) -> Job:
-        served = self.find(body.model)
+        arrival_s, target = time.monotonic(), self.target(body.model)
         params = body.checked_params()
         given = body.prompts()
-        self.check_ready(served)
-        self.check_room(served, len(given) * body.n)
+        served = self.able(target, lambda s: self.check_room(s, len(given) * body.n))[0]
         ids = []
         for prompt in given:
             ids.append(await self.encode(served, prompt, body.add_special_tokens))
             await asyncio.sleep(0)  # 256 prompts are no reason for other streams to stand still
-        job = Job(self, served, body)
-        self._admit(job, ids, params)
+        job = self._admit(target, body, ids, params, arrival_s)
         if body.echo:
             job.prompt_texts = [p if isinstance(p, str) else job.tokenizer.decode(p) for p in given]
         return job
 
     async def chat(self, body: ChatBody) -> Job:
-        served = self.find(body.model)
+        arrival_s, target = time.monotonic(), self.target(body.model)
         params = body.checked_params()
-        self.check_ready(served)
-        self.check_room(served, body.n)
+        served = self.able(target, lambda s: self.check_room(s, body.n))[0]
         ids = await self.encode_chat(served, body)
-        return self._admit(Job(self, served, body), [ids], params)
+        return self._admit(target, body, [ids], params, arrival_s)
 
-    def _admit(self, job: Job, prompts: list[list[int]], params: SamplingParams) -> Job:
-        served = job.served
-        self.check_ready(served)  # again: tokenizing took its time
+    def able(self, target: Target, check: Callable[[Served], None]) -> list[Served]:
+        """The members that are ready and pass `check`, at least one; else why not: of several, what may pass in time."""
+        found, refusals = [], []
+        for served in target.members:
+            try:
+                self.check_ready(served)
+                check(served)
+                found.append(served)
+            except ApiError as error:
+                refusals.append(error)
+        if not found:
+            raise next((e for e in refusals if e.status == 503), refusals[0])
+        return found
+
+    def _admit(
+        self,
+        target: Target,
+        body: CompletionBody | ChatBody,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        arrival_s: float,
+    ) -> Job:
+        # ready again: tokenizing took its time
+        able = self.able(target, lambda s: self.check_fits(s, prompts, params))
+        served, cached = able[0], 0
+        if target.several:
+            served, cached = self.routed(target, able, body, prompts)
+        job = Job(self, target, served, body, arrival_s)
+        job.submit(prompts, params, cached)
+        return job
+
+    def routed(
+        self, target: Target, able: list[Served], body: CompletionBody | ChatBody, prompts: list[list[int]]
+    ) -> tuple[Served, int]:
+        """Who of those `able` gets the request, and how much of its first prompt it is likely to have cached."""
+        now, slo = time.monotonic(), slo_of(body, target)
+        marks = marks_of(prompts[0], body.cache_salt or "")
+        ask = RouteRequest(sum(map(len, prompts)), slo.ttft_s, slo.tpot_s, marks)
+        well = [s for s in able if not s.host.stalled] or able
+        states = with_pace([s.state(now, s in well) for s in target.members])
+        state = target.route(ask, states)
+        assert state is not None, f"{[s.entry.name for s in well]} take the request"
+        served = self.models[state.name]
+        target.chosen[state.name] += 1
+        cached = cached_tokens(ask, served.recent) if served.entry.enable_prefix_caching else 0
+        served.recent.add(marks)
+        return served, cached
+
+    def check_fits(self, served: Served, prompts: list[list[int]], params: SamplingParams) -> None:
+        """ApiError where the model cannot take these prompts, or cannot now."""
         assert served.host.loaded is not None, f"{served.entry.name} is ready and was never loaded"
         vocab = served.host.loaded.vocab_size
         for i, prompt in enumerate(prompts):
@@ -307,8 +217,6 @@ class Frontend:
                 param="logprobs",
             )
         self.check_room(served, len(prompts) * params.n, prompt_tokens)
-        job.submit(prompts, params)
-        return job
 
     @staticmethod
     def _check_prompt(prompt: list[int], served: Served, where: str) -> None:

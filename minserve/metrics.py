@@ -7,7 +7,7 @@ pools are checked where they are configured: none needs an escape here.
 from collections.abc import Iterable, Mapping
 
 from minserve.host import Host
-from minserve.pool_metrics import pool_metrics
+from minserve.pool_metrics import Metric, pool_metrics
 from minserve.slab_counts import PoolCounts
 from sched.slabs import PoolPlan
 
@@ -31,7 +31,10 @@ MODEL_METRICS = (
 
 
 def rendered(
-    hosts: Iterable[Host], plans: Mapping[str, PoolPlan], pools: Mapping[str, PoolCounts | None]
+    hosts: Iterable[Host],
+    plans: Mapping[str, PoolPlan],
+    pools: Mapping[str, PoolCounts | None],
+    requests: Iterable[Metric] = (),
 ) -> str:
     """`pools` without counts (a stopped worker sits on the lock) are left out."""
     hosts, lines = list(hosts), []
@@ -41,7 +44,7 @@ def rendered(
     lines += _metric("model_ready", "gauge", ready)
     restarts = [((("model_name", h.name),), h.restarts) for h in hosts]
     lines += _metric("worker_restarts_total", "counter", restarts)
-    for metric in pool_metrics(plans, pools):
+    for metric in (*requests, *pool_metrics(plans, pools)):
         lines += _metric(metric.name, metric.kind, metric.rows)
     return "\n".join(lines) + "\n"
 

@@ -16,6 +16,7 @@ MAX_PROMPTS = 256
 MAX_SEQUENCES = 1024
 MAX_MESSAGE_CHARS = 600
 MAX_SALT_CHARS = 1024
+SLO_LEAST_MS, SLO_MOST_MS = {"ttft_ms": 1.0, "tpot_ms": 0.1}, 3_600_000.0
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error",
@@ -69,6 +70,7 @@ class Body(msgspec.Struct, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = 0
+    slo: dict[str, float | None] | None = None
     cache_salt: str | None = None
     return_tokens_as_token_ids: bool = False
 
@@ -99,10 +101,24 @@ class Body(msgspec.Struct, kw_only=True):
             raise ApiError(400, f"best_of must equal n={self.n} or be absent", param="best_of")
         if not -(2**31) <= self.priority < 2**31:
             raise ApiError(400, "priority must be in [-2**31, 2**31)", param="priority")
+        check_slo(self.slo)
         if self.cache_salt is not None and not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
             raise ApiError(
                 400, f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters", param="cache_salt"
             )
+
+
+def check_slo(given: dict[str, float | None] | None) -> None:
+    """Milliseconds, as a model's `slo` in the configuration; what is not there is taken from it."""
+    for name, value in (given or {}).items():
+        if name not in SLO_LEAST_MS:
+            raise ApiError(
+                400, f"slo holds {' and '.join(SLO_LEAST_MS)}, got {name!r:.100}", "unknown_field", "slo"
+            )
+        low = SLO_LEAST_MS[name]
+        if value is not None and not low <= value <= SLO_MOST_MS:
+            says = f"slo.{name} must be milliseconds in [{low:g}, {SLO_MOST_MS:g}], got {value:g}"
+            raise ApiError(400, says, param=f"slo.{name}")
 
 
 SHARED = (

@@ -16,7 +16,7 @@ from starlette.responses import Response as Plain
 from starlette.types import Receive, Send
 
 from minserve import answers
-from minserve.frontend import Job, Sequence
+from minserve.jobs import Job, Sequence
 from minserve.protocol import ApiError, ChatBody, CompletionBody
 
 log = logging.getLogger("minserve")
@@ -62,7 +62,9 @@ class Response:
         self.chat = isinstance(job.body, ChatBody)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.model = job.served.entry.name
+        # of a group or of several replicas, the one that answers
+        self.model = job.served.entry.model
+        self.by = (b"x-minserve-model", job.served.entry.name.encode())
         self._offsets: dict[int, int] = {}
 
     async def run(self, receive: Receive, send: Send) -> None:
@@ -100,7 +102,7 @@ class Response:
             choices.append(answers.choice(s.index, self._shown(s), self.chat, self._logprobs(s), finish))
             await asyncio.sleep(0)  # log probabilities may be many: other streams go on in between
         body = answers.whole(self.id, self.created, self.model, self.chat, choices, self._usage())
-        await send_body(send, 200, body, [JSON_TYPE])
+        await send_body(send, 200, body, [JSON_TYPE, self.by])
 
     async def _stream(self, send: Send) -> None:
         job, begun = self.job, set[int]()
@@ -115,7 +117,8 @@ class Response:
                 continue
             if not started:
                 started = True
-                await send({"type": "http.response.start", "status": 200, "headers": answers.SSE_HEADERS})
+                headers = [*answers.SSE_HEADERS, self.by]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
             if job.done:
                 await self._write(send, data + self._last(writer), more=False)
                 return

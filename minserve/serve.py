@@ -33,6 +33,7 @@ from minserve.host import BOOT, ROOT, Host
 from minserve.keys import admin_keys, api_keys
 from minserve.listener import HttpServer, bind, raise_open_files
 from minserve.model_flags import FOR_ALL, add_model_flags, model_flags
+from minserve.served import check_groups
 from minserve.server import Access, build_app
 from minserve.text import Tokenizer
 from minserve.wire import Stats
@@ -96,11 +97,15 @@ def installed(name: str) -> str:
 
 
 def load_tokenizers(config: Config, broken: dict[str, str]) -> dict[str, Tokenizer | None]:
-    """Tokenizers by model; what is wrong with the others goes into `broken`."""
+    """Tokenizers by model, one for all that read the same files; what is wrong with the others goes into `broken`."""
     found: dict[str, Tokenizer | None] = {}
+    loaded: dict[tuple[str, str | None], Tokenizer] = {}
     for m in config.models:
+        files = (m.tokenizer or m.path, m.chat_template)
         try:
-            found[m.name] = Tokenizer.load(Path(m.tokenizer or m.path), m.chat_template)
+            if files not in loaded:
+                loaded[files] = Tokenizer.load(Path(files[0]), files[1])
+            found[m.name] = loaded[files]
         except (ValueError, OSError) as error:
             broken[m.name] = str(error)
     return found
@@ -118,9 +123,11 @@ class Service:
         self._began = time.monotonic()
         self._config, self._url = config, ""
         broken: dict[str, str] = {}
-        tokenizers = load_tokenizers(config, broken)
-        self.agent = Agent(config, broken, boot)
-        self.front = Frontend(config, self.agent, tokenizers)
+        each = config.replicated()
+        tokenizers = load_tokenizers(each, broken)
+        check_groups(each, tokenizers)
+        self.agent = Agent(each, broken, boot)
+        self.front = Frontend(each, self.agent, tokenizers)
         app = build_app(self.front, access=access(config.server), max_body_bytes=config.server.max_body_bytes)
         self._http = HttpServer(app)
         self._signals = 0

@@ -26,7 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import minserve
 from minserve import answers, metrics
 from minserve.admin_routes import AdminPages
-from minserve.frontend import Frontend, Job, Served
+from minserve.frontend import Frontend
+from minserve.jobs import Job
 from minserve.protocol import (
     ApiError,
     ChatBody,
@@ -35,7 +36,9 @@ from minserve.protocol import (
     TokenizeBody,
     read_body,
 )
+from minserve.request_metrics import request_metrics
 from minserve.responses import Disconnected, Response, error_headers, reply, send_error
+from minserve.served import Served, Target
 
 log = logging.getLogger("minserve")
 
@@ -187,21 +190,23 @@ class Pages:
         data = await receive_body(request.scope, request.receive, self._max_body_bytes)
         return read_body(data, kind)
 
-    def _model(self, served: Served) -> dict[str, Any]:
-        host = served.host
-        window = host.loaded.max_model_len if host.loaded is not None else served.entry.max_model_len
+    def _model(self, target: Target) -> dict[str, Any]:
+        """Of several members the best state and the longest window."""
+        served = next((s for s in target.members if s.host.state == "ready"), target.members[0])
+        windows = [s.host.loaded.max_model_len for s in target.members if s.host.loaded is not None]
         status = {
-            "value": SHOWN.get(host.state, host.state),
-            "failed": host.state == "failed",
+            "value": SHOWN.get(served.host.state, served.host.state),
+            "failed": all(s.host.state == "failed" for s in target.members),
         }
-        name = served.entry.name
-        return answers.model_object(name, name, self._created, window, status)
+        window = max(windows, default=served.entry.max_model_len)
+        found = answers.model_object(target.name, target.name, self._created, window, status)
+        return found | ({"members": [s.entry.name for s in target.members]} if target.several else {})
 
     async def models(self, request: Request) -> Plain:
-        return reply({"object": "list", "data": [self._model(s) for s in self._front.models.values()]})
+        return reply({"object": "list", "data": [self._model(t) for t in self._front.names]})
 
     async def model(self, request: Request) -> Plain:
-        return reply(self._model(self._front.find(request.path_params["name"])))
+        return reply(self._model(self._front.target(request.path_params["name"])))
 
     async def tokenize(self, request: Request) -> Plain:
         body: TokenizeBody = await self._body(request, TokenizeBody)
@@ -258,17 +263,21 @@ class Pages:
     async def ready(self, request: Request) -> Plain:
         """Can take work: all models have had their first load, and one of them (or the one asked for) is ready."""
         names = parse_qs(request.url.query).get("model")
-        chosen = [self._front.find(n) for n in names] if names else list(self._front.models.values())
-        settled = all(s.host.first_load.is_set() for s in chosen)
-        up = [s.entry.name for s in chosen if s.host.state == "ready" and not s.host.stalled]
-        good = settled and not self._front.draining and (len(up) == len(chosen) if names else bool(up))
+        every = ((s,) for s in self._front.models.values())
+        chosen = [self._front.target(n).members for n in names] if names else list(every)
+        settled = all(s.host.first_load.is_set() for members in chosen for s in members)
+        well = [[s for s in members if s.host.state == "ready" and not s.host.stalled] for members in chosen]
+        up = [members[0].entry.name for members in well if members]
+        good = settled and not self._front.draining and (all(well) if names else bool(up))
         status = "draining" if self._front.draining else "ready" if good else "not ready"
         return reply({"status": status, "models": up}, 200 if good else 503)
 
     async def metrics(self, request: Request) -> Plain:
         hosts = [served.host for served in self._front.models.values()]
         agent = self._front.agent
-        text = metrics.rendered(hosts, {p.name: p.plan for p in agent.pools}, await agent.counts())
+        requests = request_metrics(self._front.models.values(), self._front.groups, time.monotonic())
+        plans = {p.name: p.plan for p in agent.pools}
+        text = metrics.rendered(hosts, plans, await agent.counts(), requests)
         return Plain(text, media_type=metrics.CONTENT_TYPE)
 
     async def embeddings(self, request: Request) -> Plain:

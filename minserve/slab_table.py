@@ -272,6 +272,11 @@ class SlabTable:
         row = self._row(owner)
         return self._rows[row + R_LIVE] + self._rows[row + R_DRAINING]
 
+    @property
+    def num_free(self) -> int:
+        """Slabs that nobody holds.  No lock."""
+        return self._head[H_TOP]
+
     def holds(self, owner: int, lease: Lease) -> bool:
         """Whether the truth says that all slabs of `lease` are `owner`'s.  No lock: one's own words do not move."""
         words = self._words[lease.slabs]

@@ -6,6 +6,7 @@ Llama tokenizers have (byte level, and byte fallback with a word mark); another 
 """
 
 import codecs
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,7 @@ class Tokenizer:
             inner.token_to_id(t) if t else None for t in (self.bos_token, self.eos_token)
         )
         self.chat = None if template is None else ChatTemplate(template, self.bos_token, self.eos_token)
+        self._said = repr((template, self.bos_token, self.eos_token))
 
     @classmethod
     def load(cls, folder: Path | str, template: Path | str | None = None) -> "Tokenizer":
@@ -93,6 +95,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; an incomplete character at its end is dropped."""
         return IncrementalDetokenizer(self, skip_special_tokens, at_start=True).push(token_ids)
+
+    def fingerprint(self) -> bytes:
+        """Equal for two that make the same token ids of every text and every conversation."""
+        return hashlib.sha256((self._inner.to_str() + self._said).encode("utf-8", "surrogatepass")).digest()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; empty for an id that the tokenizer does not know."""

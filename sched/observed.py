@@ -11,6 +11,8 @@ from sched.router import Prefixes, ReplicaState
 ONE_STEP_S = 0.0005
 FORGET = 0.98
 ENDS_WEIGHT = 0.1
+# what was seen of a replica that has had nothing to do counts half after so long: it is tried again, and can show better
+HALF_LIFE_S = 30.0
 
 
 class Line:
@@ -23,11 +25,14 @@ class Line:
         self._n = self._sx = self._sy = self._sxx = self._sxy = 0.0
 
     def add(self, x: float, y: float) -> None:
-        self._n = self._n * FORGET + 1
-        self._sx = self._sx * FORGET + x
-        self._sy = self._sy * FORGET + y
-        self._sxx = self._sxx * FORGET + x * x
-        self._sxy = self._sxy * FORGET + x * y
+        self.fade(FORGET)
+        self._n, self._sx, self._sy = self._n + 1, self._sx + x, self._sy + y
+        self._sxx, self._sxy = self._sxx + x * x, self._sxy + x * y
+
+    def fade(self, part: float) -> None:
+        """All points so far count that part of what they did."""
+        self._n, self._sx, self._sy = self._n * part, self._sx * part, self._sy * part
+        self._sxx, self._sxy = self._sxx * part, self._sxy * part
 
     def fit(self) -> tuple[float, float]:
         """(a, b); (0, 0) before there is a point."""
@@ -47,8 +52,8 @@ class Line:
 class Observed:
     """One replica.  `queued_tokens` and `decoding` are what is known to be there; the caller counts open requests."""
 
-    __slots__ = ("_batch_s", "_batch_tokens", "_busy_s", "_ended_s", "_first_s", "_prompts", "_stepped_s", "_steps",
-                 "decoding", "end_s", "queued_tokens", "waiting")  # fmt: skip
+    __slots__ = ("_batch_s", "_batch_tokens", "_busy_s", "_ended_s", "_first_s", "_idle_s", "_prompts", "_stepped_s",
+                 "_steps", "decoding", "end_s", "queued_tokens", "waiting")  # fmt: skip
 
     def __init__(self) -> None:
         self.queued_tokens = self.waiting = self.decoding = 0
@@ -58,23 +63,43 @@ class Observed:
         self._batch_tokens, self._batch_s = 0, 0.0  # of the step that gave it
         self._stepped_s: float | None = None
         self._ended_s: float | None = None
+        self._idle_s: float | None = None  # since when there is nothing to do
 
     def came(self, tokens: int, now: float) -> None:
         """A prompt, of which so many tokens are to be computed."""
         if not self.waiting:
             self._busy_s = now
+        if self._idle_s is not None:
+            self._flush()
+            part = self._remembered(now)
+            self._prompts.fade(part)
+            self._steps.fade(part)
+            self._idle_s = None
         self.waiting += 1
         self.queued_tokens += tokens
 
-    def gone(self, tokens: int) -> None:
+    def gone(self, tokens: int, now: float) -> None:
         """It ended without a token."""
         self.waiting -= 1
         self.queued_tokens -= tokens
+        self._rest(now)
 
-    def first(self, tokens: int, now: float, full: bool = False) -> None:
-        """Its first token.  `full`: it waited for a place, which says nothing of its prompt."""
-        self.gone(tokens)
+    def _rest(self, now: float) -> None:
+        if not self.waiting and not self.decoding:
+            self._idle_s = now
+
+    def _remembered(self, now: float) -> float:
+        return 1.0 if self._idle_s is None else float(2 ** (min(0.0, self._idle_s - now) / HALF_LIFE_S))
+
+    def first(self, tokens: int, now: float, *, computed: int | None = None, full: bool = False) -> None:
+        """Its first token; of its prompt `computed` tokens were not cached after all, where that is known by now.
+
+        `full`: it waited for a place, which says nothing of its prompt.
+        """
+        self.waiting -= 1
+        self.queued_tokens -= tokens
         self.decoding += 1
+        tokens = tokens if computed is None else computed
         if now - self._first_s < ONE_STEP_S:
             self._batch_tokens += tokens
         else:
@@ -102,6 +127,7 @@ class Observed:
         self._ended_s = now if busy else None
         if not busy:
             self._stepped_s = None
+        self._rest(now)
 
     def _flush(self) -> None:
         if self._batch_tokens and self._batch_s > 0:
@@ -115,8 +141,10 @@ class Observed:
         """`memory`: tokens free and held, None where they are not known."""
         if now - self._first_s >= ONE_STEP_S:
             self._flush()
-        first_s, prompt_token_s = self._prompts.fit()
-        step_s, decode_s = self._steps.fit()
+        part = self._remembered(now)
+        first_s, prompt_token_s, step_s, decode_s = (
+            part * s for s in (*self._prompts.fit(), *self._steps.fit())
+        )
         free, held = memory or (None, 0)
         return ReplicaState(
             name=name, tier=tier, open=open_, queued_tokens=self.queued_tokens, first_s=first_s,

@@ -8,10 +8,10 @@ measurements (`sched/observed.py`); a router has no more than its counter, its d
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, inf, log2
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 # beginnings of prompts are told apart in steps of so many tokens, as blocks are cached
@@ -19,6 +19,7 @@ MARK_TOKENS = 32
 MOST_MARKS = 256
 MOST_KEPT = 1 << 14
 LEAST_SLO_S = 1e-9
+PACE = ("first_s", "prompt_token_s", "step_s", "decode_s", "end_s")
 Marks = tuple[int, ...]
 
 
@@ -110,8 +111,8 @@ class Recent:
 
 
 class Prediction(NamedTuple):
-    """`use`: the larger of the parts of its TTFT and TPOT that the request would use up; over 1 it misses.  `cost`: both
-    together."""
+    """`cost`: the parts of its TTFT and TPOT that the request would use up, together.  `use`: the larger of the two, with what
+    a silent queue shows even where its pace is not known; over 1 it misses."""
 
     ttft_s: float
     tpot_s: float
@@ -135,14 +136,16 @@ def cached_tokens(request: RouteRequest, recent: Prefixes) -> int:
 def predict(request: RouteRequest, state: ReplicaState) -> Prediction:
     cached = cached_tokens(request, state.recent)
     own = request.prompt_tokens - cached
-    wait = (
-        max(state.queued_tokens * state.prompt_token_s, state.silent_s)
-        + ends_before(own, state) * state.end_s
-    )
-    ttft = state.first_s + wait + own * state.prompt_token_s
+    ends_s = ends_before(own, state) * state.end_s
+    queue_s = state.queued_tokens * state.prompt_token_s
+    ttft = state.first_s + queue_s + ends_s + own * state.prompt_token_s
     tpot = state.step_s + state.decode_s * min(state.open + 1, state.most_running)
-    first, then = ttft / max(request.ttft_s, LEAST_SLO_S), tpot / max(request.tpot_s, LEAST_SLO_S)
-    return Prediction(ttft, tpot, cached, max(first, then), first + then)
+    ttft_slo, tpot_slo = max(request.ttft_s, LEAST_SLO_S), max(request.tpot_s, LEAST_SLO_S)
+    # of two silent queues the younger one is no better: silence decides what is met, not who is preferred
+    late = ttft + max(0.0, state.silent_s - queue_s)
+    return Prediction(
+        ttft, tpot, cached, max(late / ttft_slo, tpot / tpot_slo), ttft / ttft_slo + tpot / tpot_slo
+    )
 
 
 def ends_before(own: int, state: ReplicaState) -> int:
@@ -153,6 +156,19 @@ def ends_before(own: int, state: ReplicaState) -> int:
         if short > 0:
             ends = max(ends, min(state.open, ceil(short * state.open / max(1, state.held_tokens))))
     return ends
+
+
+def with_pace(states: Sequence[ReplicaState]) -> tuple[ReplicaState, ...]:
+    """Those of which nothing is known yet are believed to be as slow as the slowest known one of their tier; a tier of which
+    nothing is known is believed to be fast, so that it is tried."""
+    if all(s.prompt_token_s or s.step_s for s in states):
+        return tuple(states)
+    slowest: dict[int, dict[str, Any]] = {}
+    for s in states:
+        if s.prompt_token_s or s.step_s:
+            so_far = slowest.setdefault(s.tier, dict.fromkeys(PACE, 0.0))
+            so_far |= {name: max(so_far[name], getattr(s, name)) for name in PACE}
+    return tuple(s if s.prompt_token_s or s.step_s else replace(s, **slowest.get(s.tier, {})) for s in states)
 
 
 def takers(states: Sequence[ReplicaState]) -> list[ReplicaState]:

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from minserve import metrics
+from minserve.request_metrics import OUTCOMES
 from minserve.text import Tokenizer
 from tests.e2e.oracle import BREAK, LATE_COMPILES, SLOW, SPEAK, oracle_tokens
 from tests.e2e.running import VOCAB, Server, events, running, wait_for, write_config, write_model
@@ -303,7 +304,7 @@ def test_metrics_are_what_the_workers_report(http: httpx.Client) -> None:
     assert len({line.rsplit(" ", 1)[0] for line in series}) == len(series)
     # of a model, of the pool, of a model in the pool
     kinds = Counter(tuple(re.findall(r"(\w+)=", line)) for line in series)
-    of_a_model = 2 * (len(metrics.MODEL_METRICS) + 2)
+    of_a_model = 2 * (len(metrics.MODEL_METRICS) + 2 + len(OUTCOMES) + 3)
     assert kinds == {("model_name",): of_a_model, ("pool",): 6, ("pool", "model_name"): 2 * 21}
     assert "# TYPE minserve:late_compiles_total counter" in text()
     assert http.head("/metrics").status_code == 200

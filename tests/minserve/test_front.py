@@ -20,13 +20,15 @@ def served(name: str, *, stalled: bool) -> Any:
     first_load = asyncio.Event()
     first_load.set()
     host = SimpleNamespace(name=name, state="ready", stalled=stalled, first_load=first_load, loaded=None)
-    return SimpleNamespace(entry=SimpleNamespace(name=name), host=host)
+    return SimpleNamespace(entry=SimpleNamespace(name=name, model=name), host=host)
 
 
 @pytest.mark.parametrize(("query", "status"), [("", 200), ("model=well", 200), ("model=stuck", 503)])
 def test_a_stalled_model_is_not_ready(query: str, status: int) -> None:
     models = {"well": served("well", stalled=False), "stuck": served("stuck", stalled=True)}
-    front: Any = SimpleNamespace(models=models, draining=False, find=models.get)
+    front: Any = SimpleNamespace(
+        models=models, draining=False, target=lambda name: SimpleNamespace(members=(models[name],))
+    )
     request = Request({"type": "http", "path": "/ready", "query_string": query.encode(), "headers": []})
     answer = asyncio.run(Pages(front, 1000).ready(request))
     assert answer.status_code == status
@@ -75,14 +77,12 @@ def test_others_have_their_turn_between_the_prompts_of_a_request(monkeypatch: py
         return [1]
 
     for name, value in (
-        ("find", lambda name: None),
-        ("check_ready", lambda served: None),
-        ("check_room", lambda *_: None),
+        ("target", lambda name: None),
+        ("able", lambda *_: [None]),
         ("encode", encode),
         ("_admit", lambda *_: None),
     ):
         monkeypatch.setattr(front, name, value, raising=False)
-    monkeypatch.setattr("minserve.frontend.Job", lambda *_: None)
 
     async def story() -> int:
         return await turns_during(front.completion(CompletionBody(prompt=["x"] * PROMPTS)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sched.observed import Line, Observed
+from sched.observed import HALF_LIFE_S, Line, Observed
 from sched.router import (
     MARK_TOKENS,
     ROUTERS,
@@ -20,6 +20,7 @@ from sched.router import (
     marks_of,
     named,
     predict,
+    with_pace,
 )
 
 ASK = RouteRequest(100, ttft_s=1.0, tpot_s=0.1)
@@ -78,7 +79,8 @@ def test_what_counts_in_a_prediction() -> None:
     """Queue, own prompt, silence, places, memory and decodes, each as its seconds."""
     assert predict(ASK, state("a")).ttft_s == pytest.approx(0.01 + 0.1)
     assert predict(ASK, state("a", queued_tokens=50)).ttft_s == pytest.approx(0.01 + 0.15)
-    assert predict(ASK, state("a", silent_s=0.3)).ttft_s == pytest.approx(0.01 + 0.4)
+    silent = predict(ASK, state("a", queued_tokens=100, silent_s=0.3))
+    assert (silent.ttft_s, silent.use) == (pytest.approx(0.01 + 0.2), pytest.approx(0.01 + 0.4))
     full = state("a", open=5, most_running=4, end_s=0.5)
     assert predict(ASK, full).ttft_s == pytest.approx(0.11 + 2 * 0.5)
     # 100 tokens are wanted, 40 are free, and each of the five holds 20
@@ -87,6 +89,22 @@ def test_what_counts_in_a_prediction() -> None:
     found = predict(ASK, state("a", open=3, decode_s=0.02))
     assert found.tpot_s == pytest.approx(0.01 + 4 * 0.02)
     assert found.use == pytest.approx(0.9)
+
+
+def test_the_unknown_are_as_slow_as_the_slowest_that_is_known() -> None:
+    known = [state("a", prompt_token_s=0.002), state("b", step_s=0.05)]
+    unknown, other = ReplicaState(name="c", open=3), ReplicaState(name="d", tier=1)
+    found = with_pace([*known, unknown, other])
+    assert found[:2] == tuple(known)
+    assert found[2] == ReplicaState(name="c", open=3, first_s=0.01, prompt_token_s=0.002, step_s=0.05)
+    assert found[3] == other, "another precision is another model: it is tried"
+    assert with_pace([unknown]) == (unknown,)
+    # where nothing is known of anybody, a burst is spread by its requests
+    opens = [0, 0]
+    for i in range(10):
+        states = [ReplicaState(name=str(k), open=n, silent_s=i - k) for k, n in enumerate(opens)]
+        opens[states.index(least_ttft(ASK, states))] += 1  # type: ignore[arg-type]
+    assert opens == [5, 5]
 
 
 def test_a_cached_beginning_outweighs_a_queue_of_its_length_and_no_more() -> None:
@@ -277,7 +295,7 @@ def observe(prompts: list[int], token_s: float, first_s: float) -> ReplicaState:
             now += 0.02
             seen.stepped(now)
         seen.ended(now)
-        now += 1.0
+        now += 1e-6
     return seen.state("a", 0, now, open_=0, most_running=8, recent=frozenset(), memory=None)
 
 
@@ -299,7 +317,7 @@ def test_prompts_of_one_step_are_one_measurement() -> None:
             seen.first(tokens, now)
         for _ in range(3):
             seen.ended(now)
-        now += 1.0
+        now += 1e-6
     found = seen.state("a", 0, now, open_=0, most_running=8, recent=frozenset(), memory=None)
     assert found.prompt_token_s == pytest.approx(0.001)
 
@@ -316,6 +334,34 @@ def test_what_waits_is_known_and_so_is_silence() -> None:
     assert (at(12.5).free_tokens, at(12.5).held_tokens) == (5, 7)
     seen.first(500, 13.0)
     assert (at(13.5).queued_tokens, at(13.5).silent_s) == (300, 0.5)
-    seen.gone(300)
+    seen.gone(300, 13.5)
     assert (at(14.0).queued_tokens, at(14.0).silent_s) == (0, 0.0)
     assert seen.decoding == 1
+
+
+def test_a_replica_that_was_slow_is_tried_again() -> None:
+    """Nothing comes to one that is believed to be too slow, so nothing would ever show that it is not."""
+    seen, now = Observed(), 0.0
+
+    def serve(token_s: float) -> None:
+        nonlocal now
+        seen.came(100, now)
+        now += 100 * token_s
+        seen.first(100, now)
+        now += 0.01
+        seen.ended(now)
+
+    def believed(at: float) -> float:
+        return seen.state("a", 0, at, open_=0, most_running=8, recent=frozenset(), memory=None).prompt_token_s
+
+    for _ in range(50):
+        serve(0.01)
+    assert believed(now) == pytest.approx(0.01)
+    assert believed(now + 2 * HALF_LIFE_S) == pytest.approx(0.0025)
+    now += 2 * HALF_LIFE_S
+    serve(0.01)
+    assert believed(now) == pytest.approx(0.01), "it is as slow as it was"
+    for _ in range(4):
+        now += 2 * HALF_LIFE_S
+        serve(0.001)
+    assert believed(now) < 0.002, "a few good ones count for more than many from long ago"
