@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from minserve.slab_table import SlabTable
 from minserve.slab_words import H_TURN, H_TURN_FREED, R_STATUS, ROW_WORDS, STATUS
-from sched.batching import MIN_PREFILL_TOKENS, Batcher
+from sched.batching import Batcher
 from sched.prefill_turn import (
     LEASE_S,
     LEASE_STEPS,
@@ -25,6 +25,7 @@ from sched.prefill_turn import (
     tightest_slack_s,
     wants_prefill,
 )
+from sched.slack import MIN_PREFILL_TOKENS
 
 # the word: until when (us of the machine's monotonic clock), and the owner + 1
 OWNER_BITS = 14

@@ -149,7 +149,7 @@ class SimulatedPool:
                 share.stepped(step_s)
             share.turn()
 
-        return Replica(f"{entry.name}@{self.name}", entry.name, self.name, batcher, after)
+        return Replica(f"{entry.name}@{self.name}", entry.name, (self.name,), batcher, after)
 
     def check(self) -> None:
         self.pool.table.check()
@@ -230,7 +230,7 @@ def simulate(
 
     def draw(replica: Replica, begin_s: float, end_s: float, tokens: int) -> None:
         assert trace is not None
-        trace.append({"name": replica.phase, "ph": "X", "pid": replica.device, "tid": replica.name,
+        trace.append({"name": replica.phase, "ph": "X", "pid": "+".join(replica.devices), "tid": replica.name,
                       "ts": begin_s * 1e6, "dur": (end_s - begin_s) * 1e6, "args": {"tokens": tokens}})  # fmt: skip
 
     simulation = Simulation(

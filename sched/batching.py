@@ -10,37 +10,39 @@ A block is found in the cache from the plan on that fills it: steps run in order
 """
 
 from collections.abc import Iterable
-from operator import attrgetter
 
 from sched.blocks import BlockPool
 from sched.claims import check_held, claim, publish, spoiled
 from sched.compaction import NOTHING, Compactor
 from sched.flights import Flight, Flights
+from sched.forecast import Forecast
 from sched.latency import StepCost
-from sched.limits import Limits, QueueFull
-from sched.recount import check_active
+from sched.limits import Limits
+from sched.policy import Load, Policy
+from sched.recount import check_states
 from sched.running import Running
 from sched.sequence import Seq, State
+from sched.slack import Slack
 from sched.step import Chunk, Grant, Request, StepPlan
 from sched.waiting import WaitQueue
 
-# rows of prefill a step has room for even when the decodes are late already: arrivals must not starve
-MIN_PREFILL_TOKENS = 64
 # after a refusal the source is asked for a newcomer's blocks again this many steps later, or when blocks come free
 RETRY_STEPS = 8
-_order = attrgetter("order")
 
 
 class Batcher:
-    """Default policy: decodes first, then chunks by slack, as many as the most urgent decode allows."""
+    """Decodes first, then prompts as the policy says: a Slack where none is given.  Without a `cost` it predicts nothing."""
 
-    def __init__(self, blocks: BlockPool, limits: Limits, cost: StepCost | None = None) -> None:
+    def __init__(
+        self, blocks: BlockPool, limits: Limits, cost: StepCost | None = None, policy: Policy | None = None
+    ) -> None:
         self.blocks = blocks
         self.limits = limits
-        self.cost = cost
+        self.policy = Slack(limits, cost) if policy is None else policy
+        self._forecast = Forecast(cost, self.policy)
         self.num_preemptions = 0
         self._live: dict[int, Seq] = {}
-        self._queue = WaitQueue(cost.per_prefill_token_s if cost else 0.0)
+        self._queue = WaitQueue(self.policy)
         # admitted, in state PREFILLING, RUNNING or PAUSED; each of them also in one of the three below
         self._active: dict[int, Seq] = {}
         self._prefilling: dict[int, Seq] = {}
@@ -52,8 +54,11 @@ class Batcher:
         self._joins: list[int] = []
         self._step = 0  # the next to be planned
         self._retry_step = self._refused_at = 0
-        self._busy_until = 0.0
         self._num_added = self._num_admitted = 0
+
+    @property
+    def cost(self) -> StepCost | None:
+        return self._forecast.cost
 
     @property
     def num_running(self) -> int:
@@ -77,11 +82,7 @@ class Batcher:
         """Raises ValueError where the request could never run, QueueFull where too many wait."""
         if request.rid in self._live:
             raise ValueError(f"request {request.rid} is already there")
-        self.limits.accept(request)
-        if self._queue.num_new >= self.limits.max_waiting:
-            raise QueueFull(
-                f"request {request.rid}: max_waiting={self.limits.max_waiting} requests wait already"
-            )
+        self.limits.accept(request, self._queue.num_new)
         seq = Seq(request, self._num_added)
         self._num_added += 1
         self._live[request.rid] = seq
@@ -101,35 +102,54 @@ class Batcher:
         grants = self._grow(step)
         decode = self._running.rids()
         moves, patches, held = self.compactor.make(self._active, step) if decode else NOTHING
-        seconds, slope = 0.0, 0.0
-        if self.cost:
-            seconds = self.cost.decode_s(len(decode), self._running.context)
-            slope = self.cost.per_context_token_s * len(decode)
+        load = self._forecast.load(
+            now, len(decode), self._running, len(self._active), self._prefilling.values()
+        )
         chunks: list[Chunk] = []
         joined: list[Seq] = []
+        shed: tuple[int, ...] = ()
         if self._prefilling or self._queue:
-            budget = self._prefill_budget(len(decode), max(now, self._busy_until) + seconds)
-            chunks = self._prefill(now, budget if most is None else min(budget, most), grants, joined)
-            if self.cost:
-                seconds += sum(self.cost.chunk_s(c.start, c.count) for c in chunks)
+            if decode:
+                load.due_s, load.tpot_s = self._running.deadline(step, load.begin_s), self._running.tpot_s
+            shed = tuple(seq.rid for seq in self.policy.begin(load))
+            for rid in shed:
+                self.abort(rid)
+            budget = self.policy.budget(load)
+            chunks = self._prefill(load, budget if most is None else min(budget, most), grants, joined)
+        seconds = self._forecast.seconds(load, chunks)
         left, joins = tuple(self._left), tuple(self._joins)
         plan = StepPlan(
-            step, decode, tuple(chunks), tuple(grants), left, joins, seconds, slope, moves, patches
+            step,
+            decode,
+            tuple(chunks),
+            tuple(grants),
+            left,
+            joins,
+            seconds,
+            load.context,
+            moves,
+            patches,
+            shed,
         )
         self._left.clear()
         self._joins.clear()
         if not plan.empty:
-            self._busy_until = max(now, self._busy_until) + seconds
-            self._depart(Flight(plan, joined))
+            self._forecast.planned(load, seconds)
+            self._depart(Flight(plan, joined, now))
             self._flights.release(held, step)
         return plan
+
+    def recost(self, cost: StepCost) -> None:
+        """From the next plan on, steps are predicted by `cost`."""
+        self._forecast.recost(cost)
 
     def horizon(self) -> int:
         """Steps, the newest plan's included, that need no decision: nobody joins or ends before the last of them."""
         flight = self._flights.oldest
         if flight is None or len(self._flights) > 1 or flight.plan.chunks or flight.ending:
             return 1
-        if self._paused or self._prefilling or (self._queue and len(self._active) < self.limits.max_running):
+        full = self.policy.steady and len(self._active) >= self.limits.max_running
+        if self._paused or self._prefilling or (self._queue and not full):
             return 1
         end = self._running.next_end()
         if end is None:
@@ -166,7 +186,7 @@ class Batcher:
             if self.abort(rid):
                 ended.append(rid)
         self._flights.land(flight)
-        self._busy_until = now + self._flights.predicted_s
+        self._forecast.landed(plan, flight.planned_s, k, now, self._flights.predicted_s)
         return tuple(ended)
 
     def fail(self, plan: StepPlan, now: float) -> tuple[int, ...]:
@@ -192,7 +212,7 @@ class Batcher:
         """One block to each that cannot decode in `step` without; who gets none is paused."""
         due = self._running.due(step)
         if self._paused or len(due) > self.blocks.num_available:
-            return self._grow_scarce(step, sorted([*self._paused.values(), *due], key=_order))
+            return self._grow_scarce(step, sorted([*self._paused.values(), *due], key=lambda seq: seq.order))
         grants: list[Grant] = []
         if due:
             blocks = self.blocks.allocate(len(due))
@@ -227,11 +247,11 @@ class Batcher:
         while (blocks := self.blocks.allocate(1)) is None:
             if self._flights.pending:
                 return None  # the steps in flight will free some
-            victim = max(self._active.values(), key=_order)
-            if victim is seq:
+            younger = [other for other in self._active.values() if other.order > seq.order]
+            if not younger:
                 alone = len(self._active) == 1 and not self._flights
                 return self.blocks.allocate(1, urgent=True) if alone else None
-            self._preempt(victim)
+            self._preempt(self.policy.victim(younger))
         return blocks
 
     def _preempt(self, seq: Seq) -> None:
@@ -243,26 +263,17 @@ class Batcher:
 
     # -- plan: chunks
 
-    def _prefill_budget(self, decodes: int, end_s: float) -> int:
-        """Tokens of prefill a step has room for if it would end at `end_s` without."""
-        room = self.limits.max_step_tokens - decodes
-        if self.cost is None or not decodes:
-            return room
-        slack = self._running.deadline(self._step) - end_s
-        per_token = self.cost.per_prefill_token_s
-        if slack >= room * per_token or not per_token:
-            return room
-        return min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
-
-    def _prefill(self, now: float, budget: int, grants: list[Grant], joined: list[Seq]) -> list[Chunk]:
+    def _prefill(self, load: Load, budget: int, grants: list[Grant], joined: list[Seq]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for seq in list(self._prefilling.values()):
+        for seq in self.policy.order(self._prefilling.values()):
             if budget <= 0:
                 break
             budget -= self._cut(seq, budget, chunks, joined)
-        while budget > 0 and (admitted := self._admit(now)) is not None:
-            grants.append(Grant(admitted.rid, tuple(admitted.blocks)))
-            budget -= self._cut(admitted, budget, chunks, joined)
+        if budget > 0 and self._queue:
+            cap = min(self.policy.cap(load), self.limits.max_running)
+            while budget > 0 and len(self._active) < cap and (admitted := self._admit(load)) is not None:
+                grants.append(Grant(admitted.rid, tuple(admitted.blocks)))
+                budget -= self._cut(admitted, budget, chunks, joined)
         return chunks
 
     def _cut(self, seq: Seq, budget: int, chunks: list[Chunk], joined: list[Seq]) -> int:
@@ -278,23 +289,22 @@ class Batcher:
         publish(self.blocks, seq, seq.computed, self._step)
         return count
 
-    def _admit(self, now: float) -> Seq | None:
+    def _admit(self, load: Load) -> Seq | None:
         """The head of the queue with blocks for all its tokens, or None; nobody overtakes the head."""
-        if self._paused or len(self._active) >= self.limits.max_running:
+        if self._paused:
             return None
-        seq = self._queue.head(now)
+        seq = self._queue.head(load)
         # a preempted one waits until all its tokens are known: none is in a step that has not been advanced
         if seq is None or not self._flights.advanced(seq.last):
             return None
         alone = not self._active and not self._flights
         if self._step < self._retry_step and self.blocks.num_released <= self._refused_at and not alone:
             return None
-        # the others will grow
-        if not claim(self.blocks, seq, len(self._active) // 8, alone):
+        if not claim(self.blocks, seq, len(self._active) // 8, alone):  # the others will grow
             self._retry_step = self._step + RETRY_STEPS
             self._refused_at = self.blocks.num_released
             return None
-        self._queue.pop()
+        self._queue.pop(seq)
         self._joins.append(seq.rid)
         if seq.order < 0:
             seq.order = self._num_admitted
@@ -378,23 +388,13 @@ class Batcher:
         blocks.reverse()  # the end goes from the cache first: without its beginning it is not found
         self._flights.release(blocks, seq.last)
 
-    # -- invariants
-
     def check(self) -> None:
         """Recounts everything.  Raises AssertionError where the structures disagree."""
         self.blocks.check()
         self._queue.check()
         self._running.check(self._step - 1)
-        for rid, seq in self._live.items():
-            if rid not in self._active:
-                idle = seq.state in (State.WAITING, State.ENDING) and not seq.blocks
-                assert idle, f"request {rid} is {seq.state} with blocks {seq.blocks}"
-        for rid, seq in self._active.items():
-            check_active(seq, self.blocks.block_tokens, rid in self._prefilling, rid in self._paused)
-        assert self._active.keys() <= self._live.keys(), "an active request does not live"
+        check_states(self._live, self._active, self._prefilling, self._paused, self.blocks.block_tokens)
         assert len(self._active) <= self.limits.max_running, f"{len(self._active)} run"
         assert len(self._running) + len(self._prefilling) + len(self._paused) == len(self._active)
-        freed = self._flights.held()
-        held = [s.blocks for s in self._active.values()]
-        assert self._flights.pending == sum(map(len, freed)), f"{self._flights.pending=} {freed=}"
-        check_held(self.blocks, freed + held)
+        self._flights.check()
+        check_held(self.blocks, self._flights.held() + [seq.blocks for seq in self._active.values()])

@@ -14,10 +14,11 @@ from sched.step import StepPlan
 class Flight:
     """One planned step, and what becomes true when it is advanced."""
 
-    __slots__ = ("ending", "freed", "joined", "plan")
+    __slots__ = ("ending", "freed", "joined", "plan", "planned_s")
 
-    def __init__(self, plan: StepPlan, joined: list[Seq]) -> None:
+    def __init__(self, plan: StepPlan, joined: list[Seq], planned_s: float) -> None:
         self.plan = plan
+        self.planned_s = planned_s
         self.joined = joined  # whose prefill it completes: for most their first token
         self.ending: list[Seq] = []
         self.freed: list[list[int]] = []
@@ -68,6 +69,9 @@ class Flights:
         else:
             self._flights[last - self._flights[0].plan.step].freed.append(blocks)
             self.pending += len(blocks)
+
+    def check(self) -> None:
+        assert self.pending == sum(map(len, self.held())), f"{self.pending=} {self.held()=}"
 
     def held(self) -> list[list[int]]:
         return [blocks for flight in self._flights for blocks in flight.freed]

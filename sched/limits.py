@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from sched.step import Request
 
 
+class QueueFull(ValueError):
+    """`max_waiting` requests wait already; the caller may try later."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """`max_step_tokens` rows in a step, at most `max_chunk_tokens` of them of one request."""
@@ -24,8 +28,8 @@ class Limits:
                 f"max_step_tokens={self.max_step_tokens} must be at least max_running={self.max_running}"
             )
 
-    def accept(self, request: Request) -> None:
-        """Raises ValueError where the request could never run."""
+    def accept(self, request: Request, waiting: int = 0) -> None:
+        """Raises ValueError where the request could never run, QueueFull where too many are `waiting`."""
         for name in ("prompt_tokens", "max_tokens"):
             if getattr(request, name) < 1:
                 raise ValueError(
@@ -37,7 +41,5 @@ class Limits:
                 f"request {request.rid}: prompt_tokens={request.prompt_tokens} and max_tokens={request.max_tokens} "
                 f"are {length} tokens, at most max_model_len={self.max_model_len} are possible"
             )
-
-
-class QueueFull(ValueError):
-    """`max_waiting` requests wait already; the caller may try later."""
+        if waiting >= self.max_waiting:
+            raise QueueFull(f"request {request.rid}: max_waiting={self.max_waiting} requests wait already")

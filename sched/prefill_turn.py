@@ -9,7 +9,8 @@ to the decodes.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sched.batching import MIN_PREFILL_TOKENS, RETRY_STEPS, Batcher
+from sched.batching import RETRY_STEPS, Batcher
+from sched.slack import MIN_PREFILL_TOKENS
 
 NS = 1_000_000_000
 # a waiter looks once a step: one that does not take what is free for two of its steps and this long is not there

@@ -31,7 +31,7 @@ def demand(batcher: Batcher, now: float, ahead: int = 0) -> Demand:
     # each fills its last block in part, and who is paused lacks one block
     wanted = -int(-tokens // blocks.block_tokens) + admitted + len(batcher._paused)
     wanted += running.growth(batcher._step - 1, ahead)
-    slack_s, budget_s = queue.slack(now)
+    slack_s, budget_s = queue.policy.slack(now)
     known = len(running) + waiting
     mean = (running.context + queue.num_tokens) / known if known else 0.0
     return Demand(max(0, wanted - blocks.num_available), waiting, slack_s, budget_s, mean)

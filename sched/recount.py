@@ -66,3 +66,20 @@ def check_active(seq: Seq, block_tokens: int, prefilling: bool, paused: bool) ->
         assert seq.keyed * block_tokens <= seq.computed < total, f"{rid=} {seq.computed=} {total=}"
     if seq.state is State.PAUSED:
         assert held * block_tokens == total - 1, f"request {rid} holds {held} blocks, {total=}"
+
+
+def check_states(
+    live: Mapping[int, Seq],
+    active: Mapping[int, Seq],
+    prefilling: Mapping[int, Seq],
+    paused: Mapping[int, Seq],
+    block_tokens: int,
+) -> None:
+    """AssertionError unless all that are active live, and hold what their state says; the others hold nothing."""
+    assert active.keys() <= live.keys(), "an active request does not live"
+    for rid, seq in live.items():
+        if rid in active:
+            check_active(seq, block_tokens, rid in prefilling, rid in paused)
+        else:
+            idle = seq.state in (State.WAITING, State.ENDING) and not seq.blocks
+            assert idle, f"request {rid} is {seq.state} with blocks {seq.blocks}"

@@ -9,6 +9,8 @@ from heapq import heapify, heappop, heappush
 from sched.sequence import Seq, State
 
 INFINITY = float("inf")
+# a decode so many tokens behind its pace holds nobody back any more
+LOST_TOKENS = 16
 PaceHeap = list[tuple[float, int, int, Seq]]
 
 
@@ -103,12 +105,18 @@ class Running:
         key = seq.first_s + (seq.produced - seq.base - 1) * tpot
         heappush(heap, (key, seq.serial, seq.epoch, seq))
 
-    def deadline(self, step: int) -> float:
-        """When the most urgent token of `step` is due."""
+    @property
+    def tpot_s(self) -> float:
+        """The strictest TPOT of those whose pace counts."""
+        return min(self._pace, default=INFINITY)
+
+    def deadline(self, step: int, now: float = -INFINITY) -> float:
+        """When the most urgent token of `step` is due.  From then on who is LOST_TOKENS behind at `now` does not count."""
         due = INFINITY
         for tpot in list(self._pace):
             heap = self._pace[tpot]
-            while heap and not self._is_current(heap[0]):
+            lost = now - (step + LOST_TOKENS) * tpot
+            while heap and (heap[0][0] < lost or not self._is_current(heap[0])):
                 heappop(heap)
             if heap:
                 due = min(due, heap[0][0] + step * tpot)

@@ -15,7 +15,9 @@ from math import inf, sqrt
 from typing import NamedTuple
 
 from sched.batching import Batcher
+from sched.latency import StepCost
 from sched.limits import QueueFull
+from sched.metrics import SHED
 from sched.step import Request, StepPlan
 
 # what happens at a moment: requests come before steps end, and steps end before quotas are divided anew
@@ -36,6 +38,7 @@ class Arrival(NamedTuple):
     output_tokens: int
     ttft_s: float = 10.0
     tpot_s: float = 1.0
+    priority: int = 0
 
 
 @dataclass(slots=True)
@@ -51,23 +54,30 @@ class Record:
 
 
 class Replica:
-    """`name` serves `model` on `device`; `stalled` while it has work and no memory to plan a step with.  `after(step_s)`
-    is called when steps have ended, with the mean seconds of one, and with None while there is nothing to do."""
+    """`name` serves `model` on `devices`, all of them together; `stalled` while it has work and no memory to plan a step
+    with.  `after(step_s)` is called when steps have ended, with the mean seconds of one, and with None while there is
+    nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts."""
 
-    __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "device", "generation", "k", "model", "name", "phase", "plan",
-                 "stalled", "steps")  # fmt: skip
+    __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "beside", "cost", "devices", "generation", "k", "model", "name",
+                 "phase", "plan", "stalled", "steps")  # fmt: skip
 
     def __init__(
         self,
         name: str,
         model: str,
-        device: str,
+        devices: tuple[str, ...],
         batcher: Batcher,
         after: Callable[[float | None], None] | None = None,
+        cost: StepCost | None = None,
     ) -> None:
-        if batcher.cost is None:
+        cost = cost or batcher.cost
+        if cost is None:
             raise ValueError(f"replica {name!r} needs a cost model: its steps would take no time")
-        self.name, self.model, self.device, self.batcher, self.after = name, model, device, batcher, after
+        if not devices or len(set(devices)) != len(devices):
+            raise ValueError(f"replica {name!r} needs different devices, and one at least, got {devices}")
+        self.name, self.model, self.devices, self.batcher, self.after = name, model, devices, batcher, after
+        self.cost = cost
+        self.beside: tuple[tuple[Replica, ...], ...] = ()  # of each device, the others on it
         self.plan: StepPlan | None = None
         self.phase = IDLE
         self.k = self.generation = self.steps = 0
@@ -130,10 +140,13 @@ class Simulation:
             raise ValueError(f"{len(arrivals)} arrivals have {len(self.records)} different ids")
         self.replicas = tuple(replicas)
         self._of_model: dict[str, list[Replica]] = {}
-        self._beside: dict[str, list[Replica]] = {}
+        on: dict[str, list[Replica]] = {}
         for r in replicas:
             self._of_model.setdefault(r.model, []).append(r)
-            self._beside.setdefault(r.device, []).append(r)
+            for device in r.devices:
+                on.setdefault(device, []).append(r)
+        for r in replicas:
+            r.beside = tuple(tuple(o for o in on[device] if o is not r) for device in r.devices)
         missing = {a.model for a in arrivals} - self._of_model.keys()
         if missing:
             raise ValueError(f"no replica serves {sorted(missing)}; served are {sorted(self._of_model)}")
@@ -204,6 +217,7 @@ class Simulation:
             arrival_s=arrival.at_s,
             ttft_s=arrival.ttft_s,
             tpot_s=arrival.tpot_s,
+            priority=arrival.priority,
         )
         try:
             replica.batcher.add(request)
@@ -233,9 +247,10 @@ class Simulation:
             replica.after((self.now - replica.begun_s) / k)
         self._start(replica)
         # what came back to the pool may be what another waits for
-        for other in self._beside[replica.device]:
-            if other.stalled:
-                self._start(other)
+        for others in replica.beside:
+            for other in others:
+                if other.stalled:
+                    self._start(other)
 
     def _turn(self, index: int) -> None:
         turn = self._turns[index]
@@ -259,6 +274,8 @@ class Simulation:
         phase = IDLE
         if batcher.has_work:
             plan = batcher.plan(self.now)
+            for rid in plan.shed:
+                self.records[rid].error = f"{SHED}: its first token cannot come in time"
             if plan.empty:
                 replica.stalled = batcher.num_open > 0
             else:
@@ -269,7 +286,9 @@ class Simulation:
             return
         factor = self._factor(replica)
         replica.begun_s = self.now
-        replica.a_s, replica.b_s = replica.plan.seconds * factor, replica.plan.slope * factor
+        plan, cost = replica.plan, replica.cost
+        replica.a_s = cost.step_s(len(plan.decode), plan.context, plan.chunks) * factor
+        replica.b_s = cost.slope_s(len(plan.decode)) * factor
         replica.k = batcher.horizon() if self._stretch else 1
         self._schedule(replica)
         if self._trace is not None:
@@ -280,14 +299,16 @@ class Simulation:
         if replica.phase == phase:
             return
         replica.phase = phase
-        for other in self._beside[replica.device]:
-            if other is not replica:
+        for others in replica.beside:
+            for other in others:
                 self._cut(other)
 
     def _factor(self, replica: Replica) -> float:
-        more = self._slowdown
-        others = (o for o in self._beside[replica.device] if o is not replica and o.phase != IDLE)
-        return 1.0 + sum(more[replica.phase, other.phase] for other in others)
+        """Of the slowest of its devices."""
+        more, phase = self._slowdown, replica.phase
+        return 1.0 + max(
+            sum(more[phase, o.phase] for o in others if o.phase != IDLE) for others in replica.beside
+        )
 
     def _cut(self, replica: Replica) -> None:
         """The step under way is the last of its stretch."""

@@ -72,8 +72,8 @@ class StepPlan:
     `left` are requests whose block table is to be dropped first (ended, aborted or preempted since the last plan); a
     preempted one may come back in the same plan.  `joins` are requests that enter, or enter again: their first chunk is
     here, and starts where the cached part of their tokens ends.  `moves` are made first of all, behind the step before;
-    `patches` follow them, and the grants.  The step is predicted to take `seconds`, and `slope` more each time it is
-    repeated with one more token of context a request.
+    `patches` follow them, and the grants.  The decodes read `context` tokens, and the step is predicted to take `seconds`.
+    `shed`: waiting requests that the policy has given up; they have ended, with nothing to be dropped.
     """
 
     step: int
@@ -83,13 +83,14 @@ class StepPlan:
     left: tuple[int, ...]
     joins: tuple[int, ...] = ()
     seconds: float = 0.0
-    slope: float = 0.0
+    context: int = 0
     moves: tuple[Move, ...] = ()
     patches: tuple[Patch, ...] = ()
+    shed: tuple[int, ...] = ()
 
     @property
     def empty(self) -> bool:
-        """Nothing to execute; `left` may still name tables to drop."""
+        """Nothing to execute; `left` may still name tables to drop, and `shed` requests that have ended."""
         return not (self.decode or self.chunks)
 
     @property

@@ -32,7 +32,7 @@ ORDER = {
     """,
     "sched": """
         metrics arrivals workload synthetic router observed step slabs other_pools sm_shares quota prefix sequence recount blocks latency
-        limits flights claims compaction waiting running batching pressure prefill_turn simulator step_time
+        limits flights claims compaction policy waiting running forecast slack batching pressure prefill_turn simulator step_time
     """,
     "minserve": """
         sampling schema groups overrides config model_flags keys workload_tables workload_saved

@@ -162,7 +162,7 @@ def test_an_idle_model_gives_way_within_a_second_and_the_other_is_refused_nothin
         print(f"{taker} holds {model.held} of {most} slabs after {took:.2f} s")
         # the rest of the queue is taken back: what runs now has the memory that it asked for
         for rid in range(model.added):
-            if model.batcher._live.get(rid) in model.batcher._queue._timely:
+            if model.batcher._live.get(rid) in set(model.batcher.policy.waiting()):
                 model.batcher.abort(rid)
         row = site.models[giver].row
         assert row["reclaims"] >= 1

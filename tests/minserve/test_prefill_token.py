@@ -7,11 +7,12 @@ import pytest
 
 from minserve.prefill_token import PrefillToken, prefill_token, turn_off
 from minserve.slab_table import SlabTable
-from sched.batching import MIN_PREFILL_TOKENS, Batcher
+from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits
 from sched.prefill_turn import CHANCE_S, LEASE_S, NS, next_due_s, wants_prefill
 from sched.slabs import PoolPlan
+from sched.slack import MIN_PREFILL_TOKENS
 from sched.step import Request
 from tests.minserve.small_table import PLAN
 from tests.sched.small import Sets

@@ -2,11 +2,10 @@
 
 import pytest
 
-from sched.batching import MIN_PREFILL_TOKENS
 from sched.latency import StepCost
 from sched.limits import QueueFull
+from sched.slack import LATE_SHARE, MIN_PREFILL_TOKENS
 from sched.step import Chunk, Grant, Request
-from sched.waiting import LATE_SHARE
 from tests.sched.small import COST, build, step
 from tests.sched.witness import requests
 
@@ -102,13 +101,13 @@ def test_abort_in_every_state() -> None:
     assert not b._live
 
 
-def test_slack_order() -> None:
+def test_earliest_deadline_first_and_ties_by_arrival() -> None:
     b = build(cost=COST, max_running=1)
-    # deadlines 5.0, 4.0 and 5.0, the last with 20 ms more of prompt to compute
+    # all can be in time, so the length of a prompt is no matter
     for rid, ttft, prompt in ((0, 5.0, 10), (1, 4.0, 10), (2, 5.0, 210)):
         b.add(Request(rid=rid, prompt_tokens=prompt, max_tokens=1, ttft_s=ttft))
     order = [rid for _ in range(12) for rid in step(b)[1]]
-    assert order == [1, 2, 0]
+    assert order == [1, 0, 2]
 
 
 def test_the_hopeless_give_way_but_do_not_starve() -> None:
@@ -157,8 +156,10 @@ def test_prefill_takes_what_the_most_urgent_decode_leaves() -> None:
     assert plan.decode == (0,)
     assert plan.chunks[0].count in (199, 200), "20 ms of slack at 0.1 ms a token"
     assert plan.seconds == pytest.approx(0.022, abs=1e-4)
-    plan, _ = step(b, now=1.0)
+    plan, _ = step(b, now=0.2)
     assert plan.chunks[0].count == MIN_PREFILL_TOKENS, "late already: the floor"
+    plan, _ = step(b, now=1.0)
+    assert plan.chunks[0].count == 117, "over forty tokens behind: lost, and nobody is held back for it"
 
 
 def test_a_plan_in_flight_delays_the_next() -> None:

@@ -50,7 +50,7 @@ def twin_run(seed: int) -> tuple[int, int]:
         if plan.empty:
             continue
         k = stretched.horizon() if rng.random() < 0.7 else rng.randint(1, stretched.horizon())
-        end = now + plan.seconds * k + plan.slope * k * (k - 1) / 2
+        end = now + plan.seconds * k + COST.per_context_token_s * len(plan.decode) * k * (k - 1) / 2
         ended = stretched.advance(plan, k, end)
         t, last = now + plan.seconds, plan
         for _ in range(1, k):

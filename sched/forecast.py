@@ -1,0 +1,45 @@
+"""What steps are predicted to take and when they begin, and what they took: between the Batcher and its policy."""
+
+from collections.abc import Collection, Iterable
+
+from sched.latency import StepCost
+from sched.policy import Load, Policy
+from sched.running import Running
+from sched.sequence import Seq
+from sched.step import Chunk, StepPlan
+
+
+class Forecast:
+    """Steps run one after another; those planned ahead begin when the one before is predicted to end."""
+
+    def __init__(self, cost: StepCost | None, policy: Policy) -> None:
+        self.cost, self.policy = cost, policy
+        self._busy_until = self._landed_s = 0.0
+
+    def recost(self, cost: StepCost) -> None:
+        self.cost = cost
+        self.policy.recost(cost)
+
+    def load(
+        self, now: float, decodes: int, running: Running, active: int, prefilling: Collection[Seq]
+    ) -> Load:
+        """Of the step to be planned; nothing is said yet of when its tokens are due."""
+        seconds = self.cost.decode_s(decodes, running.context) if self.cost else 0.0
+        return Load(now, max(now, self._busy_until), seconds, decodes, running.context, active, prefilling)
+
+    def seconds(self, load: Load, chunks: Iterable[Chunk]) -> float:
+        """Of the step with these chunks."""
+        return self.cost.step_s(load.decodes, load.context, chunks) if self.cost else 0.0
+
+    def planned(self, load: Load, seconds: float) -> None:
+        """The step is under way, or next to be."""
+        self._busy_until = load.begin_s + seconds
+
+    def landed(self, plan: StepPlan, planned_s: float, k: int, now: float, rest_s: float) -> None:
+        """It has run `k` times over; those planned since will take `rest_s`."""
+        predicted_s = plan.seconds
+        if self.cost and k > 1:
+            predicted_s += self.cost.slope_s(len(plan.decode)) * (k - 1) / 2
+        self.policy.observe((now - max(planned_s, self._landed_s)) / k, predicted_s, k, now)
+        self._landed_s = now
+        self._busy_until = now + rest_s

@@ -1,0 +1,211 @@
+"""Slack: TTFT and TPOT together.  Decodes first; then prompts in the order of their deadlines, as many tokens as the most
+urgent decode has slack for; and of prompts that cannot all be in time, the shortest that can.
+
+    token       s = (step without prompts / tokens it has room for + seconds of a prompt token) x pace
+    in time     a prompt whose deadline d, with n tokens up to and with its own, allows  begin + step + n s <= d
+    chosen      Moore and Hodgson's largest set of prompts that are all in time
+    budget      (due - begin - step x pace) / (seconds of a prompt token x pace), of the most urgent decode
+    cap         as many as decode within the strictest TPOT
+
+`pace` is what steps take, over what they were predicted to: models beside this one, or a wrong cost model.  Who cannot
+be in time any more is late: served when nobody in time wants the room, and one admission in `late_share` in any case,
+eldest first, so a late request waits for at most late_share x (late ones before it + 1) admissions.  Or, with `shed`
+hopeless, it is given up.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from heapq import heapify, heappop, heappush
+
+from sched.latency import StepCost
+from sched.limits import Limits
+from sched.policy import INFINITY, Load, Policy, pick_shortest
+from sched.sequence import Seq, State
+from sched.step import Request
+
+# rows of prefill a step has room for even when the decodes are late already: arrivals must not starve
+MIN_PREFILL_TOKENS = 64
+LATE_SHARE = 4
+LOOK = 128  # of the earliest deadlines that are weighed against each other
+PACE_WEIGHT, PACE_MOST = 0.1, 8.0
+SHED = ("never", "hopeless")
+Entry = tuple[int, float, int, Seq]
+
+
+class Slack(Policy):
+    """ValueError for a `shed` that is none of SHED, a `late_share` below 2."""
+
+    def __init__(
+        self, limits: Limits, cost: StepCost | None, *, shed: str = "never", late_share: int = LATE_SHARE
+    ) -> None:
+        super().__init__(limits, cost)
+        if shed not in SHED:
+            raise ValueError(f"shed must be one of {', '.join(SHED)}, got {shed!r}")
+        if late_share < 2:
+            raise ValueError(f"late_share must be at least 2, got {late_share}")
+        self.shed, self.late_share = shed, late_share
+        self.pace = self._pace = 1.0
+        self.steady = shed == "never"
+        self._timely: list[Entry] = []  # sorted
+        self._late: list[tuple[float, int, Seq]] = []  # heap
+        self._chosen: deque[Entry] = deque()
+        self._begun_late: set[int] = set()  # rids
+        self._admitted = 0
+        self._shown: Seq | None = None
+
+    # -- who waits
+
+    def key(self, request: Request) -> float:
+        return request.arrival_s + request.ttft_s
+
+    def push(self, seq: Seq) -> None:
+        self._num += 1
+        insort(self._timely, (seq.request.priority, self.key(seq.request), seq.serial, seq))
+
+    def discard(self, seq: Seq) -> None:
+        self._num -= 1
+        self._shown = None
+        self._forget(seq)
+        if len(self._late) > 2 * self._num + 64:
+            self._late = [entry for entry in self._late if entry[2].state is State.WAITING]
+            heapify(self._late)
+
+    def _forget(self, seq: Seq) -> None:
+        """It is not among those in time any more; an entry in the other heap goes when it surfaces."""
+        entry = (seq.request.priority, self.key(seq.request), seq.serial, seq)
+        i = bisect_left(self._timely, entry)
+        if i < len(self._timely) and self._timely[i][3] is seq:
+            del self._timely[i]
+
+    def head(self, load: Load) -> Seq | None:
+        if self._shown is None:
+            self._shown = self._next()
+        return self._shown
+
+    def _next(self) -> Seq | None:
+        while self._late and self._late[0][2].state is not State.WAITING:
+            heappop(self._late)
+        if self._late and self._admitted % self.late_share == self.late_share - 1:
+            return self._late[0][2]
+        while self._chosen and self._chosen[0][3].state is not State.WAITING:
+            self._chosen.popleft()
+        if self._chosen:
+            return self._chosen[0][3]
+        # there is room beyond what was chosen: for those in time that were too long, then for the late
+        if self._timely:
+            return min(self._timely[:LOOK], key=_length)[3]
+        return self._late[0][2] if self._late else None
+
+    def pop(self) -> None:
+        seq = self._shown
+        assert seq is not None, "pop without head"
+        self._shown = None
+        self._num -= 1
+        self._admitted += 1
+        if self._late and self._late[0][2] is seq:
+            heappop(self._late)
+            # its turn has come: nobody who comes later goes before the rest of its prompt
+            self._begun_late.add(seq.rid)
+        else:
+            self._forget(seq)
+
+    def waiting(self) -> Iterable[Seq]:
+        return [e[3] for e in self._timely] + [e[2] for e in self._late if e[2].state is State.WAITING]
+
+    def slack(self, now: float) -> tuple[float, float]:
+        while self._late and self._late[0][2].state is not State.WAITING:
+            heappop(self._late)
+        if self._late:
+            return self._slack_of(self._late[0][2].request, now)
+        return self._slack_of(self._timely[0][3].request, now) if self._timely else (0.0, 0.0)
+
+    # -- a step
+
+    def begin(self, load: Load) -> Sequence[Seq]:
+        self._shown = None
+        if not self._num:
+            return ()
+        shed: list[Seq] = []
+        token_s = self._token_s(load)
+        begin_s = load.begin_s + (load.decode_s + self.cost.base_s if self.cost else 0.0) * self.pace
+        hopeless = [e for e in self._timely[:LOOK] if begin_s + e[3].total * token_s > e[1]]
+        for entry in hopeless:
+            self._forget(entry[3])
+            if self.shed == "hopeless":
+                shed.append(entry[3])
+            else:
+                heappush(self._late, (entry[3].request.arrival_s, entry[2], entry[3]))
+        self._choose(begin_s + load.prefill_tokens * token_s, token_s)
+        return shed
+
+    def _choose(self, begin_s: float, token_s: float) -> None:
+        found = self._timely[:LOOK]
+        due = [(e[1] - begin_s) / token_s if token_s else INFINITY for e in found]
+        prompts = [e[3].total for e in found]
+        if sum(prompts) <= min(due, default=0.0):
+            self._chosen = deque(found)
+            return
+        kept = pick_shortest(prompts, range(len(found)), lambda tokens, i: tokens > due[i])
+        self._chosen = deque(e for i, e in enumerate(found) if i in kept)
+
+    def _token_s(self, load: Load) -> float:
+        """Seconds of a token of the queue, its part of the steps' other work included."""
+        if self.cost is None:
+            return 0.0
+        room = max(self.budget(load), MIN_PREFILL_TOKENS)
+        other_s = max(load.decode_s, self.cost.base_s)
+        return (other_s / room + self.cost.per_prefill_token_s) * self.pace
+
+    def cap(self, load: Load) -> int:
+        most = self.limits.max_running
+        cost, n = self.cost, load.decodes
+        if cost is None or not n or load.tpot_s == INFINITY:
+            return most
+        each = cost.per_decode_s + cost.per_context_token_s * load.context / n
+        room_s = load.tpot_s / self.pace - cost.base_s
+        return most if each * most <= room_s else max(1, int(room_s / each))
+
+    def budget(self, load: Load) -> int:
+        room = self.limits.max_step_tokens - load.decodes
+        per_token = self.cost.per_prefill_token_s * self.pace if self.cost else 0.0
+        if not load.decodes or not per_token:
+            return room
+        slack = load.due_s - load.begin_s - load.decode_s * self.pace
+        if slack >= room * per_token:
+            return room
+        return min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
+
+    def order(self, prefilling: Collection[Seq]) -> Iterable[Seq]:
+        late = self._begun_late
+        if late:
+            late.intersection_update([seq.rid for seq in prefilling])
+        if len(prefilling) < 2:
+            return list(prefilling)
+        return sorted(prefilling, key=lambda seq: (seq.rid not in late, self.key(seq.request), seq.serial))
+
+    def victim(self, active: Collection[Seq]) -> Seq:
+        """Whose SLO is lost anyway, then whose prompt has the least computed for a block it holds; of equals the youngest."""
+        return min(active, key=_loss)
+
+    def observe(self, step_s: float, predicted_s: float, steps: int, now: float) -> None:
+        if predicted_s > 0 and step_s > 0:
+            ratio = min(max(step_s / predicted_s, 1 / PACE_MOST), PACE_MOST)
+            self._pace += (ratio - self._pace) * (1 - (1 - PACE_WEIGHT) ** steps)
+            # rounded, so that many steps observed at once decide what the same steps do one by one
+            self.pace = round(self._pace, 6)
+
+    def check(self) -> None:
+        super().check()
+        assert self._timely == sorted(self._timely), "those in time are out of order"
+
+
+def _loss(seq: Seq) -> tuple[bool, float, int]:
+    r = seq.request
+    lost = seq.first_s is not None and seq.first_s > r.arrival_s + r.ttft_s
+    part = seq.computed / max(len(seq.blocks), 1) if seq.state is State.PREFILLING else INFINITY
+    return not lost, part, -seq.order
+
+
+def _length(entry: Entry) -> tuple[int, int]:
+    return entry[3].total, entry[2]
