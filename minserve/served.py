@@ -191,8 +191,7 @@ def memory_of(table: SlabTable, name: str) -> Memory:
     shape, owner = table.plan.models[name], table.owner_of(name)
 
     def read() -> tuple[int, int]:
-        held, status = table.held(owner), table.status(owner)
-        live = status["live_blocks"] * shape.block_tokens
+        held, live = table.held(owner), table.said(owner, "live_blocks") * shape.block_tokens
         quota = table.quotas.quota(owner)
         # whoever holds more than its quota gives way once somebody asks
         more = max(table.num_free, 0 if quota is None else quota - held)

@@ -259,6 +259,10 @@ class SlabTable:
         at = self._row(owner) + R_STATUS
         return dict(zip(STATUS, self._rows[at : at + len(STATUS)], strict=True))
 
+    def said(self, owner: int, name: str) -> int:
+        """One word of STATUS.  No lock."""
+        return self._rows[self._row(owner) + R_STATUS + STATUS.index(name)]
+
     @property
     def _reserves(self) -> tuple[int, ...]:
         return tuple(self._rows[R_RESERVE::ROW_WORDS].tolist())

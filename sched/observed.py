@@ -5,6 +5,8 @@ n decodes took a + b x n.  Both are least squares that forget, with no coefficie
 that is handed in.
 """
 
+from math import inf
+
 from sched.router import Prefixes, ReplicaState
 
 # tokens that arrive so close together came out of one step
@@ -16,12 +18,11 @@ HALF_LIFE_S = 30.0
 
 
 class Line:
-    """y = a + b x.  Where x has not varied, all of y is a (`flat`) or all of it is b."""
+    """y = a + b x."""
 
-    __slots__ = ("_n", "_sx", "_sxx", "_sxy", "_sy", "flat")
+    __slots__ = ("_n", "_sx", "_sxx", "_sxy", "_sy")
 
-    def __init__(self, flat: bool) -> None:
-        self.flat = flat
+    def __init__(self) -> None:
         self._n = self._sx = self._sy = self._sxx = self._sxy = 0.0
 
     def add(self, x: float, y: float) -> None:
@@ -34,14 +35,15 @@ class Line:
         self._n, self._sx, self._sy = self._n * part, self._sx * part, self._sy * part
         self._sxx, self._sxy = self._sxx * part, self._sxy * part
 
-    def fit(self) -> tuple[float, float]:
-        """(a, b); (0, 0) before there is a point."""
+    def fit(self, flat: float) -> tuple[float, float]:
+        """(a, b); (0, 0) before there is a point.  Where x has not varied, a is y, but at most `flat`, and b x the rest."""
         n, sx, sy, sxx, sxy = self._n, self._sx, self._sy, self._sxx, self._sxy
         if not n:
             return 0.0, 0.0
         spread = n * sxx - sx * sx
         if spread <= 1e-3 * n * sxx:
-            return (sy / n, 0.0) if self.flat or not sx else (0.0, sy / sx)
+            a = min(sy / n, flat) if sx else sy / n
+            return a, (sy / n - a) * n / sx if sx else 0.0
         b = (n * sxy - sx * sy) / spread
         a = (sy - b * sx) / n
         if b < 0:
@@ -58,7 +60,7 @@ class Observed:
     def __init__(self) -> None:
         self.queued_tokens = self.waiting = self.decoding = 0
         self.end_s = 0.0
-        self._prompts, self._steps = Line(flat=False), Line(flat=True)
+        self._prompts, self._steps = Line(), Line()
         self._busy_s = self._first_s = -1.0  # since when prompts wait, and when a first token came last
         self._batch_tokens, self._batch_s = 0, 0.0  # of the step that gave it
         self._stepped_s: float | None = None
@@ -142,13 +144,13 @@ class Observed:
         if now - self._first_s >= ONE_STEP_S:
             self._flush()
         part = self._remembered(now)
-        first_s, prompt_token_s, step_s, decode_s = (
-            part * s for s in (*self._prompts.fit(), *self._steps.fit())
-        )
+        step_s, decode_s = self._steps.fit(inf)
+        # a first token takes a step at least, and prompts of one length do not tell what a token of them takes
+        first_s, prompt_token_s = self._prompts.fit(step_s + decode_s)
         free, held = memory or (None, 0)
         return ReplicaState(
-            name=name, tier=tier, open=open_, queued_tokens=self.queued_tokens, first_s=first_s,
-            prompt_token_s=prompt_token_s, step_s=step_s, decode_s=decode_s,
+            name=name, tier=tier, open=open_, queued_tokens=self.queued_tokens, first_s=part * first_s,
+            prompt_token_s=part * prompt_token_s, step_s=part * step_s, decode_s=part * decode_s,
             silent_s=now - max(self._busy_s, self._first_s) if self.waiting else 0.0,
             most_running=most_running, end_s=self.end_s, free_tokens=free, held_tokens=held, recent=recent,
             takes=takes,

@@ -8,7 +8,6 @@ measurements (`sched/observed.py`); a router has no more than its counter, its d
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from math import ceil, floor, inf, log2
 from random import Random
 from typing import Any, NamedTuple, Protocol
@@ -38,8 +37,10 @@ class Prefixes(Protocol):
     def __contains__(self, mark: object, /) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaState:
+NOTHING: Prefixes = frozenset()
+
+
+class ReplicaState(NamedTuple):
     """A replica as a router sees it.  Requests, tokens, seconds.
 
     `queued_tokens`: of prompts, not computed yet and not cached.  A prompt of n tokens has its first token after
@@ -61,7 +62,7 @@ class ReplicaState:
     end_s: float = 0.0
     free_tokens: int | None = None
     held_tokens: int = 0
-    recent: Prefixes = frozenset()
+    recent: Prefixes = NOTHING
     takes: bool = True
 
 
@@ -168,7 +169,7 @@ def with_pace(states: Sequence[ReplicaState]) -> tuple[ReplicaState, ...]:
         if s.prompt_token_s or s.step_s:
             so_far = slowest.setdefault(s.tier, dict.fromkeys(PACE, 0.0))
             so_far |= {name: max(so_far[name], getattr(s, name)) for name in PACE}
-    return tuple(s if s.prompt_token_s or s.step_s else replace(s, **slowest.get(s.tier, {})) for s in states)
+    return tuple(s if s.prompt_token_s or s.step_s else s._replace(**slowest.get(s.tier, {})) for s in states)
 
 
 def takers(states: Sequence[ReplicaState]) -> list[ReplicaState]:
@@ -272,6 +273,8 @@ class Tiers:
 
     def _best_of(self, request: RouteRequest, states: list[ReplicaState]) -> tuple[ReplicaState, Prediction]:
         """Of those that keep the margin where any does."""
+        if len(states) == 1:
+            return states[0], predict(request, states[0])
         found = {s.name: predict(request, s) for s in states}
         good = [s for s in states if found[s.name].use <= self.margin]
         chosen = self._within(request, good or states)

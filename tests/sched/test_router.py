@@ -1,7 +1,7 @@
 """Routers: only who takes a request gets it, ties are stable, caches and loads count, and tiers follow the load."""
 
-from dataclasses import replace
 from itertools import pairwise
+from math import inf
 from random import Random
 from typing import Any
 
@@ -173,11 +173,11 @@ def test_the_best_tier_that_keeps_the_slo() -> None:
     assert chosen(Tiers("cheapest"), tiers(0)) == 2
     # all miss: the least miss, and of equal ones the best precision
     assert chosen(Tiers(), tiers(3000, others=20_000)) == 0
-    assert chosen(Tiers(), [replace(s, queued_tokens=10_000, prompt_token_s=0.1) for s in tiers(0)]) == 0
+    assert chosen(Tiers(), [s._replace(queued_tokens=10_000, prompt_token_s=0.1) for s in tiers(0)]) == 0
 
 
 def test_tpot_alone_moves_a_request() -> None:
-    slow = [replace(s, step_s=step) for s, step in zip(tiers(0), (0.09, 0.09, 0.03), strict=True)]
+    slow = [s._replace(step_s=step) for s, step in zip(tiers(0), (0.09, 0.09, 0.03), strict=True)]
     assert chosen(Tiers(), slow) == 2
     assert chosen(Tiers(), slow, ASK._replace(tpot_s=1.0)) == 0
 
@@ -191,8 +191,8 @@ def test_more_load_never_makes_the_precision_better() -> None:
 
 def test_one_that_cannot_take_it_is_no_tier() -> None:
     states = tiers(0)
-    assert chosen(Tiers(), [replace(states[0], takes=False), *states[1:]]) == 1
-    assert Tiers()(ASK, [replace(s, takes=False) for s in states]) is None
+    assert chosen(Tiers(), [states[0]._replace(takes=False), *states[1:]]) == 1
+    assert Tiers()(ASK, [s._replace(takes=False) for s in states]) is None
 
 
 def test_a_load_about_the_limit_does_not_flap() -> None:
@@ -228,12 +228,12 @@ def test_a_conversation_stays_with_its_cache_while_that_keeps_the_slo() -> None:
     recent.add(marks)
     ask = ASK._replace(marks=marks)
     states = tiers(0)
-    on_w8 = [states[0], replace(states[1], recent=recent), states[2]]
+    on_w8 = [states[0], states[1]._replace(recent=recent), states[2]]
     assert chosen(Tiers(), on_w8, ask) == 1
     assert chosen(Tiers(), on_w8) == 0
-    late = [states[0], replace(on_w8[1], queued_tokens=5000), states[2]]
+    late = [states[0], on_w8[1]._replace(queued_tokens=5000), states[2]]
     assert chosen(Tiers(), late, ask) == 0, "it would miss there"
-    everywhere = [replace(s, recent=recent) for s in states]
+    everywhere = [s._replace(recent=recent) for s in states]
     assert chosen(Tiers(), everywhere, ask) == 0, "a beginning that all have binds nobody"
 
 
@@ -265,23 +265,23 @@ def test_wrong_settings_are_named(given: dict[str, Any], says: str) -> None:
 
 
 def test_a_line_is_found_and_never_falls() -> None:
-    line = Line(flat=True)
-    assert line.fit() == (0.0, 0.0)
+    line = Line()
+    assert line.fit(inf) == (0.0, 0.0)
     for x in range(1, 40):
         line.add(x, 0.3 + 0.02 * x)
-    assert line.fit() == pytest.approx((0.3, 0.02))
-    for flat, want in ((True, (0.5, 0.0)), (False, (0.0, 0.05))):
-        same = Line(flat)
-        for _ in range(5):
-            same.add(10, 0.5)
-        assert same.fit() == pytest.approx(want)
-    down, below = Line(True), Line(True)
+    assert line.fit(0.0) == pytest.approx((0.3, 0.02))
+    same = Line()
+    for _ in range(5):
+        same.add(10, 0.5)
+    for flat, want in ((inf, (0.5, 0.0)), (0.0, (0.0, 0.05)), (0.2, (0.2, 0.03))):
+        assert same.fit(flat) == pytest.approx(want)
+    down, below = Line(), Line()
     for x in range(1, 20):
         down.add(x, 1 - 0.01 * x)
         below.add(x, 0.1 * x - 0.05)
-    assert down.fit()[1] == 0
-    assert down.fit()[0] > 0.8
-    assert below.fit()[0] == 0
+    assert down.fit(inf)[1] == 0
+    assert down.fit(inf)[0] > 0.8
+    assert below.fit(inf)[0] == 0
 
 
 def observe(prompts: list[int], token_s: float, first_s: float) -> ReplicaState:
