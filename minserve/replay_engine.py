@@ -33,10 +33,16 @@ class Listener:
 
 
 class EngineTarget:
-    """Starts the workers in `open` and ends them in `close`.  Tokenizers and the front end's queues have no part in it."""
+    """Starts the workers in `open` and ends them in `close`.  Tokenizers, the front end's queues and its router have no part in
+    it: ValueError where a model has several replicas."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
         config.check_here()
+        if several := [m for m in config.models if len(m.placement) > 1]:
+            says = (
+                f"placement must be one GPU for --engine, {several[0].name} has {len(several[0].placement)}"
+            )
+            raise ValueError(f"{says}: `serve` the file and replay with --url")
         self._slos = {m.name: m.slo for m in config.models}
         self._clock = clock
         self._agent = Agent(config, {})

@@ -195,6 +195,9 @@ class HttpTarget:
         }  # fmt: skip
         if request.priority:
             body["priority"] = request.priority
+        own = {"ttft_ms": request.ttft_slo_s, "tpot_ms": request.tpot_slo_s}
+        if slo := {name: 1e3 * value for name, value in own.items() if value is not None}:
+            body["slo"] = slo
         if self._salt:
             body["cache_salt"] = self._salt
         data = orjson.dumps(body)

@@ -31,15 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     models = [
-        {"name": "left", "path": "tiny"},
+        {"name": "left", "path": "tiny", "group": "any", "tier": 1},
         {
             "name": "right",
             "path": "tiny",
             "quantization": "w8a8-int8",
             "kv_dtype": "int8",
             "deterministic": True,
+            "group": "any",
+            "tier": 2,
         },
-        {"name": "broken", "path": "empty"},
+        {"name": "broken", "path": "empty", "group": "any", "tier": 0},
     ]
     with running(write_config(folder, models), module="minserve.serve") as server:
         yield server
@@ -68,6 +70,16 @@ def test_the_server_says_what_the_library_says(server: Server, folder: Path) -> 
                 server, model=name, prompt=PROMPTS, temperature=1, seed=11, n=2, stop="e", max_tokens=12
             )
             assert [c["text"] for c in got["choices"]] == [t for pair in want for t in pair]
+
+
+def test_a_group_answers_as_the_precision_that_it_names(server: Server) -> None:
+    for prompt in PROMPTS:
+        got = complete(server, model="any", prompt=prompt)
+        assert got["model"] == "left", "the best one cannot be loaded"
+        assert got["choices"] == complete(server, model="left", prompt=prompt)["choices"]
+        # nobody is that fast: the lesser miss answers
+        got = complete(server, model="any", prompt=prompt, slo={"ttft_ms": 1, "tpot_ms": 0.1})
+        assert got["choices"] == complete(server, model=got["model"], prompt=prompt)["choices"]
 
 
 def test_echoed_logprobs_are_the_models(server: Server, folder: Path) -> None:

@@ -100,6 +100,15 @@ def test_every_key_is_explained_in_full_yaml() -> None:
             assert "#" in word, line
 
 
+def test_tiers_yaml_is_one_model_in_three_precisions() -> None:
+    config = load_config(FULL.with_name("tiers.yaml"))
+    assert [(m.group, m.tier, m.quantization) for m in config.models] == [
+        ("demo", 0, "auto"), ("demo", 1, "w8a8-int8"), ("demo", 2, "w4a8-int8"),
+    ]  # fmt: skip
+    assert [g.name for g in config.groups] == ["demo"]
+    config.check_here()
+
+
 def test_defaults_merge_and_own_keys_win(tmp_path: Path) -> None:
     text = """
     defaults: {max_model_len: 8K, kv_dtype: int8, slo: {ttft_ms: 500, tpot_ms: 50}, placement: [gpu0]}

@@ -100,7 +100,7 @@ def replayed(
 
 
 def test_what_is_sent_and_what_is_counted() -> None:
-    load = workload(30, priority=-3)
+    load = workload(30, priority=-3, ttft_slo_s=0.25)
     heards, server = replayed(whole, load, key="secret")
     assert len(server.bodies) == 30
     by_seed = {b["seed"]: b for b in server.bodies}
@@ -108,6 +108,7 @@ def test_what_is_sent_and_what_is_counted() -> None:
         body = by_seed[h.request.rid]
         assert body["prompt"] == token_ids(h.request, 3, 5, 250).tolist()
         assert (body["model"], body["max_tokens"], body["ignore_eos"], body["priority"]) == ("m", 6, True, -3)
+        assert body["slo"] == {"ttft_ms": 250.0}
         assert (h.tokens, h.cached, h.error) == (6, 2, None)
         assert h.sent_s is not None
         assert h.first_s is not None
