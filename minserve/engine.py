@@ -26,6 +26,7 @@ from sched.step import Request, StepPlan
 log = logging.getLogger(__name__)
 # of the device, in a step: requests that run are held up by it
 COMPACTION_S = 0.001
+SHED = "The request was shed: its first token could not have come in time."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ class EngineRequest:
 
 
 class TokenEvent(NamedTuple):
-    """New tokens of a request; the last event of a request has a `finish_reason` (stop, length or error).
+    """New tokens of a request; the last event of a request has a `finish_reason` (stop, length, error or shed: the policy gave
+    it up before it had a token; `error` says why).
 
     A stop token is the last of `token_ids`, with `stop_reason` its id (None for an end-of-sequence token).
     `cached_tokens` of the prompt were not computed; the first event of a request says so.
@@ -92,6 +94,7 @@ class Counters:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    shed: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     moved_blocks: int = 0
@@ -218,10 +221,16 @@ class Engine:
             self.counters.steps += 1
             self._flights.append((plan, self.runner.execute(plan, joins)))
         keep = 1 if self._overlap and not plan.empty else 0
-        events: list[TokenEvent] = []
+        events = self._shed(plan)
         while len(self._flights) > keep:
             events += self._land()
         return events
+
+    def _shed(self, plan: StepPlan) -> list[TokenEvent]:
+        for rid in plan.shed:
+            del self._sequences[rid]
+        self.counters.shed += len(plan.shed)
+        return [TokenEvent(rid, (), finish_reason="shed", error=SHED) for rid in plan.shed]
 
     def idle(self) -> None:
         """In place of a step, while there is no work."""

@@ -22,7 +22,7 @@ Logprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of the n answers to a prompt.  `finish_reason`: stop, length or error (then `error` says why).
+    """One of the n answers to a prompt.  `finish_reason`: stop, length, error or shed (then `error` says why).
 
     `logprobs` has a dict a token: the token's own id, and those of the most likely ones that were asked for.
     """
