@@ -1,20 +1,25 @@
 """Step-time models: what is known is found again, what is noisy within its noise, and errors are stated."""
 
 import random
+from itertools import combinations
 
+import numpy as np
 import pytest
 
 from sched.latency import StepCost
+from sched.step import Chunk
 from sched.step_time import (
     DEVICES,
     FIELDS,
     Corrected,
     Point,
     Work,
+    best_fit,
     coefficients,
     decode_point,
     error_of,
     fit,
+    nonnegative,
     prefill_point,
     roofline,
 )
@@ -119,3 +124,99 @@ def test_steps_that_are_all_alike_do_not_run_away() -> None:
     assert all(0 <= c < 1 for c in coefficients(corrected.cost))
     corrected.observe(Point(0.0, 1, 1, 0, 0))
     assert corrected.num_steps == 20_000
+
+
+HUMP = StepCost(
+    base_s=5e-3, per_decode_s=1e-4, per_prefill_token_s=8e-4, per_context_token_s=2e-7, per_pair_s=3e-7,
+    rows=((1.0, 5e-3), (3.0, 6e-3), (4.0, 2e-2), (64.0, 1e-3), (128.0, 0.0)),
+)  # fmt: skip
+
+
+def measured(cost: StepCost, n: int, seed: int, noise: float = 0.03) -> list[Point]:
+    """Steps as a small engine makes them: few decodes, chunks of up to 256."""
+    rng, made = random.Random(seed), []
+    for _ in range(n):
+        decodes, start = rng.choice((1, 2, 3, 4, 6, 8, 12)), rng.choice((0, 0, 256))
+        tokens = rng.choice((0, 0, 0, 16, 32, 64, 128, 192, 256))
+        context = decodes * rng.randint(10, 500)
+        plan = context + (start + tokens if tokens else 0)
+        point = Point(1.0, 1, decodes, tokens, plan, tokens * (start + tokens))
+        made.append(point._replace(seconds=point.predicted(cost) * (1 + rng.uniform(-noise, noise))))
+    return made
+
+
+def test_a_point_counts_as_the_cost_counts_a_step() -> None:
+    chunks = (Chunk(1, 256, 64, True), Chunk(2, 0, 10, False))
+    point = Point(1.0, 1, 3, 74, 900 + 320 + 10, 64 * 320 + 10 * 10)
+    assert point.predicted(HUMP) == pytest.approx(HUMP.step_s(3, 900, chunks), rel=1e-12)
+    # two steps alike are two of one
+    twice = Point(1.0, 2, 6, 0, 1800)
+    assert twice.predicted(HUMP) == pytest.approx(2 * HUMP.step_s(3, 900, ()), rel=1e-12)
+
+
+def test_rows_are_straight_between_knots_and_flat_outside() -> None:
+    assert [HUMP.rows_s(r) for r in (0, 1, 2, 3, 34, 1000)] == pytest.approx(
+        [5e-3, 5e-3, 5.5e-3, 6e-3, 1.05e-2, 0]
+    )
+    assert HUMP.decode_s(3, 103) - HUMP.decode_s(3, 100) == pytest.approx(HUMP.slope_s(3), rel=1e-6)
+    for wrong in (((2.0, 0.0), (1.0, 0.0)), ((1.0, -1.0),)):
+        with pytest.raises(ValueError, match="rows"):
+            StepCost(base_s=0.0, rows=wrong)
+
+
+def test_a_kernel_that_changes_with_the_rows_is_found_by_knots_alone() -> None:
+    seen, unseen = measured(HUMP, 400, seed=1), measured(HUMP, 400, seed=2)
+    plain, best = fit(seen), best_fit(seen)
+    assert best.cost.rows
+    assert error_of(plain.cost, unseen) > 0.08
+    assert error_of(best.cost, unseen) < 0.03
+    assert best.cost.per_prefill_token_s == pytest.approx(8e-4, rel=0.15), (
+        "prompts are priced by their tokens"
+    )
+
+
+def test_the_stated_error_is_that_of_steps_the_fit_has_not_seen() -> None:
+    seen, unseen = measured(HUMP, 120, seed=3, noise=0.2), measured(HUMP, 2000, seed=4, noise=0.2)
+    found = best_fit(seen)
+    assert found.error > error_of(found.cost, seen)
+    assert found.error == pytest.approx(error_of(found.cost, unseen), rel=0.2)
+
+
+def test_knots_that_are_worth_nothing_are_left_out() -> None:
+    assert not best_fit(measured(TRUE, 400, seed=5)).cost.rows
+
+
+def test_nonnegative_least_squares_against_all_subsets() -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(40):
+        a, b = rng.normal(size=(12, 5)), rng.normal(size=12)
+        best = float(b @ b)
+        for n in range(1, 6):
+            for columns in combinations(range(5), n):
+                x = np.linalg.lstsq(a[:, columns], b, rcond=None)[0]
+                if (x >= 0).all():
+                    best = min(best, float(((a[:, columns] @ x - b) ** 2).sum()))
+        found = nonnegative(a, b)
+        assert (found >= 0).all()
+        assert float(((a @ found - b) ** 2).sum()) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_start_that_knows_little_learns_the_curve() -> None:
+    corrected = Corrected(StepCost(base_s=1e-3, per_prefill_token_s=1e-5), trust=1.0)
+    changes = sum(corrected.observe(p) for p in measured(HUMP, 1500, seed=7))
+    assert error_of(corrected.cost, measured(HUMP, 300, seed=8)) < 0.03
+    assert 1500 / 16 <= changes < 1500 / 16 + 8, "solved for once in sixteen points"
+
+
+def test_a_share_of_the_sms_slows_prompts_at_once_and_decodes_late() -> None:
+    work = Work(weight_bytes=16e9, parameters=7.5e9, kv_token_bytes=131072, pair_flops=4 * 32 * 4096)
+    whole, half, fifth = (roofline(work, DEVICES["h100"], share) for share in (1.0, 0.5, 0.2))
+    assert half.per_prefill_token_s == pytest.approx(2 * whole.per_prefill_token_s)
+    assert half.decode_s(1, 600) == pytest.approx(whole.decode_s(1, 600), rel=0.01)
+    assert fifth.decode_s(1, 600) > 1.1 * half.decode_s(1, 600)
+    # beside the weights' time rows are free until there are many
+    assert whole.decode_s(64, 0) == pytest.approx(whole.decode_s(1, 0), rel=0.01)
+    prompt = (Chunk(1, 0, 8192, True),)
+    assert whole.step_s(0, 0, prompt) > 8192 * whole.per_prefill_token_s
+    with pytest.raises(ValueError, match="share"):
+        roofline(work, DEVICES["h100"], 0.0)
