@@ -142,6 +142,7 @@ class ModelEntry:
     cuda_graphs: bool = key(boolean(), True)
     seed: int | None = key(maybe(integer(0, (1 << 63) - 1)), None)
     load_at_start: bool = key(boolean(), True)
+    profile: str | None = key(maybe(file_path()), None)
     placement: tuple[str, ...] = key(listing(NAME, 64), ())
     slo: Slo = key(section(Slo), factory=Slo)
     rate: float | None = key(maybe(number(0, 1e6)), None)
@@ -256,6 +257,7 @@ class Config:
         for i, m in enumerate(self.models):
             found += [(f"models[{i}].path", m.path, True), (f"models[{i}].tokenizer", m.tokenizer, False)]
             found.append((f"models[{i}].chat_template", m.chat_template, False))
+            found.append((f"models[{i}].profile", m.profile, False))
         return found
 
     def changed(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from minserve.inputs import Join
 from minserve.runner import Runner, SampledToken, StepHandle, StepResult
 from minserve.sampler import TokenLogprobs
 from minserve.sampling import SamplingParams
+from minserve.step_watch import StepWatch
 from sched.batching import Batcher
 from sched.prefix import KeyChain, root_key
 from sched.step import Request, StepPlan
@@ -137,9 +138,11 @@ class Engine:
         self._clock = clock
         self._identity = identity
         self.turns: Turns | None = None
+        self.watch: StepWatch | None = None
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._sequences: dict[int, _Sequence] = {}
-        self._flights: deque[tuple[StepPlan, StepHandle]] = deque()  # under way, oldest first
+        # under way, oldest first, and when each was planned
+        self._flights: deque[tuple[StepPlan, StepHandle, float]] = deque()
 
     @property
     def has_work(self) -> bool:
@@ -209,7 +212,8 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One turn of the ring.  An empty list means nothing ended a step: idle, filling up, or blocks are awaited."""
         self.runner.poll()
-        plan = self.batcher.plan(self._clock(), self.turns.cap() if self.turns else None)
+        now = self._clock()
+        plan = self.batcher.plan(now, self.turns.cap() if self.turns else None)
         if self.turns:
             self.turns.planned(sum(c.count for c in plan.chunks), not plan.empty)
         if plan.empty:
@@ -219,11 +223,13 @@ class Engine:
             starts = {c.rid: c.start for c in plan.chunks}
             joins = tuple(self._join(self._sequences[rid], starts[rid]) for rid in plan.joins)
             self.counters.steps += 1
-            self._flights.append((plan, self.runner.execute(plan, joins)))
+            self._flights.append((plan, self.runner.execute(plan, joins), now))
         keep = 1 if self._overlap and not plan.empty else 0
         events = self._shed(plan)
         while len(self._flights) > keep:
             events += self._land()
+        if self.watch and not self._flights and (plan.empty or not self.batcher.has_work):
+            self.watch.paused()
         return events
 
     def _shed(self, plan: StepPlan) -> list[TokenEvent]:
@@ -254,7 +260,7 @@ class Engine:
 
     def _land(self) -> list[TokenEvent]:
         """Waits for the oldest step under way and commits it."""
-        plan, handle = self._flights[0]
+        plan, handle, planned_s = self._flights[0]
         failure: RuntimeError | None = None
         try:
             result = handle.wait()
@@ -268,7 +274,10 @@ class Engine:
         if self.turns:
             self.turns.landed()
         if failure is None:
-            return self._commit(plan, result)
+            events = self._commit(plan, result)
+            if self.watch:
+                self.watch.landed(plan, planned_s, self._clock())
+            return events
         log.error("step %d failed", plan.step, exc_info=failure)
         return self._fail(plan, f"the step failed: {failure}")
 

@@ -25,6 +25,8 @@ MODEL_METRICS = (
     ("prefix_cache_blocks", "gauge", "cached_blocks"),
     # requests that lost their blocks to more urgent ones, or to another model, and are computed again
     ("preemptions_total", "counter", "preemptions"),
+    # mean of |predicted / measured - 1| over the last hundred steps or so
+    ("step_time_error", "gauge", "step_error"),
     # above 0, a request has waited for a compiler: warm-up has missed a kernel
     ("late_compiles_total", "counter", "late_compiles"),
 )

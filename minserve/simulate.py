@@ -7,11 +7,9 @@ Chrome's format (chrome://tracing, ui.perfetto.dev).  The same inputs give the s
 """
 
 import argparse
-import csv
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +21,21 @@ from minserve.pool import LeasedSets, SlabPool
 from minserve.quota_writer import TICK_S, QuotaWriter
 from minserve.resolve import ResolvedModel
 from minserve.schema import At, size
+from minserve.step_profile import Profile, read_costs, read_profile
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.metrics import Record, Slo, summarize, table
 from sched.pressure import demand, offer, preempt_for
-from sched.simulator import Arrival, Replica, Simulation, Turn
-from sched.step_time import DEVICES, Fitted, Work, decode_point, fit, prefill_point, roofline
+from sched.simulator import TIME_SLICED, Arrival, Replica, Simulation, Turn
+from sched.slowdown import complete
+from sched.step_time import DEVICES, Work, roofline
 from sched.workload import Workload, from_lines
 
-COLUMNS = (
-    "model",
-    "qformat",
-    "tp",
-    "mps_percentage",
-    "batch_size",
-    "input_len",
-    "output_len",
-    "prefill_time",
-    "tpot",
-)
 WEIGHT_BITS = {"w8a8-int8": 8, "w8a8-fp8": 8, "w4a8-int8": 4, "w4a8-fp8": 4}
 COPY_S = 0.001  # of a step, for compaction, on a device that copies at half of what it reads
 OPEN = "the workload ended before it did"
-
-
-def read_costs(path: str) -> dict[str, Fitted]:
-    """Step-time models of FineServe's profile, by `model/qformat/tp/mps`.  ValueError says what is wrong with the file."""
-    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
-    try:
-        with Path(path).open(newline="") as lines:
-            reader = csv.DictReader(lines)
-            missing = set(COLUMNS) - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"--costs {path!r} lacks the columns {', '.join(sorted(missing))}")
-            for row in reader:
-                rows["/".join(row[name] for name in COLUMNS[:4])].append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--costs {path!r} cannot be read: {error}") from error
-    found = {}
-    for key, of in rows.items():
-        points = []
-        for row in of:
-            try:
-                batch, prompt, answer = (int(row[name]) for name in COLUMNS[4:7])
-                points.append(prefill_point(batch, prompt, float(row["prefill_time"])))
-                points.append(decode_point(batch, prompt, answer, float(row["tpot"])))
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"--costs {path!r} has a row of {key} that holds no numbers: {row}"
-                ) from None
-        found[key] = fit(points)
-    return found
 
 
 def cost_of(model: ResolvedModel, gpu: str) -> StepCost:
@@ -92,6 +52,7 @@ def cost_of(model: ResolvedModel, gpu: str) -> StepCost:
         parameters=products + head,
         kv_token_bytes=kv,
         bits=8 if bits < 16 else 16,
+        pair_flops=4.0 * c.num_layers * c.q_size,
     )
     return roofline(work, DEVICES[gpu])
 
@@ -210,6 +171,7 @@ def simulate(
     costs: dict[str, StepCost],
     pools: Sequence[PlannedPool],
     *,
+    slowdown: Mapping[tuple[str, str], float] = TIME_SLICED,
     stretch: bool = True,
     trace: list[dict[str, Any]] | None = None,
 ) -> tuple[Simulation, list[Record], dict[str, Any]]:
@@ -236,6 +198,7 @@ def simulate(
     simulation = Simulation(
         [r for pool in made for r in pool.replicas],
         arrivals_of(workload, slos),
+        slowdown=slowdown,
         turns=[Turn(TICK_S, divide)],
         stretch=stretch and trace is None,
         trace=None if trace is None else draw,
@@ -263,7 +226,9 @@ def simulate(
     return simulation, records, summary
 
 
-def choose_costs(args: argparse.Namespace, pools: Sequence[PlannedPool]) -> dict[str, StepCost]:
+def choose_costs(
+    args: argparse.Namespace, pools: Sequence[PlannedPool], own: Profile | None
+) -> dict[str, StepCost]:
     """By model; prints where each comes from."""
     profile = read_costs(args.costs) if args.costs else {}
     named = dict(pair.split("=", 1) for pair in args.use if "=" in pair)
@@ -282,6 +247,9 @@ def choose_costs(args: argparse.Namespace, pools: Sequence[PlannedPool]) -> dict
                 )
             costs[name], error = profile[named[name]]
             sys.stdout.write(f"{name}: profile {named[name]}, off by {error:.1%} in the mean\n")
+        elif own is not None and name in own.models:
+            costs[name], error = own.models[name]
+            sys.stdout.write(f"{name}: {args.profile}, off by {error:.1%} in the mean\n")
         else:
             costs[name] = cost_of(model, args.gpu)
             sys.stdout.write(f"{name}: roofline on {args.gpu}\n")
@@ -296,6 +264,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--gpu", choices=sorted(DEVICES), default="h200", help="whose bandwidth and speed are assumed"
     )
     parser.add_argument("--costs", metavar="CSV", help="a profile in FineServe's form")
+    says = "of python -m bench.profile_steps: step times, and how models on one device slow each other down"
+    parser.add_argument("--profile", metavar="JSON", help=says)
     parser.add_argument("--use", metavar="NAME=KEY", action="append", default=[],
                         help="the profile's model/qformat/tp/mps for a model; others have a roofline")  # fmt: skip
     parser.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
@@ -318,8 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Path(args.workload).open() as lines:
             workload = from_lines(lines)
         trace: list[dict[str, Any]] | None = [] if args.trace else None
-        costs = choose_costs(args, pools)
-        _, _, summary = simulate(config, workload, costs, pools, stretch=not args.single_steps, trace=trace)
+        own = read_profile(args.profile) if args.profile else None
+        costs = choose_costs(args, pools, own)
+        slowdown = complete(own.slowdown) if own is not None and own.slowdown else TIME_SLICED
+        _, _, summary = simulate(
+            config, workload, costs, pools, slowdown=slowdown, stretch=not args.single_steps, trace=trace
+        )
         if args.trace:
             Path(args.trace).write_text(json.dumps({"traceEvents": trace}))
     except (ValueError, OSError, RuntimeError) as error:

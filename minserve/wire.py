@@ -160,7 +160,7 @@ class SegmentDone(msgspec.Struct, tag=True, frozen=True):
 class Stats(msgspec.Struct, frozen=True):
     """`running`, `waiting` and `cached_blocks` are now, the rest totals since the start.  `late_compiles`: kernels that
     warm-up missed.  `prefix_queries` and `prefix_hits` count tokens of prompts.  `preemptions`: requests that lost
-    their blocks and are computed again."""
+    their blocks and are computed again.  `step_error`: the mean part by which steps were predicted wrong of late."""
 
     running: int = 0
     waiting: int = 0
@@ -172,6 +172,7 @@ class Stats(msgspec.Struct, frozen=True):
     prefix_hits: int = 0
     cached_blocks: int = 0
     preemptions: int = 0
+    step_error: float = 0.0
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):

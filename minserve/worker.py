@@ -26,6 +26,8 @@ from minserve.offload import HostCopy, free_unused
 from minserve.pool import LeasedSets, SlabPool
 from minserve.prefill_token import prefill_token
 from minserve.resolve import check_planned, resolve_model
+from minserve.step_start import watch_steps
+from minserve.step_watch import StepWatch
 from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
 from sched.pressure import demand, offer, preempt_for
@@ -33,17 +35,20 @@ from sched.pressure import demand, offer, preempt_for
 
 @dataclass(slots=True)
 class _Active:
-    """What a model has while it is awake: an engine, the sets that it leases, and its part in sharing the pool."""
+    """What a model has while it is awake: an engine, the sets that it leases, and its part in sharing the pool.  `note`: what
+    its steps are predicted with."""
 
     engine: Engine
     sets: LeasedSets
     share: KvShare
+    note: str
 
     @classmethod
     def start(cls, model: LoadedModel, pool: SlabPool) -> "_Active":
         sets = LeasedSets(pool, model.resolved.entry.name)
         engine = start_engine(model, sets)
-        batcher = engine.batcher
+        entry, batcher = model.resolved.entry, engine.batcher
+        note = watch_steps(engine, entry.name.partition("@")[0], entry.profile)
         block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
         share = KvShare(
             sets,
@@ -60,7 +65,7 @@ class _Active:
             ),
         )
         engine.turns = prefill_token(pool.table, sets.owner, batcher)
-        return cls(engine, sets, share)
+        return cls(engine, sets, share, note)
 
     def end(self) -> None:
         """Every set is back in the pool, what was cached is gone, and no enqueued work can touch either."""
@@ -189,7 +194,18 @@ class EngineServed:
             prefix_hits=c.prefix_hits,
             cached_blocks=e.blocks.num_cached,
             preemptions=e.num_preemptions,
+            step_error=self.watch.error,
         )
+
+    @property
+    def note(self) -> str:
+        return self._on.note
+
+    @property
+    def watch(self) -> StepWatch:
+        """Of the steps, while it is awake."""
+        assert self._engine.watch is not None, "an engine that serves is watched"
+        return self._engine.watch
 
     def close(self) -> None:
         if self._active is not None:
@@ -225,6 +241,7 @@ def open_engine(start: Start) -> tuple[ServedEngine, Loaded]:
         f"weights: {model.report.nbytes / 1e6:.1f} MB in {resolved.dtype}, loaded in {loaded_s:.1f} s",
         f"KV cache: {resolved.kv_formats}, at most {tokens:,} tokens of the shared pool, "
         f"{tokens / resolved.max_model_len:.1f} requests of {resolved.max_model_len:,} tokens",
+        served.note,
         *([memory_line(model, start.device, before)] if start.device.startswith("cuda") else []),
     )
     return served, Loaded(resolved.max_model_len, resolved.config.vocab_size, report)

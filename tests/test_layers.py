@@ -32,13 +32,13 @@ ORDER = {
     """,
     "sched": """
         metrics arrivals workload synthetic router observed step slabs other_pools sm_shares quota prefix sequence recount blocks latency
-        limits flights claims compaction policy waiting running forecast slack batching pressure prefill_turn simulator step_time
+        limits flights claims compaction policy waiting running forecast slack policies batching pressure prefill_turn simulator slowdown step_time
     """,
     "minserve": """
         sampling schema groups overrides config model_flags keys workload_tables workload_saved
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
         slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table group_sets slab_segments cuda_memory mps pool keeper green probe sm_share
-        models sampler inputs graphs moves runner warmup engine cache_identity loading kv_moves kv_share prefill_token offload
+        models sampler inputs graphs moves runner warmup step_watch engine cache_identity loading step_profile step_start kv_moves kv_share prefill_token offload
         text outputs llm
         wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker served jobs frontend listener responses admin_routes pool_metrics request_metrics metrics server serve place simulate top admin workload replay_heard replay_alone replay_http replay_engine replay
     """,

@@ -122,8 +122,9 @@ def test_a_worker_reports_late_compiles_and_its_cache(monkeypatch: pytest.Monkey
     own: Any = SimpleNamespace(
         batcher=SimpleNamespace(num_running=1, num_waiting=2, num_preemptions=4, blocks=blocks),
         counters=counters,
+        watch=SimpleNamespace(error=0.25),
     )
     served: Any = object.__new__(worker.EngineServed)
     served._active = SimpleNamespace(engine=own)
     prefix = {"prefix_queries": 70, "prefix_hits": 64, "cached_blocks": 5}
-    assert served.stats() == Stats(running=1, waiting=2, preemptions=4, late_compiles=3, **prefix)
+    assert served.stats() == Stats(running=1, waiting=2, preemptions=4, late_compiles=3, step_error=0.25, **prefix)
