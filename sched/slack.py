@@ -8,9 +8,9 @@ urgent decode has slack for; and of prompts that cannot all be in time, the shor
     cap         as many as decode within the strictest TPOT
 
 `pace` is what steps take, over what they were predicted to: models beside this one, or a wrong cost model.  Who cannot
-be in time any more is late: served when nobody in time wants the room, and one admission in `late_share` in any case,
-eldest first, so a late request waits for at most late_share x (late ones before it + 1) admissions.  Or, with `shed`
-hopeless, it is given up.
+be in time any more is late: served, eldest first, when nobody in time wants the room, and of the admitted prompts one
+token in `late_share` in any case.  So it waits for at most (late_share - 1) x (tokens of the late before it + its own)
+tokens of others.  Or, with `shed` hopeless, it is given up.
 """
 
 from bisect import bisect_left, insort
@@ -26,7 +26,7 @@ from sched.step import Request
 
 # rows of prefill a step has room for even when the decodes are late already: arrivals must not starve
 MIN_PREFILL_TOKENS = 64
-LATE_SHARE = 4
+LATE_SHARE = 8
 LOOK = 128  # of the earliest deadlines that are weighed against each other
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
 SHED = ("never", "hopeless")
@@ -51,7 +51,7 @@ class Slack(Policy):
         self._late: list[tuple[float, int, Seq]] = []  # heap
         self._chosen: deque[Entry] = deque()
         self._begun_late: set[int] = set()  # rids
-        self._admitted = 0
+        self._passed = 0  # tokens that went before the late
         self._shown: Seq | None = None
 
     # -- who waits
@@ -86,7 +86,7 @@ class Slack(Policy):
     def _next(self) -> Seq | None:
         while self._late and self._late[0][2].state is not State.WAITING:
             heappop(self._late)
-        if self._late and self._admitted % self.late_share == self.late_share - 1:
+        if self._late and self._passed >= (self.late_share - 1) * self._late[0][2].total:
             return self._late[0][2]
         while self._chosen and self._chosen[0][3].state is not State.WAITING:
             self._chosen.popleft()
@@ -102,13 +102,15 @@ class Slack(Policy):
         assert seq is not None, "pop without head"
         self._shown = None
         self._num -= 1
-        self._admitted += 1
         if self._late and self._late[0][2] is seq:
             heappop(self._late)
+            self._passed = max(0, self._passed - (self.late_share - 1) * seq.total)
             # its turn has come: nobody who comes later goes before the rest of its prompt
             self._begun_late.add(seq.rid)
         else:
             self._forget(seq)
+            if self._late:
+                self._passed += seq.total
 
     def waiting(self) -> Iterable[Seq]:
         return [e[3] for e in self._timely] + [e[2] for e in self._late if e[2].state is State.WAITING]

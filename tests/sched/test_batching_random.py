@@ -12,6 +12,9 @@ from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
+from sched.policies import POLICIES, make_policy
+from sched.policy import Policy
+from sched.slack import SHED
 from sched.step import Request
 from tests.sched.witness import Sets, Witness
 
@@ -31,7 +34,7 @@ def build(rng: random.Random, cost: StepCost | None) -> tuple[Witness, Sets]:
         max_model_len=max_len,
         max_waiting=1000,
     )
-    witness = Witness(Batcher(BlockPool(sets, slots, P), limits, cost))
+    witness = Witness(Batcher(BlockPool(sets, slots, P), limits, cost, some_policy(rng, limits, cost)))
 
     def nothing_else_can_progress() -> None:
         assert not witness.planned, "urgent with a step in flight"
@@ -41,12 +44,32 @@ def build(rng: random.Random, cost: StepCost | None) -> tuple[Witness, Sets]:
     return witness, sets
 
 
+def some_policy(rng: random.Random, limits: Limits, cost: StepCost | None) -> Policy:
+    """Ours in half of the runs."""
+    name = rng.choice(list(POLICIES)) if rng.random() < 0.5 else "slack"
+    options = {
+        "slack": {"shed": rng.choice(SHED), "late_share": rng.randint(2, 5)},
+        "sarathi": {"chunk": rng.randint(1, 40)},
+        "fixed": {"batch": rng.randint(1, 9)},
+    }
+    return make_policy(name, limits, cost, options.get(name))
+
+
 def some_request(rng: random.Random, rid: int, max_len: int, now: float) -> Request:
     prompt = rng.randint(1, max_len - 1)
     output = rng.randint(1, max_len - prompt) if rng.random() < 0.7 else 1
     ttft = rng.choice((0.01, 0.1, 1.0, 30.0))
     tpot = rng.choice((1e-4, 0.01, 1.0))
-    return Request(rid=rid, prompt_tokens=prompt, max_tokens=output, arrival_s=now, ttft_s=ttft, tpot_s=tpot)
+    priority = rng.choice((0, 0, 0, 1, -5))
+    return Request(
+        rid=rid,
+        prompt_tokens=prompt,
+        max_tokens=output,
+        arrival_s=now,
+        ttft_s=ttft,
+        tpot_s=tpot,
+        priority=priority,
+    )
 
 
 def random_run(seed: int, turns: int = 150) -> Counter[str]:
@@ -100,7 +123,7 @@ def test_every_request_ends_and_nothing_leaks(part: int) -> None:
             e.add_note(f"random_run({seed})")
             raise
     # the runs really visited what they are for
-    for what in ("length", "stop", "abort", "preempted", "restarts", "urgent", "empty", "moved"):
+    for what in ("length", "stop", "abort", "preempted", "restarts", "urgent", "empty", "moved", "shed"):
         assert seen[what] > 20, f"{what} happened {seen[what]} times in {seen}"
 
 

@@ -92,6 +92,11 @@ class Witness:
     def plan(self, now: float) -> StepPlan:
         plan = self.batcher.plan(now)
         self.batcher.check()
+        for rid in plan.shed:
+            r = self.records[rid]
+            assert not r.ended, f"request {rid} is shed, but ended by {r.ended}"
+            assert r.table is None, f"request {rid} is shed while it runs"
+            r.ended = "shed"
         self._leave(plan)
         self._grant(plan)
         planned = Planned(plan, set(), {})
