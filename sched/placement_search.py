@@ -1,0 +1,281 @@
+"""The solver: greedy seeds, local search on the estimate, and the best few judged anew by a simulator that is handed in.
+
+A step moves a replica, swaps two, adds or removes one, changes its degree of tensor parallelism or its share of the
+multiprocessors, or makes room for a model that has none by moving another; the first that improves is taken.  Where
+nothing does, the plan is kicked (a few steps at random) and climbed again.  The same seed gives the same plan: the
+budget counts plans looked at, not seconds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import inf
+from random import Random
+from typing import Protocol
+
+from sched.placement import Plan, Problem, Replica, residents
+from sched.placement_estimate import Estimate, Estimator
+
+BUDGET = 20_000
+BETTER = 1e-9
+KICK_STEPS = 3
+KEEP = 6  # local optima that a simulator judges
+ALL_GROUPS = 3  # up to so many GPUs of a node any of them may be ranks of a replica, else neighbours
+Score = Callable[[Plan], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """`missing`: models without a replica.  `best`: plans that were judged, the best first, with their scores."""
+
+    plan: Plan
+    estimate: Estimate
+    missing: tuple[int, ...]
+    num_looked_at: int
+    best: tuple[tuple[Plan, float], ...] = ()
+
+
+def groups_of(problem: Problem, tp: int) -> list[tuple[int, ...]]:
+    """GPUs of one node that `tp` ranks may be on."""
+    found: list[tuple[int, ...]] = []
+    for gpus in problem.nodes.values():
+        if len(gpus) <= ALL_GROUPS or tp == 1:
+            found += combinations(gpus, tp)
+        else:
+            found += (gpus[i : i + tp] for i in range(0, len(gpus) - tp + 1, tp))
+    return found
+
+
+def options(problem: Problem, model: int) -> list[Replica]:
+    """Every replica that the model could have."""
+    m, found = problem.models[model], []
+    degrees = sorted({tp for gpu in problem.gpus for tp in m.degrees(gpu.kind)})
+    for tp in degrees:
+        for gpus in groups_of(problem, tp):
+            shares = [m.shares(problem.gpus[g].kind, tp) for g in gpus]
+            found += [Replica(model, gpus, sm) for sm in shares[0] if all(sm in of for of in shares)]
+    return found
+
+
+class Judge(Protocol):
+    """What a plan is worth, and whether memory holds those on a GPU."""
+
+    def __call__(self, plan: Plan) -> Estimate: ...
+    def fits(self, plan: Plan) -> bool: ...
+    def fits_on(self, gpu: int, on: Sequence[Replica]) -> bool: ...
+
+
+class Search:
+    """One search, on one estimator, with one source of chance."""
+
+    def __init__(self, problem: Problem, estimator: Judge, seed: int, budget: int) -> None:
+        self.problem, self.estimator, self.budget = problem, estimator, budget
+        self.rng = Random(seed)
+        self.options = [options(problem, i) for i in range(len(problem.models))]
+        self.num_looked_at = 0
+        self.optima: dict[Plan, float] = {}
+
+    # -- values
+
+    def value(self, plan: Plan) -> float:
+        self.num_looked_at += 1
+        return self.estimator(plan).value
+
+    @property
+    def spent(self) -> bool:
+        return self.num_looked_at >= self.budget
+
+    def add(self, plan: Plan, new: Replica, without: Replica | None = None) -> Plan | None:
+        """The plan with a replica more (and one less), or None where memory does not hold it or its model is there."""
+        rest = [r for r in plan if r is not without]
+        for g in new.gpus:
+            on = sorted([*(r for r in rest if g in r.gpus), new])
+            if any(r.model == new.model for r in on if r is not new) or not self.estimator.fits_on(g, on):
+                return None
+        return tuple(sorted([*rest, new]))
+
+    # -- seeds
+
+    def seeds(self) -> Iterator[Plan]:
+        """Greedy plans: models by need, each where the estimate is best; and wherever memory is left, which is surer to fit."""
+        models, n = self.problem.models, len(self.problem.models)
+        size = [min(m.fixed_bytes(1), m.fixed_bytes(8)) + m.reserve_bytes(1) for m in models]
+        work = [m.rate * (m.prompt_tokens + m.output_tokens) * m.weight_bytes for m in models]
+        by_size = sorted(range(n), key=lambda i: (-size[i], i))
+        yield self.greedy(by_size, roomiest=True)
+        yield self.greedy(sorted(range(n), key=lambda i: (-work[i], i)))
+        yield self.greedy(by_size)
+
+    def greedy(self, order: Sequence[int], roomiest: bool = False) -> Plan:
+        plan: Plan = ()
+        for i in order:
+            wanted = self.problem.models[i].replicas or 1
+            for _ in range(wanted):
+                fitting = [p for new in self.options[i] if (p := self.add(plan, new)) is not None]
+                if fitting:
+                    plan = max(fitting, key=self.room if roomiest else self.value)
+        return plan
+
+    def room(self, plan: Plan) -> float:
+        """Bytes that the fullest GPU has left."""
+        used = [
+            sum(
+                m.fixed_bytes(r.tp) + m.reserve_bytes(r.tp)
+                for r in on
+                for m in [self.problem.models[r.model]]
+            )
+            for on in residents(self.problem, plan)
+        ]
+        return min(g.memory_bytes - u for g, u in zip(self.problem.gpus, used, strict=True))
+
+    # -- steps
+
+    def steps(self, plan: Plan, estimate: Estimate) -> Iterator[Plan]:
+        """Neighbours, those first that change what is worst off."""
+        placed = {r.model for r in plan}
+        for i in range(len(self.problem.models)):
+            if i not in placed:
+                yield from self.entering(plan, i)
+        jitter = [self.rng.random() * 0.05 for _ in plan]
+        order = sorted(range(len(plan)), key=lambda k: estimate.attained[plan[k].model] + jitter[k])
+        replicas = [plan[k] for k in order]
+        for r in replicas:
+            yield from self.changed(plan, r)
+            yield from self.swapped(plan, r, replicas)
+            yield from self.numbered(plan, r)
+
+    def changed(self, plan: Plan, r: Replica) -> Iterator[Plan]:
+        """Elsewhere, with another degree or share."""
+        for new in self.shuffled(self.options[r.model]):
+            if new != r and (found := self.add(plan, new, r)) is not None:
+                yield found
+
+    def swapped(self, plan: Plan, r: Replica, others: Sequence[Replica]) -> Iterator[Plan]:
+        for o in others:
+            if o.model <= r.model or o.gpus == r.gpus or set(o.gpus) & set(r.gpus):
+                continue
+            if r.tp == o.tp:
+                pair = Replica(r.model, o.gpus, r.sm), Replica(o.model, r.gpus, o.sm)
+                if (found := self.both(plan, (r, o), pair)) is not None:
+                    yield found
+
+    def both(self, plan: Plan, old: tuple[Replica, Replica], new: tuple[Replica, Replica]) -> Plan | None:
+        if any(n not in self.options[n.model] for n in new) and len(self.problem.nodes) > 1:
+            return None
+        kinds = [self.problem.models[n.model].costs for n in new]
+        for costs, n in zip(kinds, new, strict=True):
+            if any((n.tp, n.sm) not in costs.get(self.problem.gpus[g].kind, {}) for g in n.gpus):
+                return None
+        rest = [r for r in plan if r not in old]
+        found = tuple(sorted([*rest, *new]))
+        for g in {*new[0].gpus, *new[1].gpus}:
+            on = [r for r in found if g in r.gpus]
+            if len({r.model for r in on}) != len(on) or not self.estimator.fits_on(g, on):
+                return None
+        return found
+
+    def numbered(self, plan: Plan, r: Replica) -> Iterator[Plan]:
+        """One replica of the model more, or this one less."""
+        m = self.problem.models[r.model]
+        if m.replicas is not None:
+            return
+        count = sum(o.model == r.model for o in plan)
+        if count > 1:
+            yield tuple(o for o in plan if o is not r)
+        if count < self.problem.max_replicas:
+            for new in self.shuffled(self.options[r.model]):
+                if (found := self.add(plan, new)) is not None:
+                    yield found
+
+    def entering(self, plan: Plan, model: int) -> Iterator[Plan]:
+        """The model where there is room, or where there is once another has moved."""
+        for new in self.shuffled(self.options[model]):
+            if (found := self.add(plan, new)) is not None:
+                yield found
+                continue
+            for r in plan:
+                if set(r.gpus) & set(new.gpus):
+                    for other in self.options[r.model]:
+                        if set(other.gpus) & set(new.gpus):
+                            continue
+                        moved = self.add(plan, other, r)
+                        if moved is not None and (found := self.add(moved, new)) is not None:
+                            yield found
+
+    def shuffled(self, of: Sequence[Replica]) -> list[Replica]:
+        found = list(of)
+        self.rng.shuffle(found)
+        return found
+
+    # -- search
+
+    def climb(self, plan: Plan) -> tuple[Plan, float]:
+        """To where no step improves, or the budget ends."""
+        estimate = self.estimator(plan)
+        value = estimate.value
+        while not self.spent:
+            for candidate in self.steps(plan, estimate):
+                found = self.value(candidate)
+                if found > value + BETTER:
+                    plan, value, estimate = candidate, found, self.estimator(candidate)
+                    break
+                if self.spent:
+                    break
+            else:
+                break
+        self.optima[plan] = value
+        return plan, value
+
+    def kick(self, plan: Plan) -> Plan:
+        for _ in range(KICK_STEPS):
+            if not plan:
+                break
+            r = plan[self.rng.randrange(len(plan))]
+            new = next(iter(self.changed(plan, r)), None)
+            plan = new if new is not None else plan
+        return plan
+
+    def run(self, starts: Iterable[Plan]) -> None:
+        best, value = None, -inf
+        for start in starts:
+            plan, found = self.climb(start)
+            if found > value:
+                best, value = plan, found
+        while best and not self.spent:
+            before = self.num_looked_at
+            plan, found = self.climb(self.kick(best))
+            if found > value - BETTER:
+                best, value = plan, found
+            if self.num_looked_at == before:
+                break  # there is no step to take
+
+
+def solve(
+    problem: Problem,
+    *,
+    seed: int = 0,
+    budget: int = BUDGET,
+    score: Score | None = None,
+    keep: int = KEEP,
+    local: bool = True,
+    starts: Sequence[Plan] = (),
+    estimator: Judge | None = None,
+) -> Solution:
+    """The best plan found.  `score` (more is better) judges the best `keep` of the search; `starts`: plans to climb from, too.
+    `estimator`: what is maximised, by default the attainment of `Estimator`."""
+    estimator = estimator or Estimator(problem)
+    search = Search(problem, estimator, seed, budget)
+    given = [*starts, *search.seeds()]
+    if local:
+        search.run(given)
+    for plan in given:
+        if estimator.fits(plan):
+            search.optima.setdefault(plan, estimator(plan).value)
+    ranked = sorted(search.optima.items(), key=lambda pair: (-pair[1], pair[0]))
+    judged: tuple[tuple[Plan, float], ...] = ()
+    if score is not None:
+        few = [plan for plan, _ in ranked[:keep]]
+        judged = tuple(sorted(((plan, score(plan)) for plan in few), key=lambda pair: -pair[1]))
+    plan = judged[0][0] if judged else ranked[0][0]
+    missing = tuple(sorted(set(range(len(problem.models))) - {r.model for r in plan}))
+    return Solution(plan, estimator(plan), missing, search.num_looked_at, judged)
