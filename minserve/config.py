@@ -17,6 +17,7 @@ from typing import Any
 
 from minserve.groups import GroupConfig, read_groups
 from minserve.overrides import GROUP_SIZE, OVERRIDES, by_layer
+from minserve.policy_keys import OPTIONS, POLICY, Options, check_policy
 from minserve.schema import (
     NAME,
     At,
@@ -38,7 +39,7 @@ from minserve.schema import (
     size,
     text,
 )
-from sched.quota import POLICIES
+from sched.quota import POLICIES as QUOTAS
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 # of a replica: the model's and its GPU's; a file names models only
@@ -82,7 +83,7 @@ class GpuConfig:
     pool_bytes: int | None = key(maybe(size(64 * KiB, TiB), "auto"), None)
     memory_fraction: float = key(number(0.05, 0.99), 0.9)
     slab_bytes: int | None = key(maybe(size(4 * KiB, GiB, multiple=4 * KiB), "auto"), None)
-    quota: str = key(choice(*POLICIES), "marginal")
+    quota: str = key(choice(*QUOTAS), "marginal")
     sharing: str = key(SHARING, "auto")
     prefill_token: bool | None = key(maybe(boolean(), "auto"), None)
 
@@ -137,6 +138,8 @@ class ModelEntry:
     max_queued_requests: int = key(integer(1, 1_000_000), 2048)
     max_queued_tokens: int = key(integer(1, 1 << 40), 4_000_000)
     reserve_tokens: int = key(integer(0, 1 << 24), 8192)
+    policy: str = key(POLICY, "slack")
+    policy_options: Options = key(OPTIONS, ())
     deterministic: bool = key(boolean(), False)
     enable_prefix_caching: bool = key(boolean(), True)
     cuda_graphs: bool = key(boolean(), True)
@@ -167,6 +170,7 @@ def check_model(model: ModelEntry, at: At) -> ModelEntry:
     if model.max_num_batched_tokens < model.max_num_seqs:
         limit = f"at least max_num_seqs={model.max_num_seqs}: each running sequence needs a row in a step"
         raise refuse(at.sub("max_num_batched_tokens"), limit, model.max_num_batched_tokens)
+    check_policy(model.policy, model.policy_options, at)
     schemes = (model.quantization, *(scheme for _, scheme in model.quantization_overrides))
     if model.quantization_group_size is not None and not any(s.startswith("w4") for s in schemes):
         limit = "auto where no layer is quantized to w4a8-int8 or w4a8-fp8"

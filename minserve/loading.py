@@ -32,6 +32,7 @@ from minserve.weights import WeightSource
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits
+from sched.policies import make_policy
 from sched.step import Chunk, Grant, StepPlan
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def start_engine(model: LoadedModel, sets: LeasedSets, *, overlap: bool | None =
         if r.entry.cuda_graphs and not r.entry.deterministic:
             runner.capture(batch_sizes(limits.max_running), cuda_capture())
         compile_monitor().serving = True
-    batcher = Batcher(blocks, limits)
+    policy = make_policy(r.entry.policy, limits, None, dict(r.entry.policy_options))
+    batcher = Batcher(blocks, limits, policy=policy)
     return Engine(
         runner,
         batcher,

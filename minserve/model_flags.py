@@ -8,7 +8,7 @@ from minserve.schema import kinds, plain_value
 
 NO_FLAG = ("path", "aliases", "placement", "slo", "lengths", "group", "tier", *MAPPINGS)
 # keys that say how, not what: with a file they are every model's
-FOR_ALL = ("policy", "shed")
+FOR_ALL = ("policy", "policy_options")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,4 +34,6 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
         for name, v in vars(args).items()
         if name.startswith("model_") and v is not None
     }
-    return {name: plain_value(v) for name, v in given.items()}
+    found = {name: plain_value(v) for name, v in given.items()}
+    # options are of one policy: another one on the command line begins with its defaults
+    return {"policy_options": ()} | found if "policy" in found else found

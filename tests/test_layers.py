@@ -37,7 +37,7 @@ ORDER = {
         placement_muxserve placement_fineserve placement_arms placement_moves placement_why
     """,
     "minserve": """
-        sampling schema groups overrides config model_flags keys workload_tables workload_saved
+        sampling schema groups policy_keys overrides config model_flags keys workload_tables workload_saved
         model_config rope checkpoint tensor_names kv_use resolve memory rows linear prepare load_report weights kv_scales
         slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table group_sets slab_segments cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs moves runner warmup step_watch engine cache_identity loading step_profile step_start kv_moves kv_share prefill_token offload

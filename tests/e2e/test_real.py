@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     models = [
-        {"name": "left", "path": "tiny", "group": "any", "tier": 1},
+        {"name": "left", "path": "tiny", "group": "any", "tier": 1, "policy_options": {"shed": "hopeless"}},
         {
             "name": "right",
             "path": "tiny",
@@ -78,8 +78,21 @@ def test_a_group_answers_as_the_precision_that_it_names(server: Server) -> None:
         assert got["model"] == "left", "the best one cannot be loaded"
         assert got["choices"] == complete(server, model="left", prompt=prompt)["choices"]
         # nobody is that fast: the lesser miss answers
-        got = complete(server, model="any", prompt=prompt, slo={"ttft_ms": 1, "tpot_ms": 0.1})
+        got = complete(server, model="any", prompt=prompt, slo={"tpot_ms": 0.1})
         assert got["choices"] == complete(server, model=got["model"], prompt=prompt)["choices"]
+
+
+def test_a_request_that_cannot_be_in_time_is_shed_where_the_policy_says_so(server: Server) -> None:
+    body = {"model": "left", "prompt": [7] * 200, "max_tokens": 4, "slo": {"ttft_ms": 1}}
+    for stream in (False, True):
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}, timeout=60)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "shed"
+        assert int(answer.headers["retry-after"]) >= 1
+    assert complete(server, **{**body, "model": "right"})["usage"]["completion_tokens"] == 4
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'minserve:requests_shed_total{model_name="left"} 2\n' in text
+    server.assert_idle(spare_slabs=4)
 
 
 def test_echoed_logprobs_are_the_models(server: Server, folder: Path) -> None:

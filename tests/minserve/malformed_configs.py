@@ -258,6 +258,22 @@ MALFORMED: list[tuple[str | bytes, tuple[str, ...]]] = [
     (model("sm_share: 0"), ("models[0].sm_share", "0", "[1, 100]")),
     (model("sm_share: 101"), ("models[0].sm_share", "101", "[1, 100]")),
     (model("sm_share: 50%"), ("models[0].sm_share", "50%", "auto")),
+    # policies
+    (model("policy: slak"), ("models[0].policy", "slak", "slack, fcfs", "'slack'")),
+    (model("policy: null"), ("models[0].policy", "null", "saab")),
+    (model("policy_options: hopeless"), ("models[0].policy_options", "hopeless", "shed=hopeless")),
+    (model("policy_options: [1]"), ("models[0].policy_options", "[1]", "mapping")),
+    (model("policy_options: {shed: often}"), ("models[0].policy_options", "often", "never, hopeless")),
+    (model("policy_options: {shed: true}"), ("models[0].policy_options.shed", "true", "text")),
+    (model("policy_options: {late_share: 1}"), ("models[0].policy_options", "late_share", "at least 2", "1")),
+    (model("policy_options: {late_share: many}"), ("policy_options.late_share", "many", "whole number")),
+    (model("policy_options: {shedd: never}"), ("models[0].policy_options", "shedd", "shed, late_share")),
+    (
+        model("policy: fcfs, policy_options: {shed: never}"),
+        ("policy_options", "shed", "of fcfs: there are none"),
+    ),
+    (model("policy: fixed, policy_options: {batch: 0}"), ("policy_options", "batch", "0")),
+    (defaults("policy: best"), ("defaults.policy", "best", "slack")),
     # groups
     (GOOD + "\ngroups: fast", ("groups", "fast", "list")),
     (GOOD + "\ngroups: [{name: g}]", ("groups[0].name", "g", "none of them")),

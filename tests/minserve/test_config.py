@@ -232,6 +232,21 @@ def test_flags_are_the_keys_of_a_model(tmp_path: Path) -> None:
     assert "--max-model-len" in parser.format_help()
 
 
+@pytest.mark.parametrize("options", ["{shed: hopeless, late_share: 8}", "'late_share=8, shed=hopeless'"])
+def test_a_policy_and_its_options(tmp_path: Path, options: str) -> None:
+    config = load_config(write(tmp_path, model(f"policy: slack, policy_options: {options}")))
+    (entry,) = config.models
+    assert entry.policy_options == (("late_share", 8), ("shed", "hopeless"))
+    assert ModelEntry.read(json.loads(json.dumps(dataclasses.asdict(entry)))) == entry
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    flags = model_flags(parser.parse_args(["--policy", "fixed", "--policy-options", "batch=3"]))
+    assert config.with_models(**flags).models[0].policy_options == (("batch", 3),)
+    flags = model_flags(parser.parse_args(["--policy", "fcfs"]))
+    (entry,) = config.with_models(**flags).models
+    assert (entry.policy, entry.policy_options) == ("fcfs", ())
+
+
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, server("port: 1, host: localhost, api_keys_file: k")))
     changed = config.with_server(port=2, host=None).server
