@@ -5,6 +5,7 @@ from typing import Any
 
 from minserve.agent import Agent
 from minserve.config import Config
+from minserve.host import BOOT, Host
 from minserve.replay_heard import Heard
 from minserve.replay_http import Clock
 from minserve.sampling import SamplingParams
@@ -36,7 +37,8 @@ class EngineTarget:
     """Starts the workers in `open` and ends them in `close`.  Tokenizers, the front end's queues and its router have no part in
     it: ValueError where a model has several replicas."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
+    def __init__(self, config: Config, clock: Clock, boot: str = BOOT) -> None:
+        """`boot`: what the workers' interpreter runs."""
         config.check_here()
         if several := [m for m in config.models if len(m.placement) > 1]:
             says = (
@@ -45,8 +47,12 @@ class EngineTarget:
             raise ValueError(f"{says}: `serve` the file and replay with --url")
         self._slos = {m.name: m.slo for m in config.models}
         self._clock = clock
-        self._agent = Agent(config, {})
+        self._agent = Agent(config, {}, boot)
         self._rids: dict[int, int] = {}
+
+    @property
+    def hosts(self) -> dict[str, Host]:
+        return self._agent.hosts
 
     async def open(self) -> None:
         """ValueError where a model cannot be loaded."""

@@ -27,7 +27,10 @@ from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.metrics import Record, Slo, summarize, table
+from sched.policies import make_policy
 from sched.pressure import demand, offer, preempt_for
+from sched.router import ROUTERS, Router, Tiers, named
+from sched.simulated_routes import Routes
 from sched.simulator import TIME_SLICED, Arrival, Replica, Simulation, Turn
 from sched.slowdown import complete
 from sched.step_time import DEVICES, Work, roofline
@@ -77,7 +80,9 @@ class SimulatedPool:
             max_model_len=model.max_model_len,
             max_waiting=entry.max_queued_requests,
         )
-        batcher = Batcher(BlockPool(sets, sets.shape.slots, sets.shape.block_tokens), limits, cost)
+        blocks = BlockPool(sets, sets.shape.slots, sets.shape.block_tokens)
+        policy = make_policy(entry.policy, limits, cost, dict(entry.policy_options))
+        batcher = Batcher(blocks, limits, cost, policy)
         block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
         # bytes are copied no faster than a context is read, and read and written both
         per_block_s = 2 * cost.per_context_token_s * sets.shape.block_tokens
@@ -165,24 +170,66 @@ def records_of(simulation: Simulation, workload: Workload) -> list[Record]:
     return records
 
 
+def routes_of(
+    config: Config, router: str, slowdown: Mapping[tuple[str, str], float]
+) -> tuple[Routes, dict[str, list[str]]]:
+    """What routes requests as the front end would, groups by their policy, and the models of each group."""
+    settings = {g.name: g for g in config.groups}
+
+    def make(name: str) -> Router:
+        if (g := settings.get(name)) is None:
+            return named(router)
+        return Tiers(g.policy, g.margin, g.hysteresis, named(router))
+
+    groups = {name: [m.name for m in config.models if m.group == name] for name in settings}
+    return Routes(make, {m.name: m.tier for m in config.models}, slowdown), groups
+
+
+def slos_of(config: Config) -> dict[str, Slo]:
+    """By model, and of a group that of its best precision."""
+    found = {}
+    # the best is the last to be written
+    for m in sorted(config.models, key=lambda m: -m.tier):
+        slo = Slo(m.slo.ttft_ms / 1000, m.slo.tpot_ms / 1000)
+        found[m.name] = slo
+        if m.group is not None:
+            found[m.group] = slo
+    return found
+
+
+def counts_of(simulation: Simulation) -> dict[str, Any]:
+    """What it did, in all and by replica."""
+    replicas = simulation.replicas
+    return {
+        "tokens": simulation.tokens,
+        "events": simulation.events,
+        "seconds": simulation.now,
+        "steps": {r.name: r.steps for r in replicas},
+        "preemptions": {r.name: r.batcher.num_preemptions for r in replicas},
+        "blocks_moved": {r.name: r.batcher.compactor.num_moved for r in replicas},
+        "sets_emptied": {r.name: r.batcher.compactor.num_vacated for r in replicas},
+    }
+
+
 def simulate(
     config: Config,
     workload: Workload,
     costs: dict[str, StepCost],
     pools: Sequence[PlannedPool],
     *,
+    router: str = "least-ttft",
     slowdown: Mapping[tuple[str, str], float] = TIME_SLICED,
     stretch: bool = True,
     trace: list[dict[str, Any]] | None = None,
 ) -> tuple[Simulation, list[Record], dict[str, Any]]:
     """The run, its records, and their summary.  ValueError for a model that the configuration does not serve."""
-    served = {m.entry.name for p in pools for m in p.models}
+    routes, groups = routes_of(config, router, slowdown)
+    served = {m.entry.name for p in pools for m in p.models} | groups.keys()
     if unknown := set(workload.models) - served:
         raise ValueError(
             f"the workload asks for {sorted(unknown)}; the configuration serves {sorted(served)}"
         )
-    slos = {m.name: Slo(m.slo.ttft_ms / 1000, m.slo.tpot_ms / 1000) for m in config.models}
-    slos |= dict(workload.slos)
+    slos = slos_of(config) | dict(workload.slos)
     now = Now()
     made = [SimulatedPool(p, costs, config, now) for p in pools]
 
@@ -198,6 +245,8 @@ def simulate(
     simulation = Simulation(
         [r for pool in made for r in pool.replicas],
         arrivals_of(workload, slos),
+        route=routes,
+        groups=groups,
         slowdown=slowdown,
         turns=[Turn(TICK_S, divide)],
         stretch=stretch and trace is None,
@@ -214,15 +263,7 @@ def simulate(
             pool.pool.close()
     records = records_of(simulation, workload)
     summary = summarize(records, slos)
-    summary["simulated"] = {
-        "tokens": simulation.tokens,
-        "events": simulation.events,
-        "seconds": simulation.now,
-        "steps": {r.name: r.steps for r in simulation.replicas},
-        "preemptions": {r.name: r.batcher.num_preemptions for r in simulation.replicas},
-        "blocks_moved": {r.name: r.batcher.compactor.num_moved for r in simulation.replicas},
-        "sets_emptied": {r.name: r.batcher.compactor.num_vacated for r in simulation.replicas},
-    }
+    summary["simulated"] = counts_of(simulation)
     return simulation, records, summary
 
 
@@ -269,6 +310,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--use", metavar="NAME=KEY", action="append", default=[],
                         help="the profile's model/qformat/tp/mps for a model; others have a roofline")  # fmt: skip
     parser.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
+    parser.add_argument(
+        "--router", choices=list(ROUTERS), default="least-ttft", help="among replicas; serve has the default"
+    )
     parser.add_argument("--trace", metavar="FILE", help="every step, as JSON for chrome://tracing")
     parser.add_argument(
         "--single-steps",
@@ -292,7 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         costs = choose_costs(args, pools, own)
         slowdown = complete(own.slowdown) if own is not None and own.slowdown else TIME_SLICED
         _, _, summary = simulate(
-            config, workload, costs, pools, slowdown=slowdown, stretch=not args.single_steps, trace=trace
+            config,
+            workload,
+            costs,
+            pools,
+            router=args.router,
+            slowdown=slowdown,
+            stretch=not args.single_steps,
+            trace=trace,
         )
         if args.trace:
             Path(args.trace).write_text(json.dumps({"traceEvents": trace}))

@@ -1,0 +1,53 @@
+"""A worker as `serve` starts it, that also writes down what each step took: for bench.profile_steps and bench.fidelity.
+
+MINSERVE_STEP_LOG names a folder.  One file a worker, NAME.npy, written when it is told to stop.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minserve.loop import ServedEngine, serve
+from minserve.step_watch import point_of
+from minserve.wire import Loaded, Start
+from minserve.worker import EngineServed, open_engine
+from sched.step import StepPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOT = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bench.step_worker as w; sys.path.pop(0); w.main()"
+)
+FOLDER = "MINSERVE_STEP_LOG"
+# of a row: when the step ended on the machine's monotonic clock, then the fields of a Point
+ROW = ("end_s", "seconds", "steps", "decodes", "prefill_tokens", "context_tokens", "pairs")
+
+
+def log_file(folder: str | Path, name: str) -> Path:
+    return Path(folder) / f"{name.replace('/', '_')}.npy"
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    rows: list[tuple[float, ...]] = []
+    names: list[str] = []
+
+    def heard(plan: StepPlan, seconds: float, now: float) -> None:
+        rows.append((now, *point_of(plan, seconds)))
+
+    def opener(start: Start) -> tuple[ServedEngine, Loaded]:
+        served, loaded = open_engine(start)
+        assert isinstance(served, EngineServed), f"{served} has no engine to watch"
+        names.append(str(start.entry["name"]))
+        served.watch.heard = heard
+        return served, loaded
+
+    try:
+        serve(opener, sys.argv[1:])
+    finally:
+        table: Any = np.array(rows, np.float64).reshape(-1, len(ROW))
+        for name in names:
+            np.save(log_file(os.environ[FOLDER], name), table)
