@@ -263,7 +263,8 @@ def simulate(
             pool.pool.close()
     records = records_of(simulation, workload)
     summary = summarize(records, slos)
-    summary["simulated"] = counts_of(simulation)
+    chosen = {name: routes.chosen.get(name, {}) for name in groups}
+    summary["simulated"] = counts_of(simulation) | {"chosen": chosen}
     return simulation, records, summary
 
 

@@ -177,12 +177,17 @@ def takers(states: Sequence[ReplicaState]) -> list[ReplicaState]:
 
 
 def least_ttft(request: RouteRequest, states: Sequence[ReplicaState]) -> ReplicaState | None:
-    """The least part of the SLO used up, TTFT and TPOT together; of equals the least TTFT, the fewest requests, the first."""
+    """The least part of the SLO used up, TTFT and TPOT together; of equals the least TTFT, the fewest requests, the first.
+
+    Where all would miss, the fewest requests for its pace: what waits behind the hopeless does not wait for all of them.
+    """
     best, least = None, (inf, inf, inf, inf)
     for state in states:
         if state.takes:
             found = predict(request, state)
-            key = (found.cost, found.ttft_s, found.tpot_s, state.open)
+            key = (0.0, found.cost, found.ttft_s, float(state.open))
+            if found.ttft_s > request.ttft_s or found.tpot_s > request.tpot_s:
+                key = (1.0, (state.open + 1) * (state.prompt_token_s or state.step_s), found.ttft_s, 0.0)
             if best is None or key < least:
                 best, least = state, key
     return best

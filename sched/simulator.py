@@ -115,7 +115,8 @@ class Turn(NamedTuple):
 
 
 class Simulation:
-    """`route(arrival, replicas, now)` picks one of a model's replicas.  `slowdown[own, other]`: what a step in phase `own`
+    """`route(arrival, replicas, now)` picks one of a model's replicas, or of those of the models that `groups` has under the
+    arrival's name.  `slowdown[own, other]`: what a step in phase `own`
     takes longer, as a part of itself, for each replica in phase `other` on its device.  `stretch` False: step by step."""
 
     def __init__(
@@ -124,6 +125,7 @@ class Simulation:
         arrivals: Sequence[Arrival],
         *,
         route: Callable[[Arrival, Sequence[Replica], float], Replica] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
         slowdown: Mapping[tuple[str, str], float] = TIME_SLICED,
         turns: Sequence[Turn] = (),
         stretch: bool = True,
@@ -147,6 +149,8 @@ class Simulation:
                 on.setdefault(device, []).append(r)
         for r in replicas:
             r.beside = tuple(tuple(o for o in on[device] if o is not r) for device in r.devices)
+        for name, models in (groups or {}).items():
+            self._of_model[name] = [r for m in models for r in self._of_model.get(m, ())]
         missing = {a.model for a in arrivals} - self._of_model.keys()
         if missing:
             raise ValueError(f"no replica serves {sorted(missing)}; served are {sorted(self._of_model)}")

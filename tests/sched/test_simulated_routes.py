@@ -1,0 +1,129 @@
+"""Routers in a simulation: the same with stretches as step by step, and what they gain over those that look at less."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from sched.batching import Batcher
+from sched.blocks import BlockPool
+from sched.latency import StepCost
+from sched.limits import Limits
+from sched.router import ROUTERS, Router, Tiers, named
+from sched.simulated_routes import Routes
+from sched.simulator import Arrival, Replica, Simulation
+from tests.sched.witness import Sets
+
+LIMITS = Limits(
+    max_running=32, max_step_tokens=2048, max_chunk_tokens=2048, max_model_len=4096, max_waiting=10**6
+)
+COST = StepCost(base_s=8e-3, per_decode_s=5e-5, per_prefill_token_s=4e-5, per_context_token_s=1.6e-8)
+TIERS = {"fp16": 0, "w8": 1, "w4": 2}
+SPEED = {"fp16": 1.0, "w8": 1.7, "w4": 2.4}
+
+
+def replica(name: str, model: str, device: str, speed: float = 1.0) -> Replica:
+    cost = StepCost(
+        base_s=COST.base_s / speed, per_decode_s=COST.per_decode_s / speed,
+        per_prefill_token_s=COST.per_prefill_token_s / speed, per_context_token_s=COST.per_context_token_s,
+    )  # fmt: skip
+    return Replica(name, model, (device,), Batcher(BlockPool(Sets(600), 16, 32), LIMITS, cost))
+
+
+def asked(seed: int, n: int, rate: float, model: str, ttft_s: float, tpot_s: float = 0.05) -> list[Arrival]:
+    """Bursts of a few seconds, of prompts that differ by a hundred times."""
+    rng, t, made = random.Random(seed), 0.0, []
+    for rid in range(n):
+        t += rng.expovariate(rate * (4.0 if t % 8 < 2 else 0.25))
+        prompt = int(rng.lognormvariate(6.0, 1.0))
+        made.append(Arrival(t, rid, model, min(max(prompt, 20), 3000), rng.randint(5, 200), ttft_s, tpot_s))
+    return made
+
+
+def attained(simulation: Simulation) -> float:
+    good = 0
+    for record in simulation.records.values():
+        a = record.arrival
+        assert record.first_s is not None
+        assert record.end_s is not None
+        gap = (record.end_s - record.first_s) / max(1, a.output_tokens - 1)
+        good += record.first_s - a.at_s <= a.ttft_s and gap <= a.tpot_s
+    return good / len(simulation.records)
+
+
+def run(replicas: list[Replica], arrivals: list[Arrival], routes: Routes, stretch: bool = True) -> Simulation:
+    simulation = Simulation(replicas, arrivals, route=routes, groups={"any": list(TIERS)}, stretch=stretch)
+    simulation.run()
+    simulation.check()
+    assert simulation.num_open == 0
+    return simulation
+
+
+def twins() -> list[Replica]:
+    return [replica(f"m{i}", "m", f"gpu{i}") for i in range(4)]
+
+
+def three() -> list[Replica]:
+    return [replica(name, name, f"gpu{i}", SPEED[name]) for i, name in enumerate(TIERS)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["slo", *ROUTERS])
+def test_routes_are_the_same_with_stretches_and_without(name: str, seed: int) -> None:
+    tiers = name == "slo"
+    arrivals = asked(seed, 150, 40.0, "any" if tiers else "m", 0.5)
+    runs = []
+    for stretch in (True, False):
+        routes = Routes(lambda _: Tiers() if tiers else named(name, seed), TIERS)
+        runs.append(run(three() if tiers else twins(), arrivals, routes, stretch))
+    fast, slow = runs
+    assert fast.events < slow.events
+    for rid, record in fast.records.items():
+        other = slow.records[rid]
+        assert record.replica == other.replica
+        assert record.end_s == pytest.approx(other.end_s, abs=1e-9)
+
+
+@pytest.mark.parametrize("speeds", [(2.0, 1.0, 1.0, 0.25), (1.0, 1.0, 1.0, 1.0)])
+def test_what_is_predicted_is_worth_most_where_replicas_differ(speeds: tuple[float, ...]) -> None:
+    """Attained in the mean of a load that all can take and one that they cannot."""
+
+    def share(make: Callable[[str], Router]) -> float:
+        loads = [(16.0, 0), (30.0, 1), (16.0, 2), (30.0, 3)]
+        fleets = ([replica(f"m{i}", "m", f"gpu{i}", s) for i, s in enumerate(speeds)] for _ in loads)
+        runs = [
+            run(fleet, asked(seed, 250, rate, "m", 0.3), Routes(make))
+            for fleet, (rate, seed) in zip(fleets, loads, strict=True)
+        ]
+        return sum(map(attained, runs)) / len(runs)
+
+    found = {name: share(lambda _, name=name: named(name, 1)) for name in ROUTERS}  # type: ignore[misc]
+    ours = found.pop("least-ttft")
+    if speeds[0] > 1:
+        assert ours > found["round-robin"] + 0.1, (ours, found)
+        assert ours > found["shortest-queue"] + 0.01, (ours, found)
+        assert ours > found["two-choices"] + 0.01, (ours, found)
+    # where they are all alike, counting requests does as well
+    assert ours > max(found.values()) - 0.02, (ours, found)
+
+
+def test_tiers_keep_the_slo_where_one_precision_does_not_and_quality_where_it_does() -> None:
+    def share(policy: str, rate: float) -> tuple[float, float]:
+        """(attained, part of the requests that the best precision answered)"""
+        routes = Routes(lambda _: Tiers(policy), TIERS)
+        done = run(three(), asked(1, 400, rate, "any", 0.4), routes)
+        return attained(done), routes.chosen["any"].get("fp16", 0) / 400
+
+    assert share("slo", 2.0) == (1.0, 1.0), "nobody leaves the best one without need"
+    kept, best = share("slo", 25.0)
+    assert kept > share("best", 25.0)[0] + 0.1
+    assert kept > share("cheapest", 25.0)[0]
+    assert 0.2 < best < 1.0
+
+
+def test_who_fits_nowhere_is_refused_by_the_first() -> None:
+    routes = Routes()
+    simulation = Simulation(twins(), [Arrival(0.0, 0, "m", 4000, 97)], route=routes)
+    simulation.run()
+    assert "max_model_len" in (simulation.records[0].error or "")
+    assert simulation.records[0].replica == "m0"
