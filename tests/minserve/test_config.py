@@ -22,6 +22,7 @@ from minserve.groups import GroupConfig
 from minserve.keys import admin_keys, api_keys
 from minserve.model_flags import add_model_flags, model_flags
 from minserve.schema import kinds, read_yaml
+from minserve.serve import read_arguments, read_config
 from tests.minserve.malformed_configs import MALFORMED, model, server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +246,19 @@ def test_a_policy_and_its_options(tmp_path: Path, options: str) -> None:
     flags = model_flags(parser.parse_args(["--policy", "fcfs"]))
     (entry,) = config.with_models(**flags).models
     assert (entry.policy, entry.policy_options) == ("fcfs", ())
+
+
+def test_a_policy_on_the_command_line_is_every_models(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    text = "models: [{name: a, path: m, policy: fixed, policy_options: {batch: 2}}, {name: b, path: m}]"
+    file = str(write(tmp_path, text))
+    assert [m.policy for m in read_config(read_arguments([file])).models] == ["fixed", "slack"]
+    flags = ["--policy", "saab"]
+    assert [m.policy for m in read_config(read_arguments([file, *flags])).models] == ["saab", "saab"]
+    with pytest.raises(ValueError, match=r"policy must be one of slack, .*'edf'|\"edf\""):
+        read_config(read_arguments([file, "--policy", "edf"]))
+    with pytest.raises(ValueError, match="--kv-dtype goes with --model"):
+        read_config(read_arguments([file, "--kv-dtype", "int8"]))
 
 
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`python -m minserve.simulate`: a configuration and a workload in, statistics out; the same each time."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -159,3 +160,27 @@ def test_a_model_that_nobody_serves_is_named(
     file = write(tmp_path / "w.jsonl", Workload(ordered([Request(0, "third", 0.0, 5, 5)]), 1.0))
     assert simulate.main([str(config), file]) == 2
     assert "asks for ['third']" in capsys.readouterr().err
+
+
+def test_a_group_is_routed_by_its_tiers(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = json.loads(config.read_text())
+    for tier, m in enumerate(given["models"]):
+        m |= {"path": str(config.parent / m["path"]), "group": "any", "tier": tier}
+    chosen = {}
+    for policy in ("best", "cheapest", "slo"):
+        path = tmp_path / f"{policy}.yaml"
+        path.write_text(json.dumps(given | {"groups": [{"name": "any", "policy": policy}]}))
+        requests = [dataclasses.replace(r, model="any") for r in workload(100, gap_s=0.001).requests]
+        slos = {"any": Slo(ttft_s=0.05, tpot_s=0.05)}
+        file = write(tmp_path / "w.jsonl", Workload(ordered(requests), duration_s=0.1, slos=slos))
+        assert simulate.main([str(path), file, "--gpu", "a100"]) == 0
+        found = last_json(capsys.readouterr().out)
+        assert found["completed"] == 100
+        assert list(found["models"]) == ["any"]
+        chosen[policy] = found["simulated"]["chosen"]["any"]
+    assert chosen["best"] == {"deep": 100}
+    assert chosen["cheapest"] == {"flat": 100}
+    assert set(chosen["slo"]) <= {"deep", "flat"}
+    assert sum(chosen["slo"].values()) == 100
