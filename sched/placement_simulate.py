@@ -163,11 +163,26 @@ def attained(record: Record) -> bool:
     return record.first_s - a.at_s <= a.ttft_s and tpot <= a.tpot_s
 
 
-def replicas_of(problem: Problem, plan: Plan, policy: Callable[..., Policy] | None = None) -> list[Simulated]:
+def replicas_of(
+    problem: Problem, plan: Plan, policy: Callable[..., Policy] | None = None, *, static: bool = False
+) -> list[Simulated]:
+    """`static`: each replica has a pool of its own, and none is shared."""
     on = residents(problem, plan)
     names = {
         r: f"{problem.models[r.model].name}@{','.join(problem.gpus[g].name for g in r.gpus)}" for r in plan
     }
+    if static:
+        split = [_divided(problem, g, of) for g, of in enumerate(on)]
+        return [
+            _replica(
+                problem,
+                r,
+                names[r],
+                [Pool(split[g][r], {names[r]: split[g][r]}, 0.0) for g in r.gpus],
+                policy,
+            )
+            for r in plan
+        ]
     pools = []
     for g, of in enumerate(on):
         kept = {names[r]: problem.models[r.model].reserve_bytes(r.tp) for r in of}
@@ -177,6 +192,17 @@ def replicas_of(problem: Problem, plan: Plan, policy: Callable[..., Policy] | No
         ]
         pools.append(Pool(pool_bytes(problem, g, of), kept, max(lent, default=0.0)))
     return [_replica(problem, r, names[r], [pools[g] for g in r.gpus], policy) for r in plan]
+
+
+def _divided(problem: Problem, gpu: int, on: Sequence[Replica]) -> dict[Replica, float]:
+    """Bytes of a GPU's pool that each keeps for itself: its longest sequence, the rest by rate x bytes of a request."""
+    models = {r: problem.models[r.model] for r in on}
+    least = {r: m.max_len * m.kv_bytes(r.tp) for r, m in models.items()}
+    wanted = {r: m.rate * (m.prompt_tokens + m.output_tokens) * m.kv_bytes(r.tp) for r, m in models.items()}
+    room = pool_bytes(problem, gpu, on)
+    rest, total = max(0.0, room - sum(least.values())), sum(wanted.values())
+    shrink = min(1.0, room / sum(least.values())) if least else 1.0
+    return {r: least[r] * shrink + (rest * wanted[r] / total if total else rest / len(on)) for r in on}
 
 
 def _replica(

@@ -1,10 +1,11 @@
 """Slack: TTFT and TPOT together.  Decodes first; then prompts in the order of their deadlines, as many tokens as the most
 urgent decode has slack for; and of prompts that cannot all be in time, the shortest that can.
 
-    token       s = (step without prompts / tokens it has room for + seconds of a prompt token) x pace
-    in time     a prompt whose deadline d, with n tokens up to and with its own, allows  begin + step + n s <= d
-    chosen      Moore and Hodgson's largest set of prompts that are all in time
-    budget      (due - begin - step x pace) / (seconds of a prompt token x pace), of the most urgent decode
+    done(n)     (step without prompts x ceil(n / room) + seconds of a prompt token x n) x pace, of n tokens of prompts
+    room        tokens that a step has time for: (strictest TPOT / pace - step without prompts) / seconds of a token
+    chosen      Moore and Hodgson's largest set of prompts that are all in time: begin + done(tokens up to its own) <= d
+    budget      (due + debt - begin - step x pace) / (seconds of a prompt token x pace), of the most urgent decode; less
+                where the step would end too late for the first prompts in it
     cap         as many as decode within the strictest TPOT
 
 `pace` is what steps take, over what they were predicted to: models beside this one, or a wrong cost model.  Who cannot
@@ -15,8 +16,9 @@ tokens of others.  Or, with `shed` hopeless, it is given up.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from math import ceil
 
 from sched.latency import StepCost
 from sched.limits import Limits
@@ -27,6 +29,8 @@ from sched.step import Request
 # rows of prefill a step has room for even when the decodes are late already: arrivals must not starve
 MIN_PREFILL_TOKENS = 64
 LATE_SHARE = 8
+# a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
+DEBT_TOKENS = 64
 LOOK = 128  # of the earliest deadlines that are weighed against each other
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
 SHED = ("never", "hopeless")
@@ -34,17 +38,26 @@ Entry = tuple[int, float, int, Seq]
 
 
 class Slack(Policy):
-    """ValueError for a `shed` that is none of SHED, a `late_share` below 2."""
+    """ValueError for a `shed` that is none of SHED, a `late_share` below 2, a `debt` below 0.  `follow` false: pace stays 1."""
 
     def __init__(
-        self, limits: Limits, cost: StepCost | None, *, shed: str = "never", late_share: int = LATE_SHARE
+        self,
+        limits: Limits,
+        cost: StepCost | None,
+        *,
+        shed: str = "never",
+        late_share: int = LATE_SHARE,
+        debt: int = DEBT_TOKENS,
+        follow: bool = True,
     ) -> None:
         super().__init__(limits, cost)
         if shed not in SHED:
             raise ValueError(f"shed must be one of {', '.join(SHED)}, got {shed!r}")
         if late_share < 2:
             raise ValueError(f"late_share must be at least 2, got {late_share}")
-        self.shed, self.late_share = shed, late_share
+        if debt < 0:
+            raise ValueError(f"debt must be 0 tokens or more, got {debt}")
+        self.shed, self.late_share, self.debt, self.follow = shed, late_share, debt, follow
         self.pace = self._pace = 1.0
         self.steady = shed == "never"
         self._timely: list[Entry] = []  # sorted
@@ -129,35 +142,46 @@ class Slack(Policy):
         if not self._num:
             return ()
         shed: list[Seq] = []
-        token_s = self._token_s(load)
-        begin_s = load.begin_s + (load.decode_s + self.cost.base_s if self.cost else 0.0) * self.pace
-        hopeless = [e for e in self._timely[:LOOK] if begin_s + e[3].total * token_s > e[1]]
-        for entry in hopeless:
+        room = self.limits.max_step_tokens - load.decodes
+        for entry in self._timely[:LOOK]:
+            # whoever is given up on a wrong prediction is lost: as if it were alone, and had the whole step
+            if load.begin_s + self._done_s(load, entry[3].total, room, self.pace) <= entry[1]:
+                continue
             self._forget(entry[3])
             if self.shed == "hopeless":
                 shed.append(entry[3])
             else:
                 heappush(self._late, (entry[3].request.arrival_s, entry[2], entry[3]))
-        self._choose(begin_s + load.prefill_tokens * token_s, token_s)
+        self._choose(load)
         return shed
 
-    def _choose(self, begin_s: float, token_s: float) -> None:
+    def _choose(self, load: Load) -> None:
+        """Who is in time if all that are chosen are computed one after another; a wrong prediction only reorders."""
         found = self._timely[:LOOK]
-        due = [(e[1] - begin_s) / token_s if token_s else INFINITY for e in found]
-        prompts = [e[3].total for e in found]
-        if sum(prompts) <= min(due, default=0.0):
-            self._chosen = deque(found)
-            return
-        kept = pick_shortest(prompts, range(len(found)), lambda tokens, i: tokens > due[i])
-        self._chosen = deque(e for i, e in enumerate(found) if i in kept)
+        prompts, due = [e[3].total for e in found], [e[1] - load.begin_s for e in found]
+        ahead, room = load.prefill_tokens, self._room(load)
 
-    def _token_s(self, load: Load) -> float:
-        """Seconds of a token of the queue, its part of the steps' other work included."""
+        def late(tokens: int, i: int) -> bool:
+            return self._done_s(load, ahead + tokens, room, self.pace) > due[i]
+
+        kept = None
+        if found and self._done_s(load, ahead + sum(prompts), room, self.pace) > min(due):
+            kept = pick_shortest(prompts, range(len(found)), late)
+        self._chosen = deque(e for i, e in enumerate(found) if kept is None or i in kept)
+
+    def _room(self, load: Load) -> float:
+        """Tokens of prompts a step has time for, in the long run, so that decodes keep their pace."""
+        most = self.limits.max_step_tokens - load.decodes
+        per_token = self.cost.per_prefill_token_s if self.cost else 0.0
+        if not load.decodes or not per_token:
+            return most
+        return min(most, max((load.tpot_s / self.pace - load.decode_s) / per_token, MIN_PREFILL_TOKENS))
+
+    def _done_s(self, load: Load, tokens: int, room: float, pace: float) -> float:
+        """Seconds until so many tokens of prompts are computed, from the beginning of the step on."""
         if self.cost is None:
             return 0.0
-        room = max(self.budget(load), MIN_PREFILL_TOKENS)
-        other_s = max(load.decode_s, self.cost.base_s)
-        return (other_s / room + self.cost.per_prefill_token_s) * self.pace
+        return pace * (load.decode_s * ceil(tokens / room) + self.cost.per_prefill_token_s * tokens)
 
     def cap(self, load: Load) -> int:
         most = self.limits.max_running
@@ -171,12 +195,29 @@ class Slack(Policy):
     def budget(self, load: Load) -> int:
         room = self.limits.max_step_tokens - load.decodes
         per_token = self.cost.per_prefill_token_s * self.pace if self.cost else 0.0
-        if not load.decodes or not per_token:
+        if not per_token:
             return room
-        slack = load.due_s - load.begin_s - load.decode_s * self.pace
-        if slack >= room * per_token:
-            return room
-        return min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
+        decode_s = load.decode_s * self.pace
+        if load.decodes:
+            slack = load.due_s - load.begin_s - decode_s + self.debt * max(0.0, load.tpot_s - decode_s)
+            if slack < room * per_token:
+                room = min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
+        # all first tokens of a step come out at its end: it ends before the first of them would be late for another's sake
+        tokens = 0
+        for seq, due_s in self._firsts(load):
+            tokens += seq.total - seq.computed
+            if tokens > room:
+                break
+            most = int((due_s - load.begin_s - decode_s) / per_token)
+            if most >= tokens:
+                room = min(room, most)
+        return room
+
+    def _firsts(self, load: Load) -> Iterator[tuple[Seq, float]]:
+        for seq in self.order(load.prefilling):
+            yield seq, self.key(seq.request)
+        for entry in self._chosen:
+            yield entry[3], entry[1]
 
     def order(self, prefilling: Collection[Seq]) -> Iterable[Seq]:
         late = self._begun_late
@@ -191,7 +232,7 @@ class Slack(Policy):
         return min(active, key=_loss)
 
     def observe(self, step_s: float, predicted_s: float, steps: int, now: float) -> None:
-        if predicted_s > 0 and step_s > 0:
+        if self.follow and predicted_s > 0 and step_s > 0:
             ratio = min(max(step_s / predicted_s, 1 / PACE_MOST), PACE_MOST)
             self._pace += (ratio - self._pace) * (1 - (1 - PACE_WEIGHT) ** steps)
             # rounded, so that many steps observed at once decide what the same steps do one by one

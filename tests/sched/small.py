@@ -4,6 +4,7 @@ from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
+from sched.slack import Slack
 from sched.step import StepPlan
 from tests.sched.witness import Sets
 
@@ -17,6 +18,7 @@ def build(
     slots: int = 2,
     cost: StepCost | None = None,
     reserve: int = 0,
+    debt: int | None = None,
     **limits: int,
 ) -> Batcher:
     defaults = {
@@ -26,7 +28,9 @@ def build(
         "max_model_len": 400,
         "max_waiting": 1000,
     }
-    return Batcher(BlockPool(Sets(num_sets, reserve), slots, P), Limits(**defaults | limits), cost)
+    given = Limits(**defaults | limits)
+    policy = None if debt is None else Slack(given, cost, debt=debt)
+    return Batcher(BlockPool(Sets(num_sets, reserve), slots, P), given, cost, policy)
 
 
 def step(b: Batcher, now: float = 0.0, stopped: tuple[int, ...] = ()) -> tuple[StepPlan, tuple[int, ...]]:

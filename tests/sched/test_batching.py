@@ -148,7 +148,7 @@ def test_no_request_waits_for_ever_under_overload(cost: StepCost | None) -> None
 
 
 def test_prefill_takes_what_the_most_urgent_decode_leaves() -> None:
-    b = build(cost=COST, max_step_tokens=512, max_chunk_tokens=512)
+    b = build(cost=COST, debt=0, max_step_tokens=512, max_chunk_tokens=512)
     b.add(Request(rid=0, prompt_tokens=4, max_tokens=50, tpot_s=0.022))
     step(b, now=0.0)  # first token at 0.0, the second due at 0.022
     b.add(Request(rid=1, prompt_tokens=380, max_tokens=2))
@@ -163,7 +163,7 @@ def test_prefill_takes_what_the_most_urgent_decode_leaves() -> None:
 
 
 def test_a_plan_in_flight_delays_the_next() -> None:
-    b = build(cost=COST, max_step_tokens=512, max_chunk_tokens=512, max_model_len=600)
+    b = build(cost=COST, debt=0, max_step_tokens=512, max_chunk_tokens=512, max_model_len=600)
     b.add(Request(rid=0, prompt_tokens=4, max_tokens=50, tpot_s=0.022))
     step(b, now=0.0)
     b.plan(0.0)  # runs until 0.002; the token of the step after it is due at 0.044

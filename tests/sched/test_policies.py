@@ -12,7 +12,7 @@ from sched.limits import Limits
 from sched.policies import POLICIES, make_policy, options_of
 from sched.policy import Load, Policy, pick_shortest
 from sched.simulator import Arrival, Replica, Simulation
-from sched.slack import LATE_SHARE, Slack
+from sched.slack import DEBT_TOKENS, LATE_SHARE, Slack
 from sched.step import Request, StepPlan
 from tests.sched.witness import Sets
 
@@ -299,6 +299,7 @@ def test_pace_follows_what_steps_take() -> None:
         ("fixed", {"batch": 0}, "batch must be at least 1 request, got 0"),
         ("sarathi", {"chunk": 0}, "chunk must be at least 1 token, got 0"),
         ("slack", {"shed": "always"}, "shed must be one of never, hopeless, got 'always'"),
+        ("slack", {"debt": -1}, "debt must be 0 tokens or more, got -1"),
         ("slack", {"late_share": 1}, "late_share must be at least 2, got 1"),
     ],
 )
@@ -308,6 +309,11 @@ def test_what_cannot_be_chosen(name: str, options: dict[str, object], says: str)
 
 
 def test_options() -> None:
-    assert options_of("slack") == {"shed": "never", "late_share": LATE_SHARE}
+    assert options_of("slack") == {
+        "shed": "never",
+        "late_share": LATE_SHARE,
+        "debt": DEBT_TOKENS,
+        "follow": True,
+    }
     assert options_of("fcfs") == {}
     assert all(isinstance(make_policy(name, LIMITS, None), Policy) for name in POLICIES)
