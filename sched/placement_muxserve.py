@@ -6,7 +6,7 @@ the models' batches begin at one and the worst-served one's grows while the mesh
     batch / (answer tokens x decode(batch) + the prefills of all on the mesh)      and no more than its rate.
 
 `released` does what the published code does: increments are taken from a table of meshes that is indexed by place while
-the meshes are sorted anew after every model, so they may be another mesh's; a mesh counts the mean of its models'
+the meshes are sorted anew after every model, so they may be another's; a mesh counts the mean of its models'
 throughput weighted by rate; every model takes 7.6 GB beside its weights.  Costs are of whole GPUs, not 10 % steps of them.
 """
 
@@ -98,32 +98,32 @@ def _greedy(problem: Problem, groups: Sequence[tuple[int, ...]], released: bool)
     load = [m.rate * m.weight_bytes for m in problem.models]
     order = sorted(range(len(load)), key=lambda i: (-load[i], i))
     places = list(groups)
-    table = [0.0] * len(places)
+    table = [0.0] * len(places)  # of the mesh at each place
     used = dict.fromkeys(places, 0.0)
     plan: Plan = ()
     for i in order:
         best, increase, at = None, -inf, -1
         for k, gpus in enumerate(places):
-            new = Replica(i, gpus)
-            longer = joined(problem, plan, new)
+            longer = joined(problem, plan, Replica(i, gpus))
             if longer is None:
                 continue
-            on = [r for r in longer if r.gpus == gpus]
-            more = mesh_value(problem, on, released=released) - table[k]
-            if more > increase:
+            more = mesh_value(problem, [r for r in longer if r.gpus == gpus], released=released) - table[k]
+            if more > increase * (1 + 1e-9):
                 best, increase, at = longer, more, k
         if best is None:
             continue
         plan = best
         table[at] += increase
-        if released:
-            gpus = places[at]
-            used[gpus] += load[i] / len(gpus)
-            free = {
-                g: sum(problem.gpus[x].memory_bytes for x in g)
-                - sum(problem.models[r.model].weight_bytes + EXTRA_BYTES for r in plan if r.gpus == g)
-                for g in places
-            }
-            # the meshes move, the table does not
-            places.sort(key=lambda g: (-used[g], free[g]), reverse=True)
+        used[places[at]] += load[i] / len(places[at])
+        # the least used first, then the one with most memory: who is equal in throughput goes there
+        rank = {g: (used[g], -_free(problem, plan, g)) for g in places}
+        moved = sorted(range(len(places)), key=lambda k: rank[places[k]])
+        places = [places[k] for k in moved]
+        if not released:
+            table = [table[k] for k in moved]
     return plan
+
+
+def _free(problem: Problem, plan: Plan, gpus: tuple[int, ...]) -> float:
+    mine = [problem.models[r.model].weight_bytes + EXTRA_BYTES for r in plan if r.gpus == gpus]
+    return sum(problem.gpus[g].memory_bytes for g in gpus) - sum(mine)

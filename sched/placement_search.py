@@ -20,13 +20,15 @@ BUDGET = 20_000
 BETTER = 1e-9
 KICK_STEPS = 3
 KEEP = 6  # local optima that a simulator judges
+TIE = 0.02  # of their scores
 ALL_GROUPS = 3  # up to so many GPUs of a node any of them may be ranks of a replica, else neighbours
 Score = Callable[[Plan], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """`missing`: models without a replica.  `best`: plans that were judged, the best first, with their scores."""
+    """`missing`: models without a replica.  `best`: plans that were judged, with their scores, the best first; of those within
+    TIE of the best score, the best by the estimate."""
 
     plan: Plan
     estimate: Estimate
@@ -276,6 +278,17 @@ def solve(
     if score is not None:
         few = [plan for plan, _ in ranked[:keep]]
         judged = tuple(sorted(((plan, score(plan)) for plan in few), key=lambda pair: -pair[1]))
+        # a run of some minutes tells no more than this apart; the estimate does
+        equal = {plan for plan, value in judged if value >= judged[0][1] - TIE}
+        judged = tuple(
+            sorted(
+                judged,
+                key=lambda pair: (
+                    pair[0] not in equal,
+                    -search.optima[pair[0]] if pair[0] in equal else -pair[1],
+                ),
+            )
+        )
     plan = judged[0][0] if judged else ranked[0][0]
     missing = tuple(sorted(set(range(len(problem.models))) - {r.model for r in plan}))
     return Solution(plan, estimator(plan), missing, search.num_looked_at, judged)
