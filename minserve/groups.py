@@ -15,7 +15,7 @@ class GroupConfig:
 
     name: str = key(NAME)
     policy: str = key(choice(*TIER_POLICIES), "slo")
-    margin: float = key(number(0.01, 1), 0.8)
+    margin: float = key(number(0.01, 1), 0.7)
     hysteresis: float = key(number(0, 0.99), 0.2)
 
 

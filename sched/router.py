@@ -252,7 +252,7 @@ class Tiers:
     """
 
     def __init__(
-        self, policy: str = "slo", margin: float = 0.8, hysteresis: float = 0.2, within: Router = least_ttft
+        self, policy: str = "slo", margin: float = 0.7, hysteresis: float = 0.2, within: Router = least_ttft
     ) -> None:
         if policy not in TIER_POLICIES:
             raise ValueError(f"tier policy must be one of {', '.join(TIER_POLICIES)}, got {policy!r}")

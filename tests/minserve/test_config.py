@@ -310,7 +310,7 @@ def test_groups_have_defaults_and_an_order(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, text))
     assert config.groups == (
         GroupConfig(name="h", policy="cheapest", margin=0.5),
-        GroupConfig(name="g", policy="slo", margin=0.8, hysteresis=0.2),
+        GroupConfig(name="g", policy="slo", margin=0.7, hysteresis=0.2),
     )
     assert config.changed()["groups[0].policy"] == "cheapest"
 

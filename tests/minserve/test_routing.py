@@ -56,7 +56,7 @@ def test_a_burst_goes_down_the_tiers_and_comes_back(folder: Path) -> None:
 
 def test_a_load_about_the_limit_does_not_move_every_request(folder: Path) -> None:
     async def story(hysteresis: float) -> list[str | None]:
-        s = three(folder, {"hysteresis": hysteresis})
+        s = three(folder, {"margin": 0.8, "hysteresis": hysteresis})
         load = 0.0
 
         def state(served: Served, now: float, takes: bool) -> ReplicaState:

@@ -198,19 +198,19 @@ def test_one_that_cannot_take_it_is_no_tier() -> None:
 def test_a_load_about_the_limit_does_not_flap() -> None:
     """Between the margin and the margin less the hysteresis nothing moves, from either side."""
     inside = [*range(270, 340, 10), *range(340, 270, -10)] * 5
-    assert {chosen(router, tiers(load)) for router in [Tiers(hysteresis=0.3)] for load in [0, *inside]} <= {
+    assert {chosen(router, tiers(load)) for router in [Tiers(margin=0.8, hysteresis=0.3)] for load in [0, *inside]} <= {
         0,
         1,
     }
 
     def switches(hysteresis: float) -> int:
-        router = Tiers(hysteresis=hysteresis)
+        router = Tiers(margin=0.8, hysteresis=hysteresis)
         found = [chosen(router, tiers(load)) for load in inside]
         return sum(a != b for a, b in pairwise(found))
 
     assert switches(0.0) >= 10
     assert switches(0.3) == 1
-    router = Tiers(hysteresis=0.3)
+    router = Tiers(margin=0.8, hysteresis=0.3)
     assert [chosen(router, tiers(load)) for load in (0, 340, 250, 200, 150, 340)] == [0, 1, 1, 1, 0, 1]
 
 
