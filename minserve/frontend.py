@@ -196,8 +196,9 @@ class Frontend:
         assert state is not None, f"{[s.entry.name for s in well]} take the request"
         served = self.models[state.name]
         target.chosen[state.name] += 1
-        cached = cached_tokens(ask, served.recent) if served.entry.enable_prefix_caching else 0
-        served.recent.add(marks)
+        cached = cached_tokens(ask, served.recent)
+        if served.entry.enable_prefix_caching:
+            served.recent.add(marks)
         return served, cached
 
     def check_fits(self, served: Served, prompts: list[list[int]], params: SamplingParams) -> None:

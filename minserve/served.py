@@ -156,12 +156,13 @@ def cold_tokens(prompt_tokens: int, sample: int, caches: bool) -> int:
 
 def targets_of(config: Config, models: Mapping[str, Served]) -> dict[str, Target]:
     """Every name that a request may have: models, their aliases, single replicas, groups.  `config` has an entry a replica."""
-    found: dict[str, Target] = {}
-    for name in dict.fromkeys(m.model for m in config.models):
-        entries = [m for m in config.models if m.model == name]
-        found[name] = Target(name, [models[m.name] for m in entries])
-        found |= dict.fromkeys(entries[0].aliases, found[name])
-        found |= {m.name: Target(m.name, [models[m.name]]) for m in entries if m.name != name}
+    entries: dict[str, list[ModelEntry]] = {}
+    for m in config.models:
+        entries.setdefault(m.model, []).append(m)
+    found = {name: Target(name, [models[m.name] for m in of]) for name, of in entries.items()}
+    for of in entries.values():
+        found |= {m.name: Target(m.name, [models[m.name]]) for m in of if m.name not in found}
+    found |= {alias: found[name] for name, of in entries.items() for alias in of[0].aliases}
     for group in config.groups:
         members = [models[m.name] for m in config.models if m.group == group.name]
         tiers = Tiers(group.policy, group.margin, group.hysteresis)

@@ -156,6 +156,17 @@ def test_a_conversation_stays_where_its_prompt_is(folder: Path) -> None:
     run(story)
 
 
+def test_without_a_cache_nothing_stays(folder: Path) -> None:
+    async def story() -> None:
+        s = three(folder, enable_prefix_caching=False)
+        s.hosts["fp16"].state = "loading"
+        assert (await s.completed(model="any", prompt=list(range(100)))).by == "w8"
+        s.hosts["fp16"].state = "ready"
+        assert (await s.completed(model="any", prompt=list(range(100)))).by == "fp16"
+
+    run(story)
+
+
 def test_what_a_cache_held_goes_with_its_process(folder: Path) -> None:
     async def story() -> None:
         s = three(folder, {"policy": "best"})
@@ -229,5 +240,5 @@ def test_every_name_leads_somewhere(folder: Path) -> None:
     s = site(
         folder, [{"name": "m", "placement": ["gpu0", "gpu1"], "group": "g"}, {"name": "n", "group": "g"}]
     )
-    assert list(s.front._by_name) == ["m", "m@gpu0", "m@gpu1", "n", "g"]
+    assert list(s.front._by_name) == ["m", "n", "m@gpu0", "m@gpu1", "g"]
     assert [x.entry.name for x in s.front.target("g").members] == ["m@gpu0", "m@gpu1", "n"]
