@@ -28,9 +28,12 @@ GREEDY = SamplingParams(temperature=0.0)
 Shape = tuple[int, int, int]  # decodes, their context, tokens of a prompt
 
 
-def watch_steps(engine: Engine, name: str, profile: str | None) -> str:
-    """From now on the engine's Batcher has a cost model that follows the steps.  Says where it began.  ValueError for a
-    profile that has nothing to say of the model."""
+def watch_steps(engine: Engine, name: str, profile: str | None, known: StepCost | None = None) -> str:
+    """From now on the engine's Batcher has a cost model that follows the steps.  Says where it began: at what is `known`, at
+    the profile's, or at steps made for it.  ValueError for a profile that has nothing to say of the model."""
+    if known is not None:
+        engine.watch = StepWatch(engine.batcher, known)
+        return "step times: as they were"
     if profile is not None:
         cost, error = read_profile(profile).cost_of(name)
         engine.watch = StepWatch(engine.batcher, cost)

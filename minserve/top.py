@@ -128,8 +128,9 @@ def pool_view(now: Sample, before: Sample | None, pool: str, width: int) -> Grou
 
 
 def model_table(now: Sample, before: Sample | None, pool: str, models: list[str]) -> Table:
+    """`off`: by how much its steps are predicted wrong."""
     columns = ("model", "run", "wait", "tok/s", "sets", "quota", "reserve", "demand", *PLACES,
-               "leases/s", "refused", "given up", "moved", "reclaims", "worst ms", "hits")  # fmt: skip
+               "leases/s", "refused", "given up", "moved", "reclaims", "worst ms", "hits", "off")  # fmt: skip
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
@@ -160,6 +161,7 @@ def model_table(now: Sample, before: Sample | None, pool: str, models: list[str]
             *(f"{now.get(name, pool, model):,.0f}" for name in ends),
             f"{now.get('kv_reclaim_seconds_max', pool, model) * 1e3:.1f}",
             hits,
+            f"{now.get('step_time_error', model=model):.0%}",
         )
     return table
 

@@ -30,6 +30,7 @@ from minserve.step_start import watch_steps
 from minserve.step_watch import StepWatch
 from minserve.warmup import compile_monitor
 from minserve.wire import Loaded, Start, Stats, Submit
+from sched.latency import StepCost
 from sched.pressure import demand, offer, preempt_for
 
 
@@ -44,11 +45,12 @@ class _Active:
     note: str
 
     @classmethod
-    def start(cls, model: LoadedModel, pool: SlabPool) -> "_Active":
+    def start(cls, model: LoadedModel, pool: SlabPool, cost: StepCost | None = None) -> "_Active":
+        """`cost`: of its steps, where it has been awake before."""
         sets = LeasedSets(pool, model.resolved.entry.name)
         engine = start_engine(model, sets)
         entry, batcher = model.resolved.entry, engine.batcher
-        note = watch_steps(engine, entry.name.partition("@")[0], entry.profile)
+        note = watch_steps(engine, entry.name.partition("@")[0], entry.profile, cost)
         block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
         share = KvShare(
             sets,
@@ -83,6 +85,7 @@ class EngineServed:
         self._active: _Active | None = _Active.start(model, pool)
         self._copy: HostCopy | None = None
         self._counters, self._stats = self._engine.counters, Stats()
+        self._cost = self._engine.batcher.cost
 
     @property
     def _on(self) -> _Active:
@@ -125,6 +128,7 @@ class EngineServed:
         began = time.monotonic()
         self._stats = msgspec.structs.replace(self.stats(), running=0, waiting=0, cached_blocks=0)
         active, self._active = self._on, None
+        self._cost = active.engine.batcher.cost
         active.end()
         self._counters = active.engine.counters
         del active  # its graphs and tables are no use any more
@@ -154,7 +158,7 @@ class EngineServed:
                 model = load_model(self._resolved, self._device)
             if self._copy is not None:
                 self._copy.restore()
-            self._active = _Active.start(model, self._pool)
+            self._active = _Active.start(model, self._pool, self._cost)
         except REFUSALS:
             if self._copy is not None and self._copy.restored and model is not None:
                 self._copy = HostCopy(model.llama)

@@ -179,6 +179,8 @@ def test_a_profile_is_where_it_begins(tmp_path: Path) -> None:
         Profile({"m": Fitted(TRUE, 0.05)}, complete({}), {}).write(file)
         assert "off by 5.0%" in watch_steps(local.engine, "m", str(file))
         assert local.engine.batcher.cost == TRUE
+        assert "as they were" in watch_steps(local.engine, "m", str(file), UNKNOWN)
+        assert local.engine.batcher.cost == UNKNOWN
         Profile({"a": Fitted(TRUE, 0.0), "b": Fitted(TRUE, 0.0)}, {}, {}).write(file)
         with pytest.raises(ValueError, match="no model 'm'; it has a, b"):
             watch_steps(local.engine, "m", str(file))

@@ -85,7 +85,8 @@ def test_the_view_shows_places_quotas_and_rates(table: SlabTable) -> None:
     before = top.Sample(text_of(table), 10.0)
     for _ in range(6):
         leased(table, 1, 2)
-    view = shown(top.Sample(text_of(table), 12.0), before)
+    off = 'minserve:step_time_error{model_name="llama"} 0.043\n'
+    view = shown(top.Sample(text_of(table) + off, 12.0), before)
     lines = view.splitlines()
     assert lines[0].startswith("pool gpu0: 400.0 KiB")
     assert lines[1].count("█") + lines[1].count("·") == 120
@@ -93,6 +94,7 @@ def test_the_view_shows_places_quotas_and_rates(table: SlabTable) -> None:
     llama, qwen = (next(line for line in lines if line.startswith(name)) for name in ("llama", "qwen"))
     assert llama.split()[1:8] == ["0", "0", "0.0", "10", "20", "2", "0"]
     assert "900.0" in llama
+    assert (llama.split()[-1], qwen.split()[-1]) == ("4%", "0%"), "how wrong steps are predicted"
     assert "3.0" in qwen.split(), "6 leases in 2 seconds"
     # a restarted worker, or the first look
     assert " 0.0 " in shown(before, top.Sample(text_of(table), 9.0))
