@@ -52,8 +52,12 @@ def options(problem: Problem, model: int) -> list[Replica]:
     """Every replica that the model could have."""
     m, found = problem.models[model], []
     degrees = sorted({tp for gpu in problem.gpus for tp in m.degrees(gpu.kind)})
+    numbers = {gpu.name: i for i, gpu in enumerate(problem.gpus)}
+    pinned = {tuple(numbers[name] for name in place) for place in m.places}
     for tp in degrees:
-        for gpus in groups_of(problem, tp):
+        for gpus in sorted(pinned) if pinned else groups_of(problem, tp):
+            if len(gpus) != tp:
+                continue
             shares = [m.shares(problem.gpus[g].kind, tp) for g in gpus]
             found += [Replica(model, gpus, sm) for sm in shares[0] if all(sm in of for of in shares)]
     return found
@@ -74,6 +78,7 @@ class Search:
         self.problem, self.estimator, self.budget = problem, estimator, budget
         self.rng = Random(seed)
         self.options = [options(problem, i) for i in range(len(problem.models))]
+        self.allowed = [set(of) for of in self.options]
         self.num_looked_at = 0
         self.optima: dict[Plan, float] = {}
 
@@ -92,7 +97,7 @@ class Search:
         rest = [r for r in plan if r is not without]
         for g in new.gpus:
             on = sorted([*(r for r in rest if g in r.gpus), new])
-            if any(r.model == new.model for r in on if r is not new) or not self.estimator.fits_on(g, on):
+            if sum(r.model == new.model for r in on) > 1 or not self.estimator.fits_on(g, on):
                 return None
         return tuple(sorted([*rest, new]))
 
@@ -111,7 +116,7 @@ class Search:
     def greedy(self, order: Sequence[int], roomiest: bool = False) -> Plan:
         plan: Plan = ()
         for i in order:
-            wanted = self.problem.models[i].replicas or 1
+            wanted = self.problem.models[i].replicas or len(self.problem.models[i].places) or 1
             for _ in range(wanted):
                 fitting = [p for new in self.options[i] if (p := self.add(plan, new)) is not None]
                 if fitting:
@@ -162,12 +167,8 @@ class Search:
                     yield found
 
     def both(self, plan: Plan, old: tuple[Replica, Replica], new: tuple[Replica, Replica]) -> Plan | None:
-        if any(n not in self.options[n.model] for n in new) and len(self.problem.nodes) > 1:
+        if any(n not in self.allowed[n.model] for n in new):
             return None
-        kinds = [self.problem.models[n.model].costs for n in new]
-        for costs, n in zip(kinds, new, strict=True):
-            if any((n.tp, n.sm) not in costs.get(self.problem.gpus[g].kind, {}) for g in n.gpus):
-                return None
         rest = [r for r in plan if r not in old]
         found = tuple(sorted([*rest, *new]))
         for g in {*new[0].gpus, *new[1].gpus}:
@@ -179,7 +180,7 @@ class Search:
     def numbered(self, plan: Plan, r: Replica) -> Iterator[Plan]:
         """One replica of the model more, or this one less."""
         m = self.problem.models[r.model]
-        if m.replicas is not None:
+        if m.replicas is not None or m.places:
             return
         count = sum(o.model == r.model for o in plan)
         if count > 1:

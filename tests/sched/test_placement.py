@@ -36,6 +36,13 @@ def test_no_plan_is_over_memory_and_every_model_is_placed_or_reported(seed: int)
     assert reported == below >= {p.models[i].name for i in found.missing}
 
 
+def test_no_search_puts_a_model_twice_on_a_gpu() -> None:
+    p = problem([model("hot", rate=90.0, degrees=(1,)), model("cold", rate=0.5)], gpus=2)
+    found = solve(p, budget=300)
+    check(p, found.plan)
+    assert sum(r.model == 0 for r in found.plan) == 2
+
+
 def test_the_same_seed_gives_the_same_plan() -> None:
     p = problem(7, gpus=3, seed=1)
     first, again = (solve(p, seed=4, budget=600) for _ in range(2))
