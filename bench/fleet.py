@@ -100,12 +100,14 @@ def policy_of(arm: Arm) -> Callable[[Limits, StepCost | None], Policy]:
 
 
 class Outcome(NamedTuple):
-    """Of a run: shares of the requests after the warm-up, tokens of the attained a second, by model the share."""
+    """Of a run: shares of the requests after the warm-up; output tokens a second of those that attained, and of all that
+    ended; by model the share."""
 
     attained: float
     worst: float
     ttft: float
     tokens_s: float
+    ended_tokens_s: float
     shed: float
     models: dict[str, float]
 
@@ -139,6 +141,7 @@ def run(
         min(models.values(), default=0.0),
         first / max(1, len(kept)),
         sum(r.arrival.output_tokens for r in good) / (seconds - warm_s),
+        sum(r.arrival.output_tokens for r in kept if r.end_s is not None) / (seconds - warm_s),
         sum((r.error or "").startswith(SHED) for r in kept) / max(1, len(kept)),
         models,
     )

@@ -224,7 +224,8 @@ class Prism(Batches):
         due = [r.arrival_s + r.ttft_s for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (due[i], i))
         prompts = [r.prompt_tokens for r in requests]
-        return pick_shortest(prompts, order, lambda tokens, i: ready + self.token_s * tokens >= due[i])
+        most = [(d - ready) / self.token_s if self.token_s else INFINITY for d in due]
+        return pick_shortest(prompts, most, order)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -157,17 +157,17 @@ def token_s(cost: StepCost | None) -> float:
     return sum(found) / len(found)
 
 
-def pick_shortest(prompts: Sequence[int], order: Sequence[int], late: Callable[[int, int], bool]) -> set[int]:
+def pick_shortest(prompts: Sequence[int], most: Sequence[float], order: Iterable[int]) -> set[int]:
     """Moore and Hodgson's rule: of jobs in the `order` of their deadlines, the longest goes whenever one would be late.
 
-    `prompts` by index; `late(tokens, i)`: whether job i is late with so many tokens up to and with its own.  What is left
-    is the largest number that can all be in time on one machine (Moore 1968).
+    Job i has `prompts[i]` tokens, and is late with more than `most[i]` up to and with its own.  What is left is the largest
+    number that can all be in time on one machine (Moore 1968).
     """
     kept: list[tuple[int, int]] = []  # heap of (-prompt, index)
     tokens = 0
     for i in order:
         heappush(kept, (-prompts[i], i))
         tokens += prompts[i]
-        if late(tokens, i):
+        if tokens > most[i]:
             tokens += heappop(kept)[0]
     return {i for _, i in kept}

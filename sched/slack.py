@@ -1,7 +1,7 @@
 """Slack: TTFT and TPOT together.  Decodes first; then prompts in the order of their deadlines, as many tokens as the most
 urgent decode has slack for; and of prompts that cannot all be in time, the shortest that can.
 
-    done(n)     (step without prompts x ceil(n / room) + seconds of a prompt token x n) x pace, of n tokens of prompts
+    done(n)     (step without prompts x max(1, n / room) + seconds of a prompt token x n) x pace, of n tokens of prompts
     room        tokens that a step has time for: (strictest TPOT / pace - step without prompts) / seconds of a token
     chosen      Moore and Hodgson's largest set of prompts that are all in time: begin + done(tokens up to its own) <= d
     budget      (due + debt - begin - step x pace) / (seconds of a prompt token x pace), of the most urgent decode; less
@@ -16,9 +16,8 @@ tokens of others.  Or, with `shed` hopeless, it is given up.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from math import ceil
 
 from sched.latency import StepCost
 from sched.limits import Limits
@@ -31,7 +30,7 @@ MIN_PREFILL_TOKENS = 64
 LATE_SHARE = 8
 # a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
 DEBT_TOKENS = 64
-LOOK = 128  # of the earliest deadlines that are weighed against each other
+LOOK = 64  # of the earliest deadlines that are weighed against each other
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
 SHED = ("never", "hopeless")
 Entry = tuple[int, float, int, Seq]
@@ -142,10 +141,13 @@ class Slack(Policy):
         if not self._num:
             return ()
         shed: list[Seq] = []
-        room = self.limits.max_step_tokens - load.decodes
-        for entry in self._timely[:LOOK]:
+        if self.cost is None:
+            tokens_by: Callable[[float], float] = _any_number
+        else:
             # whoever is given up on a wrong prediction is lost: as if it were alone, and had the whole step
-            if load.begin_s + self._done_s(load, entry[3].total, room, self.pace) <= entry[1]:
+            tokens_by = self._tokens_by(load, self.limits.max_step_tokens - load.decodes)
+        for entry in self._timely[:LOOK]:
+            if entry[1] >= load.begin_s and entry[3].request.prompt_tokens <= tokens_by(entry[1]):
                 continue
             self._forget(entry[3])
             if self.shed == "hopeless":
@@ -158,16 +160,29 @@ class Slack(Policy):
     def _choose(self, load: Load) -> None:
         """Who is in time if all that are chosen are computed one after another; a wrong prediction only reorders."""
         found = self._timely[:LOOK]
-        prompts, due = [e[3].total for e in found], [e[1] - load.begin_s for e in found]
-        ahead, room = load.prefill_tokens, self._room(load)
+        self._chosen = deque(found)
+        if self.cost is None or not found:
+            return
+        tokens_by, ahead = self._tokens_by(load, self._room(load)), load.prefill_tokens
+        prompts, most = [e[3].request.prompt_tokens for e in found], [tokens_by(e[1]) - ahead for e in found]
+        if sum(prompts) > min(most):
+            kept = pick_shortest(prompts, most, range(len(found)))
+            self._chosen = deque(e for i, e in enumerate(found) if i in kept)
 
-        def late(tokens: int, i: int) -> bool:
-            return self._done_s(load, ahead + tokens, room, self.pace) > due[i]
+    def _tokens_by(self, load: Load, room: float) -> Callable[[float], float]:
+        """How many tokens of prompts are computed by a deadline, with `room` for them in a step."""
+        assert self.cost is not None
+        step_s, token_s = load.decode_s * self.pace, self.cost.per_prefill_token_s * self.pace
+        if not token_s:
+            return _any_number
+        first_s = load.begin_s + step_s
+        longer_s, begin_s = token_s + step_s / room, load.begin_s
 
-        kept = None
-        if found and self._done_s(load, ahead + sum(prompts), room, self.pace) > min(due):
-            kept = pick_shortest(prompts, range(len(found)), late)
-        self._chosen = deque(e for i, e in enumerate(found) if kept is None or i in kept)
+        def tokens_by(due_s: float) -> float:
+            tokens = (due_s - first_s) / token_s
+            return tokens if tokens <= room else (due_s - begin_s) / longer_s
+
+        return tokens_by
 
     def _room(self, load: Load) -> float:
         """Tokens of prompts a step has time for, in the long run, so that decodes keep their pace."""
@@ -176,12 +191,6 @@ class Slack(Policy):
         if not load.decodes or not per_token:
             return most
         return min(most, max((load.tpot_s / self.pace - load.decode_s) / per_token, MIN_PREFILL_TOKENS))
-
-    def _done_s(self, load: Load, tokens: int, room: float, pace: float) -> float:
-        """Seconds until so many tokens of prompts are computed, from the beginning of the step on."""
-        if self.cost is None:
-            return 0.0
-        return pace * (load.decode_s * ceil(tokens / room) + self.cost.per_prefill_token_s * tokens)
 
     def cap(self, load: Load) -> int:
         most = self.limits.max_running
@@ -241,6 +250,10 @@ class Slack(Policy):
     def check(self) -> None:
         super().check()
         assert self._timely == sorted(self._timely), "those in time are out of order"
+
+
+def _any_number(due_s: float) -> float:
+    return INFINITY
 
 
 def _loss(seq: Seq) -> tuple[bool, float, int]:

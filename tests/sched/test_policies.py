@@ -186,7 +186,7 @@ def test_the_most_prompts_that_can_be_in_time() -> None:
         lengths = [rng.randint(1, 20) for _ in range(n)]
         due = [rng.randint(1, 50) for _ in range(n)]
         order = sorted(range(n), key=lambda i: due[i])
-        kept = pick_shortest(lengths, order, lambda tokens, i, due=due: tokens > due[i])
+        kept = pick_shortest(lengths, due, order)
         done = 0
         for i in order:
             done += lengths[i] if i in kept else 0
