@@ -107,6 +107,7 @@ async def measure(
     alone = best_fit(points)
     beside = {name: ran(workers.rows(name, "pair"), alone) for name in (A, B)}
     slow = slowdowns(beside) if share == args.shares[0] else {}
+    say(f"watching a step took {workers.watch_us[A]:.1f} us of the processor in the mean")
     return rows_of(workers, done, key, args.answer), points, slow
 
 

@@ -1,10 +1,12 @@
 """A worker as `serve` starts it, that also writes down what each step took: for bench.profile_steps and bench.fidelity.
 
-MINSERVE_STEP_LOG names a folder.  One file a worker, NAME.npy, written when it is told to stop.
+MINSERVE_STEP_LOG names a folder.  One file a worker, NAME.npz, written when it is told to stop: `steps`, a ROW each, and
+`watch_s`, what its StepWatch took of the processor for each.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ ROW = ("end_s", "seconds", "steps", "decodes", "prefill_tokens", "context_tokens
 
 
 def log_file(folder: str | Path, name: str) -> Path:
-    return Path(folder) / f"{name.replace('/', '_')}.npy"
+    return Path(folder) / f"{name.replace('/', '_')}.npz"
 
 
 def main() -> None:
     torch.set_grad_enabled(False)
     rows: list[tuple[float, ...]] = []
+    spent: list[float] = []
     names: list[str] = []
 
     def heard(plan: StepPlan, seconds: float, now: float) -> None:
@@ -42,7 +45,14 @@ def main() -> None:
         served, loaded = open_engine(start)
         assert isinstance(served, EngineServed), f"{served} has no engine to watch"
         names.append(str(start.entry["name"]))
-        served.watch.heard = heard
+        watch, landed = served.watch, served.watch.landed
+
+        def timed(plan: StepPlan, planned_s: float, now: float) -> None:
+            begin = time.thread_time()
+            landed(plan, planned_s, now)
+            spent.append(time.thread_time() - begin)
+
+        watch.heard, watch.landed = heard, timed  # type: ignore[method-assign]
         return served, loaded
 
     try:
@@ -50,4 +60,4 @@ def main() -> None:
     finally:
         table: Any = np.array(rows, np.float64).reshape(-1, len(ROW))
         for name in names:
-            np.save(log_file(os.environ[FOLDER], name), table)
+            np.savez(log_file(os.environ[FOLDER], name), steps=table, watch_s=np.array(spent))

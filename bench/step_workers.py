@@ -26,8 +26,8 @@ assert ROW[1:] == Point._fields, "the log's columns are those of a Point"
 
 
 class Workers:
-    """`spans`: what was run, whose requests, from when to when on the machine's monotonic clock.  `log`, by model, is there
-    once they are closed."""
+    """`spans`: what was run, whose requests, from when to when on the machine's monotonic clock.  `log` and
+    `watch_us`, the mean of what watching a step took of the processor, are there by model once they are closed."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.names = config, [m.name for m in config.models]
@@ -36,6 +36,7 @@ class Workers:
         self._target: EngineTarget | None = None
         self.spans: list[tuple[str, tuple[str, ...], float, float]] = []
         self.log: dict[str, np.ndarray] = {}
+        self.watch_us: dict[str, float] = {}
 
     @property
     def target(self) -> EngineTarget:
@@ -55,7 +56,10 @@ class Workers:
             return
         target, self._target = self._target, None
         await target.close()
-        self.log = {name: np.load(log_file(self._folder, name)) for name in self.names}
+        for name in self.names:
+            with np.load(log_file(self._folder, name)) as found:
+                self.log[name] = found["steps"]
+                self.watch_us[name] = 1e6 * float(found["watch_s"].mean())
 
     async def run(self, what: str, work: Workload, drain_s: float) -> list[Heard]:
         """All answers, or what came of them until `drain_s` after the last arrival was due."""
