@@ -21,7 +21,8 @@ class Model:
     `costs`: by kind of GPU, then by (tp, per cent of its multiprocessors).  `kv_token_bytes`: of all heads, in all layers;
     `work_bytes`: activations and graphs of a rank.  `prompt_cv`, `output_cv`: standard deviation over mean of the tokens;
     `burst`: coefficient of variation of the gaps between requests, 1 is Poisson's.  The first token is due within
-    `ttft_s + ttft_per_token_s x prompt tokens`.  `replicas` and `tp`: as many as that, None is free.
+    `ttft_s + ttft_per_token_s x prompt tokens`.  `replicas` and `tp`: as many as that, None is free.  `places`: the GPUs of
+    each replica, where they are not to be chosen.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Model:
     tier: int = 0
     replicas: int | None = None
     tp: int | None = None
+    places: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("weight_bytes", 0), ("kv_token_bytes", 0), ("rate", 0), ("prompt_tokens", 1), ("output_tokens", 1)):  # fmt: skip
@@ -88,12 +90,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """`memory_bytes`: what weights, work space and keys and values may take together."""
+    """`memory_bytes`: what weights, work space and keys and values may take together; `apart`: what keys and values may take,
+    weights lie elsewhere."""
 
     name: str
     memory_bytes: float
     kind: str = "h100"
     node: str = "local"
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -120,7 +124,7 @@ class Problem:
     gpus: tuple[Gpu, ...]
     max_replicas: int = 4
     target: float = 0.9
-    classes: tuple[tuple[str, float, str], ...] = field(init=False)
+    classes: tuple[tuple[str, float, str, bool], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         for what, names in (
@@ -138,7 +142,9 @@ class Problem:
                 raise ValueError(
                     f"model {m.name!r} has no costs for tp={m.tp or 'any'} on {sorted(kinds)}, but {known}"
                 )
-        object.__setattr__(self, "classes", tuple((g.kind, g.memory_bytes, g.node) for g in self.gpus))
+        object.__setattr__(
+            self, "classes", tuple((g.kind, g.memory_bytes, g.node, g.apart) for g in self.gpus)
+        )
 
     @property
     def nodes(self) -> dict[str, tuple[int, ...]]:
@@ -172,6 +178,8 @@ def residents(problem: Problem, plan: Sequence[Replica]) -> list[list[Replica]]:
 
 def pool_bytes(problem: Problem, gpu: int, on: Sequence[Replica]) -> float:
     """What weights and work space of those on the GPU leave of its memory; may be negative."""
+    if problem.gpus[gpu].apart:
+        return problem.gpus[gpu].memory_bytes
     used = sum(problem.models[r.model].fixed_bytes(r.tp) for r in on)
     return problem.gpus[gpu].memory_bytes - used
 
