@@ -40,6 +40,7 @@ from minserve.schema import (
     text,
 )
 from sched.quota import POLICIES as QUOTAS
+from sched.step_time import DEVICES
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 # of a replica: the model's and its GPU's; a file names models only
@@ -80,6 +81,8 @@ class GpuConfig:
 
     name: str = key(maybe(NAME), None)  # gpu0, gpu1, ... in the order of the file when not given
     device: str = key(DEVICE, "auto")
+    kind: str | None = key(maybe(choice(*DEVICES), "auto"), None)
+    memory_bytes: int | None = key(maybe(size(64 * KiB, TiB), "auto"), None)
     pool_bytes: int | None = key(maybe(size(64 * KiB, TiB), "auto"), None)
     memory_fraction: float = key(number(0.05, 0.99), 0.9)
     slab_bytes: int | None = key(maybe(size(4 * KiB, GiB, multiple=4 * KiB), "auto"), None)
@@ -106,10 +109,12 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Mean tokens of a request, for planning."""
+    """Mean tokens of a request and their standard deviations over the means, for planning."""
 
     prompt_tokens: float = key(number(1, 1e7), 512.0)
     output_tokens: float = key(number(1, 1e7), 128.0)
+    prompt_variation: float = key(number(0, 10), 0.53)
+    output_variation: float = key(number(0, 10), 1.29)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +158,8 @@ class ModelEntry:
     group: str | None = key(maybe(NAME), None)
     tier: int = key(integer(0, 99), 0)
     sm_share: int | None = key(maybe(integer(1, 100), "auto"), None)
+    replicas: int | None = key(maybe(integer(1, 64), "auto"), None)
+    tp: int | None = key(maybe(integer(1, 8), "auto"), None)
 
     @classmethod
     def read(cls, value: Mapping[str, Any], base: Path | None = None) -> "ModelEntry":
@@ -247,6 +254,11 @@ class Config:
             raise ValueError(
                 f"nodes must be one node to be served, got {len(self.nodes)}: place and simulate take more"
             )
+        for i, m in enumerate(self.models):
+            if m.tp not in (None, 1):
+                raise refuse(
+                    At(f"models[{i}].tp", Path()), "1 to be served: place and simulate take more", m.tp
+                )
         for at, value, folder in self._paths():
             if value is not None and not (Path(value).is_dir() if folder else Path(value).exists()):
                 raise ValueError(

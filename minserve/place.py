@@ -1,181 +1,180 @@
-"""`python -m minserve.place CONFIG.yaml --memory`: how each GPU's KV pool is cut for its models, before anything runs.
+"""`python -m minserve.place CONFIG.yaml --out placed.yaml`: which models go on which GPUs, and what that would attain.
 
-The same solver plans the pools that are served.  Beside it stands what the same models would take at a time from
-FineServe's slab of 2 x LCM and from pages of 2 MiB.  A table for people, last one JSON object.  Needs config.json of
-the models, no weights.  A mistake of the user's is one line and exit status 2.
+Replicas, tensor parallelism, GPUs, shares of the multiprocessors and batch limits for the rates, lengths and SLOs of the
+file, by a search on an estimate whose best plans the simulator judges (docs/scheduling.md).  What does not fit is said with
+the reason and the smallest change that would make it fit; exit status 1 then.  --replan OLD.yaml says what to change of a
+placement that runs; --memory how the KV pools are cut.  Tables for people, last one JSON object.  No weights are needed.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minserve.agent import pool_bytes
-from minserve.config import Config, GpuConfig, TiB, load_config, pick_device
-from minserve.resolve import ResolvedModel, plan_pool, resolve_model, settle_blocks
-from minserve.schema import At, size
-from sched.other_pools import Grain, depth_groups, half_block, lcm_grains, lcm_slab, page_grains
-from sched.slabs import MAX_TAIL, PoolPlan, heads_per_rank
+from minserve.config import Config, TiB, load_config
+from minserve.place_memory import describe, plan_memory, pool_json
+from minserve.place_output import as_json, describe_moves, describe_short, placed, write
+from minserve.place_output import describe as describe_plan
+from minserve.place_problem import Options, plan_of, problem_of
+from minserve.schema import At, number, read_yaml, size
+from minserve.simulate import read_use
+from minserve.step_profile import read_costs
+from sched.placement import Plan, Problem, check
+from sched.placement_arms import BASELINES, baseline
+from sched.placement_moves import Change, Migration, replan
+from sched.placement_search import BUDGET, solve
+from sched.placement_simulate import Scorer, requests
+from sched.placement_why import shortfalls
+from sched.step_time import DEVICES
 
-MiB = 1 << 20
+SIMULATED_S = 30.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PlannedPool:
-    """A GPU's pool, and the models that share it with the blocks they are given."""
-
-    gpu: GpuConfig
-    device: str
-    models: tuple[ResolvedModel, ...]
-    plan: PoolPlan
-
-
-def rank_of(model: ResolvedModel, tp: int) -> ResolvedModel:
-    """The model as one of `tp` ranks stores it."""
-    heads = heads_per_rank(model.layout.num_kv_heads, tp)
-    layout, *layouts = (
-        dataclasses.replace(layout, num_kv_heads=heads) for layout in (model.layout, *model.layouts)
+def options_of(args: argparse.Namespace, config: Config) -> Options:
+    return Options(
+        kind=args.gpu,
+        profile=read_costs(args.costs) if args.costs else {},
+        use=read_use(args.use, [m.name for m in config.models]),
+        max_tp=args.max_tp,
+        max_replicas=args.max_replicas,
+        target=args.target,
+        burst=args.burst,
+        free=bool(args.replan or args.baseline),
     )
-    return dataclasses.replace(model, layout=layout, layouts=tuple(layouts))
 
 
-def plan_memory(config: Config, *, tp: int = 1, given: int | None = None) -> list[PlannedPool]:
-    """A plan for every GPU that has models, a replica each; `given` bytes where a pool names none.
-
-    ValueError for models that cannot be resolved or do not fit.
-    """
-    planned = []
-    for gpu in config.gpus:
-        entries = [m for m in config.models if gpu.name in (m.placement or (config.gpus[0].name,))]
-        if not entries:
-            continue
-        device = pick_device(gpu.device)
-        models = [rank_of(resolve_model(m, device), tp) for m in entries]
-        total = gpu.pool_bytes or given or pool_bytes(gpu, device, models)
-        models = settle_blocks(models, gpu, total)
-        planned.append(PlannedPool(gpu, device, tuple(models), plan_pool(models, gpu, total)))
-    return planned
+def plan(
+    args: argparse.Namespace, problem: Problem, scorer: Scorer | None, old: Plan | None
+) -> tuple[Plan, list[Change]]:
+    """The plan, and the way to it from an old one."""
+    score = None if scorer is None else lambda p: scorer(p).value
+    if args.baseline:
+        simulate = None if scorer is None else lambda p: scorer(p).attained
+        return baseline(args.baseline, problem, seed=args.seed, simulate=simulate), []
+    if old is not None:
+        migration = Migration(start_s=args.start_s, load_bytes_s=args.load_bytes_s, horizon_s=args.horizon_s)
+        found, moves = replan(problem, old, migration, seed=args.seed, budget=args.budget, score=score)
+        return found.plan, moves
+    return solve(problem, seed=args.seed, budget=args.budget, score=score).plan, []
 
 
-def grain_json(grain: Grain, pool: int) -> dict[str, Any]:
-    return {
-        "unit_bytes": grain.unit_bytes,
-        "unit_tokens": grain.unit_tokens,
-        "tail": round(grain.tail, 5),
-        "units": pool // grain.unit_bytes,
+def place(args: argparse.Namespace) -> int:
+    config = load_config(args.config)
+    problem = problem_of(config, options_of(args, config))
+    asked = sum(m.rate for m in problem.models) > 0
+    scorer = Scorer(problem, requests(problem, args.simulate, args.seed)) if args.simulate and asked else None
+    old = plan_of(load_config(args.replan), problem) if args.replan else None
+    found, moves = plan(args, problem, scorer, old)
+    check(problem, found)
+    scored = scorer(found) if scorer is not None else None
+    short = shortfalls(problem, found, seed=args.seed, most=args.explain)
+    lines = describe_plan(problem, found, scored)
+    if quiet := [m.name for m in problem.models if not m.rate]:
+        lines.append(f"without a rate, so planned for memory alone: {', '.join(quiet)}")
+    if args.replan:
+        lines += describe_moves(problem, moves)
+    lines += describe_short(short)
+    nowhere = sorted({m.name for i, m in enumerate(problem.models) if all(r.model != i for r in found)})
+    written = None
+    if args.out and nowhere:
+        lines.append(f"{args.out} is not written: there is no place for {', '.join(nowhere)}")
+    elif args.out:
+        raw = read_yaml(Path(args.config))
+        write(args.out, placed(raw, Path(args.config).resolve().parent, config, problem, found))
+        load_config(args.out)
+        written = args.out
+        lines.append(f"{args.out} is written")
+    sys.stdout.write("\n".join(lines) + "\n")
+    said: dict[str, Any] = {
+        "config": args.config,
+        "out": written,
+        "by": args.baseline or "search",
+        "seed": args.seed,
     }
+    said |= as_json(problem, found, scored, short)
+    if args.replan:
+        said["moves"] = [
+            {"what": m.what, "model": problem.models[m.replica.model].name, "gpus": [problem.gpus[g].name for g in m.replica.gpus],
+             "seconds": round(m.seconds, 3), "lost": round(m.lost, 3)}
+            for m in moves
+        ]  # fmt: skip
+    sys.stdout.write(json.dumps(said) + "\n")
+    return 1 if short else 0
 
 
-def model_json(model: ResolvedModel, pool: PlannedPool) -> dict[str, Any]:
-    name, layout = model.entry.name, model.layout
-    shape, shapes = pool.plan.models[name], [m.shape for m in pool.models]
-    ours = Grain(shape.layers * pool.plan.slab_bytes, shape.set_tokens, shape.tail_waste)
-    return {
-        "name": name,
-        "layers": model.config.num_layers,
-        "kv_heads": layout.num_kv_heads,
-        "head_dim": layout.head_dim,
-        "kv_dtype": model.kv_formats,
-        "block_tokens": shape.block_tokens,
-        "block_bytes": model.shape.block_bytes,
-        "scale_bytes": (layout.scale_bytes + layout.zero_bytes) * layout.num_kv_heads,
-        "slots": shape.slots,
-        "max_model_len": model.max_model_len,
-        "reserve_sets": shape.reserve_sets,
-        "set": grain_json(ours, pool.plan.pool_bytes),
-        "lcm": grain_json(lcm_grains(shapes)[name], pool.plan.pool_bytes),
-        "pages": grain_json(page_grains(shapes)[name], pool.plan.pool_bytes),
-    }
-
-
-def pool_json(pool: PlannedPool) -> dict[str, Any]:
-    plan, shapes = pool.plan, [m.shape for m in pool.models]
-    return {
-        "name": pool.gpu.name,
-        "device": pool.device,
-        "pool_bytes": plan.pool_bytes,
-        "slab_bytes": plan.slab_bytes,
-        "num_slabs": plan.num_slabs,
-        "reserved_slabs": plan.reserved_slabs,
-        "liveness_slabs": plan.liveness_slabs,
-        "lcm_slab_bytes": lcm_slab(map(half_block, shapes)),
-        "lcm_pools": [list(names) for names in depth_groups(shapes).values()],
-        "models": [model_json(m, pool) for m in pool.models],
-    }
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def mib(value: int) -> str:
-    return f"{value / MiB:,.1f}" if value < 1000 * MiB else f"{value / MiB:,.0f}"
-
-
-def describe(pool: dict[str, Any]) -> list[str]:
-    """The table of one pool of `pool_json`."""
-    plan = [["model", "KV", "heads", "dim", "layers", "P", "slots", "reserved", "sets", "tail"]]
-    units = [["taken at a time, MiB (tokens)", "a set", "", "2 x LCM", "", "2 MiB pages", "", "their tail"]]
-    for m in pool["models"]:
-        cells = (m["kv_heads"], m["head_dim"], m["layers"], m["block_tokens"], m["slots"], m["reserve_sets"])
-        tail = f"{m['set']['tail']:.2%}"
-        plan.append([m["name"], m["kv_dtype"], *map(str, cells), f"{m['set']['units']:,}", tail])
-        row = [m["name"]]
-        for kind in ("set", "lcm", "pages"):
-            row += [mib(m[kind]["unit_bytes"]), f"({m[kind]['unit_tokens']:,})"]
-        units.append([*row, f"{m['pages']['tail']:.2%}"])
-    lines = [
-        f"pool {pool['name']}: {pool['pool_bytes'] / MiB:,.0f} MiB on {pool['device']}, {pool['num_slabs']:,} slabs of "
-        f"{pool['slab_bytes'] / 1024:,.0f} KiB, {pool['reserved_slabs'] / pool['num_slabs']:.1%} of them reserved"
-    ]
-    lines += [f"  {line}" for line in (*columns(plan), *columns(units))]
-    worst = max(m["set"]["tail"] for m in pool["models"])
-    if worst > MAX_TAIL:
-        lines.append(
-            f"  a tail of {worst:.1%} is the least that any slab and block leave in a pool of this size"
-        )
-    lines.append(f"  FineServe's slab: 2 x LCM = {mib(pool['lcm_slab_bytes'])} MiB{groups_line(pool)}")
-    return lines
-
-
-def groups_line(pool: dict[str, Any]) -> str:
-    groups = pool["lcm_pools"]
-    return "" if len(groups) == 1 else "; pools apart: " + " | ".join(", ".join(names) for names in groups)
+def show_memory(args: argparse.Namespace) -> int:
+    given = args.pool_bytes and size(64 << 10, TiB).read(At("--pool-bytes", Path()), args.pool_bytes)
+    pools = [pool_json(p) for p in plan_memory(load_config(args.config), tp=args.tp, given=given)]
+    for pool in pools:
+        sys.stdout.write("\n".join(describe(pool)) + "\n")
+    sys.stdout.write(json.dumps({"config": args.config, "tp": args.tp, "pools": pools}) + "\n")
+    return 0
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minserve.place", description=__doc__.split("\n\n")[0])
     parser.add_argument("config", metavar="CONFIG.yaml", help="see examples/full.yaml")
-    parser.add_argument("--memory", action="store_true", required=True, help="plan the KV pool of each GPU")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="plan one of N ranks of each model")
-    parser.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
+    parser.add_argument("--out", metavar="FILE", help="write the configuration with the placement")
+    parser.add_argument(
+        "--replan", metavar="OLD.yaml", help="from this placement, as far as it is worth the way"
+    )
+    parser.add_argument("--baseline", choices=list(BASELINES), help="by this rule in place of the search")
+    parser.add_argument(
+        "--gpu", choices=sorted(DEVICES), default="h200", help="the kind of GPUs that say none"
+    )
+    parser.add_argument("--costs", metavar="CSV", help="a profile in FineServe's form")
+    parser.add_argument("--use", metavar="NAME=KEY", action="append", default=[],
+                        help="model/qformat of the profile, all tp and shares of it, or model/qformat/tp/mps; others have a roofline")  # fmt: skip
+    for flag, default, says in (
+        ("--max-tp", 8, "no more ranks than that"),
+        ("--max-replicas", 4, "of a model"),
+        ("--seed", 0, "of the search and of the simulated requests"),
+        ("--budget", BUDGET, "plans to look at"),
+        ("--explain", 8, "models that do not fit for which changes are looked for"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{says}; default {default}")
+    for flag, value, says in (
+        ("--simulate", SIMULATED_S, "seconds of requests that the best plans are judged by, 0: not"),
+        ("--target", 0.9, "attainment below which a model does not fit"),
+        ("--burst", 1.0, "coefficient of variation of the gaps between requests"),
+        ("--start-s", 15.0, "seconds of a worker's start before it loads, for --replan"),
+        ("--load-bytes-s", 2e9, "bytes of weights a second, for --replan"),
+        ("--horizon-s", 1800.0, "seconds that the new rates hold, for --replan"),
+    ):
+        parser.add_argument(flag, type=float, default=value, metavar="X", help=f"{says}; default {value:g}")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--memory", action="store_true", help="only plan the KV pool of each GPU")
+    memory.add_argument("--tp", type=int, default=1, metavar="N", help="plan one of N ranks of each model")
+    memory.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
     return parser.parse_args(argv)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError naming the flag, the value and what it must be."""
+    for name, low, high in (
+        ("max_tp", 1, 8), ("max_replicas", 1, 64), ("seed", 0, 1 << 31), ("budget", 1, 10**8), ("explain", 0, 64),
+        ("simulate", 0, 3600), ("target", 0, 1), ("burst", 0.01, 100), ("start_s", 0, 1e5), ("load_bytes_s", 1, 1e15),
+        ("horizon_s", 1, 1e9),
+    ):  # fmt: skip
+        number(low, high).read(At(f"--{name.replace('_', '-')}", Path()), getattr(args, name))
+    if args.baseline and args.replan:
+        raise ValueError("--replan goes with the search, not with --baseline")
+    others = [flag for flag in ("out", "replan", "baseline") if getattr(args, flag)]
+    if args.memory and others:
+        raise ValueError(f"--memory plans pools alone, without --{others[0]}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """The exit status: 1 where something does not fit, 2 for a mistake of the user's."""
     args = read_arguments(argv)
     try:
-        given = args.pool_bytes and size(64 << 10, TiB).read(At("--pool-bytes", Path()), args.pool_bytes)
-        pools = [pool_json(p) for p in plan_memory(load_config(args.config), tp=args.tp, given=given)]
+        check_arguments(args)
+        return show_memory(args) if args.memory else place(args)
     except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"minserve: {error}\n")
         return 2
-    for pool in pools:
-        sys.stdout.write("\n".join(describe(pool)) + "\n")
-    sys.stdout.write(json.dumps({"config": args.config, "tp": args.tp, "pools": pools}) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ Chrome's format (chrome://tracing, ui.perfetto.dev).  The same inputs give the s
 """
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minserve.config import Config, TiB, load_config
+from minserve.group_sets import GroupSets
 from minserve.kv_moves import KvMoves
 from minserve.kv_share import KvShare
-from minserve.place import PlannedPool, plan_memory
+from minserve.place_memory import PlannedPool, plan_memory
 from minserve.pool import LeasedSets, SlabPool
 from minserve.quota_writer import TICK_S, QuotaWriter
 from minserve.resolve import ResolvedModel
@@ -37,12 +39,13 @@ from sched.step_time import DEVICES, Work, roofline
 from sched.workload import Workload, from_lines
 
 WEIGHT_BITS = {"w8a8-int8": 8, "w8a8-fp8": 8, "w4a8-int8": 4, "w4a8-fp8": 4}
+SUM_S = 15e-6  # of one sum over the ranks of a few rows: NVLink's latency, and two launches
 COPY_S = 0.001  # of a step, for compaction, on a device that copies at half of what it reads
 OPEN = "the workload ended before it did"
 
 
-def cost_of(model: ResolvedModel, gpu: str) -> StepCost:
-    """A roofline of the model on a kind of GPU."""
+def cost_of(model: ResolvedModel, gpu: str, tp: int = 1) -> StepCost:
+    """A roofline of the model on a kind of GPU; of one of `tp` ranks that sum up twice a layer, as which `model` is stored."""
     c = model.config
     products = c.num_layers * (
         c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + 3 * c.hidden_size * c.intermediate_size
@@ -51,74 +54,98 @@ def cost_of(model: ResolvedModel, gpu: str) -> StepCost:
     bits = WEIGHT_BITS.get(model.quantization, 16)
     kv = model.shape.block_bytes * c.num_layers / model.layout.block_tokens
     work = Work(
-        weight_bytes=products * bits / 8 + head * 2,
-        parameters=products + head,
+        weight_bytes=(products * bits / 8 + head * 2) / tp,
+        parameters=(products + head) / tp,
         kv_token_bytes=kv,
         bits=8 if bits < 16 else 16,
-        pair_flops=4.0 * c.num_layers * c.q_size,
+        pair_flops=4.0 * c.num_layers * c.q_size / tp,
     )
-    return roofline(work, DEVICES[gpu])
+    cost = roofline(work, DEVICES[gpu])
+    return cost if tp == 1 else dataclasses.replace(cost, base_s=cost.base_s + 2 * c.num_layers * SUM_S)
 
 
 class SimulatedPool:
-    """One GPU's pool and the replicas on it.  The bytes are a sparse file that nobody touches."""
+    """One GPU's pool.  The bytes are a sparse file that nobody touches."""
 
-    def __init__(self, planned: PlannedPool, costs: dict[str, StepCost], config: Config, now: "Now") -> None:
+    def __init__(self, planned: PlannedPool, config: Config) -> None:
         self.name, self.planned = planned.gpu.name or "pool", planned
         self.pool = SlabPool.create(planned.plan)
         rates = {m.name: m.rate for m in config.models if m.rate is not None}
         self.writer = QuotaWriter(self.pool.table, planned.gpu.quota, rates)
-        self.shares: list[KvShare] = []
-        self.replicas = [self._replica(m, costs[m.entry.name], now) for m in planned.models]
-
-    def _replica(self, model: ResolvedModel, cost: StepCost, now: "Now") -> Replica:
-        entry, sets = model.entry, LeasedSets(self.pool, model.entry.name)
-        limits = Limits(
-            max_running=entry.max_num_seqs,
-            max_step_tokens=entry.max_num_batched_tokens,
-            max_chunk_tokens=entry.max_num_batched_tokens,
-            max_model_len=model.max_model_len,
-            max_waiting=entry.max_queued_requests,
-        )
-        blocks = BlockPool(sets, sets.shape.slots, sets.shape.block_tokens)
-        policy = make_policy(entry.policy, limits, cost, dict(entry.policy_options))
-        batcher = Batcher(blocks, limits, cost, policy)
-        block_bytes = sum(group.layers * group.block_bytes for group in sets.shape.groups)
-        # bytes are copied no faster than a context is read, and read and written both
-        per_block_s = 2 * cost.per_context_token_s * sets.shape.block_tokens
-        most = int(COPY_S / per_block_s) if per_block_s else 1 << 30
-
-        def ask(n: int) -> None:
-            batcher.compactor.ask(n, most)
-
-        moves = KvMoves(
-            self.pool.table,
-            sets.owner,
-            batcher.compactor,
-            lambda: offer(batcher),
-            ask,
-            lambda: batcher.compactor.num_moved * block_bytes,
-            now,
-        )
-        share = KvShare(
-            sets,
-            batcher.blocks,
-            lambda ahead: demand(batcher, now(), ahead),
-            lambda n: preempt_for(batcher, n),
-            now,
-            moves,
-        )
-        self.shares.append(share)
-
-        def after(step_s: float | None) -> None:
-            if step_s is not None:
-                share.stepped(step_s)
-            share.turn()
-
-        return Replica(f"{entry.name}@{self.name}", entry.name, (self.name,), batcher, after)
 
     def check(self) -> None:
         self.pool.table.check()
+
+
+def replicas_of(made: Sequence[SimulatedPool], costs: dict[str, StepCost], now: "Now") -> list[Replica]:
+    """Those of each model on its pools, in the order of its placement; with `tp` each takes so many of them."""
+    found = []
+    # as one pool after the other has them
+    models = {m.entry.name: m for pool in made for m in pool.planned.models}
+    for model in models.values():
+        named = {pool.name: pool for pool in made if model.entry.name in pool.planned.plan.models}
+        pools = [named[name] for name in model.entry.placement] or list(named.values())
+        tp = model.entry.tp or 1
+        if len(pools) % tp:
+            raise ValueError(
+                f"models[{model.entry.name}].placement must name {tp} GPUs for each replica, as tp says, got {len(pools)}"
+            )
+        found += [
+            make_replica(model, pools[i : i + tp], costs[model.entry.name], now)
+            for i in range(0, len(pools), tp)
+        ]
+    return found
+
+
+def make_replica(model: ResolvedModel, pools: Sequence[SimulatedPool], cost: StepCost, now: "Now") -> Replica:
+    """With a rank on each of `pools`; it takes part in sharing them as a worker does."""
+    entry, leader = model.entry, pools[0].pool
+    if len(pools) == 1:
+        own = LeasedSets(leader, entry.name)
+        sets: LeasedSets | GroupSets = own
+        owner, slots, block_tokens = own.owner, own.shape.slots, own.shape.block_tokens
+    else:
+        sets = group = GroupSets([pool.pool.table for pool in pools], entry.name)
+        owner, slots, block_tokens = group.owners[0], group.slots, group.block_tokens
+    limits = Limits(
+        max_running=entry.max_num_seqs,
+        max_step_tokens=entry.max_num_batched_tokens,
+        max_chunk_tokens=entry.max_num_batched_tokens,
+        max_model_len=model.max_model_len,
+        max_waiting=entry.max_queued_requests,
+    )
+    policy = make_policy(entry.policy, limits, cost, dict(entry.policy_options))
+    batcher = Batcher(BlockPool(sets, slots, block_tokens), limits, cost, policy)
+    shape = leader.plan.models[entry.name]
+    block_bytes = sum(group.layers * group.block_bytes for group in shape.groups)
+    # bytes are copied no faster than a context is read, and read and written both
+    per_block_s = 2 * cost.per_context_token_s * block_tokens
+    most = int(COPY_S / per_block_s) if per_block_s else 1 << 30
+    moves = KvMoves(
+        leader.table,
+        owner,
+        batcher.compactor,
+        lambda: offer(batcher),
+        lambda n: batcher.compactor.ask(n, most),
+        lambda: batcher.compactor.num_moved * block_bytes,
+        now,
+    )
+    share = KvShare(
+        sets,
+        batcher.blocks,
+        lambda ahead: demand(batcher, now(), ahead),
+        lambda n: preempt_for(batcher, n),
+        now,
+        moves,
+    )
+
+    def after(step_s: float | None) -> None:
+        if step_s is not None:
+            share.stepped(step_s)
+        share.turn()
+
+    names = tuple(pool.name for pool in pools)
+    return Replica(f"{entry.name}@{'+'.join(names)}", entry.name, names, batcher, after)
 
 
 class Now:
@@ -231,7 +258,7 @@ def simulate(
         )
     slos = slos_of(config) | dict(workload.slos)
     now = Now()
-    made = [SimulatedPool(p, costs, config, now) for p in pools]
+    made = [SimulatedPool(p, config) for p in pools]
 
     def divide(_: float) -> None:
         for pool in made:
@@ -243,7 +270,7 @@ def simulate(
                       "ts": begin_s * 1e6, "dur": (end_s - begin_s) * 1e6, "args": {"tokens": tokens}})  # fmt: skip
 
     simulation = Simulation(
-        [r for pool in made for r in pool.replicas],
+        replicas_of(made, costs, now),
         arrivals_of(workload, slos),
         route=routes,
         groups=groups,
@@ -268,17 +295,23 @@ def simulate(
     return simulation, records, summary
 
 
+def read_use(pairs: Sequence[str], served: Collection[str]) -> dict[str, str]:
+    """Model to key of the profile, as --use gives them."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--use must be NAME=model/qformat/tp/mps, got {wrong[0]!r}")
+    found = dict(pair.split("=", 1) for pair in pairs)
+    if unknown := found.keys() - set(served):
+        raise ValueError(f"--use names {sorted(unknown)}; the configuration serves {sorted(served)}")
+    return found
+
+
 def choose_costs(
     args: argparse.Namespace, pools: Sequence[PlannedPool], own: Profile | None
 ) -> dict[str, StepCost]:
     """By model; prints where each comes from."""
     profile = read_costs(args.costs) if args.costs else {}
-    named = dict(pair.split("=", 1) for pair in args.use if "=" in pair)
-    if wrong := [pair for pair in args.use if "=" not in pair]:
-        raise ValueError(f"--use must be NAME=model/qformat/tp/mps, got {wrong[0]!r}")
     served = {m.entry.name: m for pool in pools for m in pool.models}
-    if unknown := named.keys() - served.keys():
-        raise ValueError(f"--use names {sorted(unknown)}; the configuration serves {sorted(served)}")
+    named = read_use(args.use, served)
     costs = {}
     for name, model in served.items():
         if name in named:
@@ -293,7 +326,7 @@ def choose_costs(
             costs[name], error = own.models[name]
             sys.stdout.write(f"{name}: {args.profile}, off by {error:.1%} in the mean\n")
         else:
-            costs[name] = cost_of(model, args.gpu)
+            costs[name] = cost_of(model, args.gpu, model.entry.tp or 1)
             sys.stdout.write(f"{name}: roofline on {args.gpu}\n")
     return costs
 
