@@ -74,8 +74,8 @@ def _costs(model: ResolvedModel, kind: str, degrees: Sequence[int], options: Opt
     """By degree and share; of shares below the whole only where the profile has them and the GPUs share so."""
     entry = model.entry
     if entry.name not in options.use:
-        share = entry.sm_share or WHOLE
-        return {(tp, share): cost_of(rank_of(model, tp), kind, tp) for tp in degrees}
+        # a roofline knows nothing of shares
+        return {(tp, WHOLE): cost_of(rank_of(model, tp), kind, tp) for tp in degrees}
     wanted = options.use[entry.name]
     found: Costs = {}
     for key, fitted in options.profile.items():
@@ -165,8 +165,11 @@ def plan_of(config: Config, problem: Problem) -> Plan:
         for place in places_of(entry) or ((config.gpus[0].name or "",),):
             if entry.name in models and all(name in numbers for name in place):
                 gpus = tuple(numbers[name] for name in place)
-                r = Replica(models[entry.name], gpus, entry.sm_share or WHOLE)
-                costs = problem.models[r.model].costs
-                if all((r.tp, r.sm) in costs.get(problem.gpus[g].kind, {}) for g in gpus):
-                    found.append(r)
+                number = models[entry.name]
+                known = [problem.models[number].costs.get(problem.gpus[g].kind, {}) for g in gpus]
+                shares = [
+                    s for s in (entry.sm_share, WHOLE) if s and all((len(gpus), s) in of for of in known)
+                ]
+                if shares:
+                    found.append(Replica(number, gpus, shares[0]))
     return tuple(sorted(found))

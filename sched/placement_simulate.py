@@ -11,7 +11,7 @@ from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits
 from sched.metrics import Slo
-from sched.placement import Model, Plan, Problem, Replica, pool_bytes, residents
+from sched.placement import WHOLE, Model, Plan, Problem, Replica, pool_bytes, residents
 from sched.placement_estimate import value_of
 from sched.policy import Policy
 from sched.simulator import Arrival, Record, Simulation
@@ -221,4 +221,4 @@ def _replica(
     slots = max(1, min(4096, int(MAX_SLAB_BYTES * m.layers // block))) if block > 0 else 64
     blocks = BlockPool(Sets(name, pools, slots * block), slots, m.block_tokens)
     batcher = Batcher(blocks, limits, cost, policy(limits, cost) if policy else None)
-    return Simulated(name, m.name, tuple(problem.gpus[g].name for g in r.gpus), batcher)
+    return Simulated(name, m.name, tuple(problem.gpus[g].name for g in r.gpus), batcher, share=r.sm / WHOLE)

@@ -56,10 +56,11 @@ class Record:
 class Replica:
     """`name` serves `model` on `devices`, all of them together; `stalled` while it has work and no memory to plan a step
     with.  `after(step_s)` is called when steps have ended, with the mean seconds of one, and with None while there is
-    nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts."""
+    nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts, on the `share` of
+    the multiprocessors that it may use: those that are busy slow each other down where they have more than all together."""
 
     __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "beside", "cost", "devices", "generation", "k", "model", "name",
-                 "phase", "plan", "stalled", "steps")  # fmt: skip
+                 "phase", "plan", "share", "stalled", "steps")  # fmt: skip
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Replica:
         batcher: Batcher,
         after: Callable[[float | None], None] | None = None,
         cost: StepCost | None = None,
+        share: float = 1.0,
     ) -> None:
         cost = cost or batcher.cost
         if cost is None:
@@ -76,7 +78,7 @@ class Replica:
         if not devices or len(set(devices)) != len(devices):
             raise ValueError(f"replica {name!r} needs different devices, and one at least, got {devices}")
         self.name, self.model, self.devices, self.batcher, self.after = name, model, devices, batcher, after
-        self.cost = cost
+        self.cost, self.share = cost, share
         self.beside: tuple[tuple[Replica, ...], ...] = ()  # of each device, the others on it
         self.plan: StepPlan | None = None
         self.phase = IDLE
@@ -310,9 +312,11 @@ class Simulation:
     def _factor(self, replica: Replica) -> float:
         """Of the slowest of its devices."""
         more, phase = self._slowdown, replica.phase
-        return 1.0 + max(
-            sum(more[phase, o.phase] for o in others if o.phase != IDLE) for others in replica.beside
+        others = max(
+            sum(more[phase, o.phase] * o.share for o in beside if o.phase != IDLE)
+            for beside in replica.beside
         )
+        return max(1.0, replica.share + others)
 
     def _cut(self, replica: Replica) -> None:
         """The step under way is the last of its stretch."""

@@ -10,8 +10,9 @@ from sched.placement_estimate import Estimator
 from sched.placement_exhaustive import exhaustive, plans
 from sched.placement_moves import Migration, changes, replan
 from sched.placement_search import groups_of, options, solve
-from sched.placement_simulate import Pool, Scorer, Sets, requests
+from sched.placement_simulate import Pool, Scorer, Sets, replicas_of, requests
 from sched.placement_why import shortfalls
+from sched.simulator import Simulation
 from tests.sched.placed import GB, model, problem
 
 
@@ -222,6 +223,28 @@ def test_a_changed_share_is_a_restart() -> None:
     assert change.lost == pytest.approx(26 * p.models[0].rate)
     with pytest.raises(ValueError, match="horizon_s must be above 0"):
         Migration(horizon_s=0)
+
+
+def test_shares_that_have_room_beside_each_other_do_not_slow_down() -> None:
+    halves = [model(n, rate=8.0, degrees=(1,)) for n in "ab"]
+    halves = [
+        replace(m, costs={"h100": {(1, sm): m.costs["h100"][1, 100] for sm in (50, 100)}}) for m in halves
+    ]
+    p = problem(halves, gpus=1)
+    plans_ = [tuple(Replica(i, (0,), sm) for i in range(2)) for sm in (50, 100)]
+    estimate, score = Estimator(p), Scorer(p, requests(p, 6.0, seed=1))
+    for judge in (lambda plan: estimate(plan).value, lambda plan: score(plan).tokens / simulated_s(p, plan)):
+        half, whole = map(judge, plans_)
+        assert half > whole
+    # what is as fast on half of the GPU is put on half of it
+    assert {r.sm for r in solve(p, budget=200).plan} == {50}
+
+
+def simulated_s(p: Problem, plan: Plan) -> float:
+    """Until the last answer has ended."""
+    run = Simulation(replicas_of(p, plan), requests(p, 6.0, seed=1))
+    run.run()
+    return run.now
 
 
 def test_fits_counts_the_longest_sequence() -> None:
