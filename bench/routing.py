@@ -15,7 +15,8 @@ import json
 import random
 import sys
 import timeit
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ TPOT_S, OURS = 0.05, "least-ttft"
 # requests a second of the whole fleet, and the TTFT
 LOADS = ((16.0, 0.3), (22.0, 0.3), (30.0, 0.3), (30.0, 1.0))
 TIER_LOADS = ((4.0, 0.5), (12.0, 0.5), (20.0, 0.5), (28.0, 0.5))
+TIER_ARMS = {name: partial(Tiers, name) for name in TIER_POLICIES}
+MARGINS = (0.9, 0.8, 0.7, 0.6, 0.5)
 PROMPTS = (20, 500, 1000, 8000)
 BURST_S, PERIOD_S, BUSY, QUIET = 2.0, 8.0, 4.0, 0.25
 Cell = dict[str, Any]
@@ -125,16 +128,16 @@ def replica_cells(seeds: Sequence[int], requests: int) -> list[Cell]:
     return cells
 
 
-def tier_cells(seeds: Sequence[int], requests: int) -> list[Cell]:
+def tier_cells(seeds: Sequence[int], requests: int, arms: Mapping[str, Callable[[], Router]]) -> list[Cell]:
     cells = []
     for rate, ttft_s in TIER_LOADS:
-        for arm in TIER_POLICIES:
+        for arm, made in arms.items():
             shares, by = [], dict.fromkeys(SPEED, 0)
             for seed in seeds:
                 replicas = [replica(m, m, f"gpu{i}", speed) for i, (m, speed) in enumerate(SPEED.items())]
 
-                def make(_: str, arm: str = arm) -> Router:
-                    return Tiers(arm)
+                def make(_: str, made: Callable[[], Router] = made) -> Router:
+                    return made()
 
                 routes = Routes(make, {m: i for i, m in enumerate(SPEED)})
                 shares.append(run(replicas, arrivals(seed, requests, rate, "any", ttft_s), routes)[0])
@@ -223,6 +226,24 @@ def pooled(gains: list[Cell], key: str) -> list[list[str]]:
     return rows
 
 
+def compare_margins(seeds: Sequence[int], requests: int) -> int:
+    arms = {f"{margin:g}": partial(Tiers, "slo", margin) for margin in MARGINS}
+    cells = tier_cells(seeds, requests, arms)
+    rows = [["margin", "req/s", "attained", *(f"by {m}" for m in SPEED)]]
+    for c in cells:
+        rows.append(
+            [
+                c["arm"],
+                f"{c['rate']:g}",
+                f"{np.mean(c['attained']):.1%}",
+                *(f"{v:.1%}" for v in c["by"].values()),
+            ]
+        )
+    sys.stdout.write(aligned(rows) + "\n")
+    sys.stdout.write(json.dumps({"bench": "routing", "seeds": [*seeds], "margins": cells}) + "\n")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(
@@ -230,11 +251,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="2 seeds of 200 requests")
     parser.add_argument("--seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--margins", action="store_true", help="nothing but tiers with other margins")
     parser.add_argument("--record", action="store_true", help="write bench/results/routing.json")
     args = parser.parse_args(argv)
     number, requests = (2, 200) if args.quick else (12, 400)
     seeds = range(args.seed, args.seed + number)
-    replicas, tiers = replica_cells(seeds, requests), tier_cells(seeds, requests)
+    if args.margins:
+        return compare_margins(seeds, requests)
+    replicas, tiers = replica_cells(seeds, requests), tier_cells(seeds, requests, TIER_ARMS)
     gains, tier_gains = against(replicas, OURS, ("fleet",)), against(tiers, "slo", ())
     times = {n: choice_us(n) for n in PROMPTS}
     parts = [

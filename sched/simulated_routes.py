@@ -54,14 +54,20 @@ class Routes:
         prefill, decode = self._factor(replica, PREFILL), self._factor(replica, DECODE)
         queued = batcher._queue.num_tokens + sum(s.total - s.computed for s in batcher._prefilling.values())
         step_s = cost.decode_s(0, context)
+        beside_s = prefill * cost.decode_s(decodes, context)
+        token_s = prefill * self._prompt_token_s(replica, cost)
+        # prompts have what is left of each step: all that fits, or what the decodes' TPOT allows
+        room_s = limits.max_step_tokens * token_s
+        if decodes:
+            room_s = min(room_s, max(arrival.tpot_s - beside_s, arrival.tpot_s / 4))
         longest = arrival.prompt_tokens + arrival.output_tokens
         return ReplicaState(
             name=replica.name,
             tier=self._tiers.get(replica.model, 0),
             open=batcher.num_open,
             queued_tokens=queued,
-            first_s=prefill * cost.decode_s(decodes, context),
-            prompt_token_s=prefill * self._prompt_token_s(replica, cost),
+            first_s=beside_s,
+            prompt_token_s=token_s * (1 + beside_s / max(room_s, token_s)),
             step_s=decode * step_s,
             decode_s=decode * (cost.decode_s(decodes + 1, context) - step_s) / (decodes + 1),
             most_running=limits.max_running,
