@@ -110,11 +110,12 @@ def plain(problem: Problem) -> Problem:
     return dataclasses.replace(problem, models=tuple(models))
 
 
-Arm = Callable[[Problem, int, Scorer], Plan]
+Train = Scorer | Estimator
+Arm = Callable[[Problem, int, Train], Plan]
 OURS, ONE_EACH, OPTIMUM = "ours", "ours, one replica each", "exhaustive, by the estimate"
 
 
-def ours(problem: Problem, seed: int, train: Scorer, **given: Any) -> Plan:
+def ours(problem: Problem, seed: int, train: Train, **given: Any) -> Plan:
     return solve(problem, seed=seed, score=lambda plan: train(plan).value, **given).plan
 
 
@@ -155,13 +156,16 @@ ARMS: dict[str, Arm] = {
 
 
 def run_instance(seed: int, models: int, gpus: int, simulated_s: float, near: int) -> dict[str, Any]:
-    """Every arm's plan, its value by the estimate, and with `simulated_s` > 0 by the simulator on other requests.
+    """Every arm's plan, its value by the estimate, and with `simulated_s` > 0 by the simulator on other requests; without,
+    the estimate is also what arms that simulate do that with.
 
     The best known to the simulator is the best of all arms, and of all plans where they are at most `near`; else of so many
     that the search ends at.
     """
     problem = instance(seed, models, gpus)
-    train = Scorer(problem, requests(problem, simulated_s or 10.0, seed + TRAIN))
+    train: Train = Estimator(problem)
+    if simulated_s:
+        train = Scorer(problem, requests(problem, simulated_s, seed + TRAIN))
     judge = Scorer(problem, requests(problem, simulated_s, seed + HELD_OUT)) if simulated_s else None
     estimator = Estimator(problem)
     found: dict[str, Any] = {"seed": seed, "models": models, "gpus": gpus, "arms": {}}
