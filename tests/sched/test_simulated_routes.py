@@ -99,8 +99,8 @@ def test_what_is_predicted_is_worth_most_where_replicas_differ(speeds: tuple[flo
 
     found = {name: share(lambda _, name=name: named(name, 1)) for name in ROUTERS}  # type: ignore[misc]
     ours = found.pop("least-ttft")
-    if speeds[0] > 1:
-        assert ours > found["round-robin"] + 0.1, (ours, found)
+    if speeds[0] != speeds[1]:
+        assert ours > found["round-robin"] + 0.05, (ours, found)
         assert ours > found["shortest-queue"] + 0.01, (ours, found)
         assert ours > found["two-choices"] + 0.01, (ours, found)
     # where they are all alike, counting requests does as well
