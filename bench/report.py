@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.gates import LIMITS
+from bench.placement_tables import kvpr_table, placement_table
 from bench.shapes import MODELS
 from bench.slabs_tables import slab_paths_table, slabs_table
 from kernels.catalog import SPECS
@@ -25,7 +26,10 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 TAGS = ("measured", "static", "simulated")
 GPU = RESULTS / "gpu"
-DOCUMENTS = (README, *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "quantization", "kv-slabs")))
+DOCUMENTS = (
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "quantization", "kv-slabs", "scheduling")),
+)
 
 
 def checked(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -252,6 +256,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": gpu_table,
     "slabs": slabs_table,
     "slab_paths": slab_paths_table,
+    "placement": placement_table,
+    "placement_kvpr": kvpr_table,
 }
 
 

@@ -19,6 +19,10 @@ from sched.placement_estimate import Estimate, Estimator
 BUDGET = 20_000
 BETTER = 1e-9
 KICK_STEPS = 3
+PATIENCE, PATIENCE_EACH = (
+    30,
+    10,
+)  # kicks in vain, and as many for each model, after which a small problem is done
 KEEP = 6  # local optima that a simulator judges
 TIE = 0.02  # of their scores
 ALL_GROUPS = 3  # up to so many GPUs of a node any of them may be ranks of a replica, else neighbours
@@ -244,13 +248,12 @@ class Search:
             plan, found = self.climb(start)
             if found > value:
                 best, value = plan, found
-        while best and not self.spent:
-            before = self.num_looked_at
+        vain, most = 0, PATIENCE + PATIENCE_EACH * len(self.problem.models)
+        while best and not self.spent and vain < most:
             plan, found = self.climb(self.kick(best))
+            vain = 0 if found > value + BETTER else vain + 1
             if found > value - BETTER:
                 best, value = plan, found
-            if self.num_looked_at == before:
-                break  # there is no step to take
 
 
 def solve(
