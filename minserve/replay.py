@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -176,7 +177,23 @@ def parser() -> argparse.ArgumentParser:
         "--measure-alone", metavar="FILE.json", help="no replay: write that file, of one request at a time"
     )
     p.add_argument("--slo-scale", metavar="TTFT:TPOT", help="SLOs are so many times those of --alone")
+    p.add_argument(
+        "--send-slo", action="store_true", help="tell the server the SLO that each request is judged by"
+    )
     return p
+
+
+def told(workload: Workload, slos: Mapping[str, Slo]) -> Workload:
+    """Every request has the SLO of its model as its own, where it has none and its model has one."""
+
+    def with_slo(r: Request) -> Request:
+        slo = slos.get(r.model)
+        if slo is None:
+            return r
+        first_s = slo.first_s(r.prompt_tokens) if r.ttft_slo_s is None else r.ttft_slo_s
+        return replace(r, ttft_slo_s=first_s, tpot_slo_s=slo.tpot_s if r.tpot_slo_s is None else r.tpot_slo_s)
+
+    return replace(workload, requests=tuple(map(with_slo, workload.requests)))
 
 
 def read_ids(given: str) -> tuple[int, int]:
@@ -245,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.duration is not None and args.duration < workload.duration_s:
             workload = cut(workload, 0.0, args.duration)
         slos = read_slos(args, workload)
+        if args.send_slo:
+            workload = told(workload, slos)
         read_ids(args.token_ids)
         if not 0 <= args.warmup_s < workload.duration_s:
             raise ValueError(f"--warmup-s must be in [0, {workload.duration_s:g}), got {args.warmup_s:g}")

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 
 from sched.latency import StepCost
-from sched.policy import Load, Policy
+from sched.policy import Load, Policy, Took
 from sched.running import Running
 from sched.sequence import Seq
 from sched.step import Chunk, StepPlan
@@ -37,9 +37,10 @@ class Forecast:
 
     def landed(self, plan: StepPlan, planned_s: float, k: int, now: float, rest_s: float) -> None:
         """It has run `k` times over; those planned since will take `rest_s`."""
-        predicted_s = plan.seconds
-        if self.cost and k > 1:
-            predicted_s += self.cost.slope_s(len(plan.decode)) * (k - 1) / 2
-        self.policy.observe((now - max(planned_s, self._landed_s)) / k, predicted_s, k, now)
+        slope_s = self.cost.slope_s(len(plan.decode)) if self.cost else 0.0
+        predicted_s = plan.seconds + slope_s * (k - 1) / 2
+        step_s = (now - max(planned_s, self._landed_s)) / k
+        slope_s *= step_s / predicted_s if predicted_s else 0.0
+        self.policy.observe(Took(step_s, predicted_s, slope_s, k, now))
         self._landed_s = now
         self._busy_until = now + rest_s

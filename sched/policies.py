@@ -20,7 +20,7 @@ from typing import Any
 
 from sched.latency import StepCost
 from sched.limits import Limits
-from sched.policy import INFINITY, Entry, Load, Policy, pick_shortest, token_s
+from sched.policy import INFINITY, Entry, Load, Policy, Took, pick_shortest, token_s
 from sched.sequence import Seq, State
 from sched.slack import Slack
 from sched.step import Request
@@ -92,14 +92,14 @@ class ItlFeedback(Policy):
         self._active = load.active
         return int(self._cap)
 
-    def observe(self, step_s: float, predicted_s: float, steps: int, now: float) -> None:
-        if step_s > self._target_s:
+    def observe(self, took: Took) -> None:
+        if took.step_s > self._target_s:
             # once for what is in flight: a smaller cap shows only when requests have ended
-            if now >= self._hold_s:
+            if took.now >= self._hold_s:
                 self._cap = max(1.0, self._cap * AIMD_BACK)
-                self._hold_s = now + 10 * step_s
+                self._hold_s = took.now + 10 * took.step_s
         elif self._active >= int(self._cap):
-            self._cap = min(self._cap + steps, self.limits.max_running)
+            self._cap = min(self._cap + took.steps, self.limits.max_running)
 
 
 class Adbs(Policy):
@@ -116,11 +116,11 @@ class Adbs(Policy):
         self._active = load.active
         return int(self._cap)
 
-    def observe(self, step_s: float, predicted_s: float, steps: int, now: float) -> None:
-        self._samples += steps
-        self._used += steps * self._active
-        self._queued += steps * len(self)
-        if now < self._turn_s:
+    def observe(self, took: Took) -> None:
+        self._samples += took.steps
+        self._used += took.steps * self._active
+        self._queued += took.steps * len(self)
+        if took.now < self._turn_s:
             return
         usage = self._used / self._samples / self._cap
         if usage >= ADBS_USED and len(self) > ADBS_QUEUE * self._queued / self._samples:
@@ -128,7 +128,7 @@ class Adbs(Policy):
         elif usage < ADBS_USED:
             self._cap *= min(1.0, usage + ADBS_LEFT)
         self._cap = min(max(self._cap, 1.0), self.limits.max_running)
-        self._turn_s = now + ADBS_S
+        self._turn_s = took.now + ADBS_S
         self._samples = self._used = self._queued = 0.0
 
 

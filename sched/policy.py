@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
+from typing import NamedTuple
 
 from sched.latency import StepCost
 from sched.limits import Limits
@@ -51,6 +52,27 @@ class Load:
     def prefill_tokens(self) -> int:
         """Of prompts under way, still to be computed."""
         return sum(seq.total - seq.computed for seq in self.prefilling)
+
+
+class Took(NamedTuple):
+    """What `steps` steps, mostly 1, took: `step_s` seconds each in the mean, predicted `predicted_s`, each `slope_s` longer
+    than the one before; the last of them ended `now`."""
+
+    step_s: float
+    predicted_s: float
+    slope_s: float = 0.0
+    steps: int = 1
+    now: float = 0.0
+
+    def mean(self, before: float, weight: float) -> float:
+        """The running mean `before`, after each of the steps has moved it by `weight` of the difference."""
+        k, q = self.steps, 1 - weight
+        if k == 1:
+            return before + weight * (self.step_s - before)
+        first_s, left = self.step_s - self.slope_s * (k - 1) / 2, q**k
+        # sum of w q^(k-1-i) (first + slope i) over i < k
+        ramp = (k - 1) * (1 - left) - q * (1 - k * q ** (k - 1) + (k - 1) * left) / weight
+        return left * before + first_s * (1 - left) + self.slope_s * ramp
 
 
 class Policy:
@@ -134,8 +156,8 @@ class Policy:
         """Of those it is allowed to preempt."""
         return max(active, key=_order)
 
-    def observe(self, step_s: float, predicted_s: float, steps: int, now: float) -> None:
-        """So many steps without a decision, mostly 1, took `step_s` each, and the last of them ended `now`."""
+    def observe(self, took: Took) -> None:
+        """One step has been advanced, or a stretch of steps without a decision."""
 
     def recost(self, cost: StepCost) -> None:
         """Predictions are from this model now."""

@@ -21,7 +21,7 @@ from heapq import heapify, heappop, heappush
 
 from sched.latency import StepCost
 from sched.limits import Limits
-from sched.policy import INFINITY, Load, Policy, pick_shortest
+from sched.policy import INFINITY, Load, Policy, Took, pick_shortest
 from sched.sequence import Seq, State
 from sched.step import Request
 
@@ -29,9 +29,11 @@ from sched.step import Request
 MIN_PREFILL_TOKENS = 64
 LATE_SHARE = 8
 # a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
-DEBT_TOKENS = 64
-LOOK = 64  # of the earliest deadlines that are weighed against each other
+DEBT_TOKENS = 16
+LOOK = 96  # of those that wait, how many are weighed against each other
+MARGIN = 1.1  # prompts are expected to take longer than predicted by so much: one that is late by a little is late
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
+STEP_WEIGHT = 0.03
 SHED = ("never", "hopeless")
 Entry = tuple[int, float, int, Seq]
 
@@ -58,8 +60,14 @@ class Slack(Policy):
             raise ValueError(f"debt must be 0 tokens or more, got {debt}")
         self.shed, self.late_share, self.debt, self.follow = shed, late_share, debt, follow
         self.pace = self._pace = 1.0
+        self._step_s = 0.0  # of late, prompts included
+        self._token_s = 0.0
+        if cost is not None:
+            self.recost(cost)
         self.steady = shed == "never"
         self._timely: list[Entry] = []  # sorted
+        self._short: list[tuple[int, int, int, Entry]] = []  # the same by length, sorted
+        self._idle = True  # nobody in time wants the room of this step
         self._late: list[tuple[float, int, Seq]] = []  # heap
         self._chosen: deque[Entry] = deque()
         self._begun_late: set[int] = set()  # rids
@@ -73,7 +81,10 @@ class Slack(Policy):
 
     def push(self, seq: Seq) -> None:
         self._num += 1
-        insort(self._timely, (seq.request.priority, self.key(seq.request), seq.serial, seq))
+        r = seq.request
+        entry = (r.priority, self.key(r), seq.serial, seq)
+        insort(self._timely, entry)
+        insort(self._short, (r.priority, r.prompt_tokens, seq.serial, entry))
 
     def discard(self, seq: Seq) -> None:
         self._num -= 1
@@ -85,10 +96,11 @@ class Slack(Policy):
 
     def _forget(self, seq: Seq) -> None:
         """It is not among those in time any more; an entry in the other heap goes when it surfaces."""
-        entry = (seq.request.priority, self.key(seq.request), seq.serial, seq)
-        i = bisect_left(self._timely, entry)
+        r = seq.request
+        i = bisect_left(self._timely, (r.priority, self.key(r), seq.serial, seq))
         if i < len(self._timely) and self._timely[i][3] is seq:
             del self._timely[i]
+            del self._short[bisect_left(self._short, (r.priority, r.prompt_tokens, seq.serial))]
 
     def head(self, load: Load) -> Seq | None:
         if self._shown is None:
@@ -104,9 +116,11 @@ class Slack(Policy):
             self._chosen.popleft()
         if self._chosen:
             return self._chosen[0][3]
-        # there is room beyond what was chosen: for those in time that were too long, then for the late
-        if self._timely:
-            return min(self._timely[:LOOK], key=_length)[3]
+        if not self._idle:
+            return None
+        # room that nobody who was chosen wants: for those in time that were too long, then for the late
+        if self._short:
+            return self._short[0][3][3]
         return self._late[0][2] if self._late else None
 
     def pop(self) -> None:
@@ -145,7 +159,7 @@ class Slack(Policy):
             tokens_by: Callable[[float], float] = _any_number
         else:
             # whoever is given up on a wrong prediction is lost: as if it were alone, and had the whole step
-            tokens_by = self._tokens_by(load, self.limits.max_step_tokens - load.decodes)
+            tokens_by = self._tokens_by(load, self.limits.max_step_tokens - load.decodes, self.pace)
         for entry in self._timely[:LOOK]:
             if entry[1] >= load.begin_s and entry[3].request.prompt_tokens <= tokens_by(entry[1]):
                 continue
@@ -159,24 +173,29 @@ class Slack(Policy):
 
     def _choose(self, load: Load) -> None:
         """Who is in time if all that are chosen are computed one after another; a wrong prediction only reorders."""
-        found = self._timely[:LOOK]
+        found = self._timely
+        if len(found) > LOOK:
+            # too many to weigh all: those that are chosen are short, whatever the others are
+            found = sorted(entry for *_, entry in self._short[:LOOK])
         self._chosen = deque(found)
+        self._idle = not found and not load.prefilling
         if self.cost is None or not found:
             return
-        tokens_by, ahead = self._tokens_by(load, self._room(load)), load.prefill_tokens
+        tokens_by, ahead = self._tokens_by(load, self._room(load), self.pace * MARGIN), load.prefill_tokens
         prompts, most = [e[3].request.prompt_tokens for e in found], [tokens_by(e[1]) - ahead for e in found]
         if sum(prompts) > min(most):
             kept = pick_shortest(prompts, most, range(len(found)))
             self._chosen = deque(e for i, e in enumerate(found) if i in kept)
+            self._idle = not kept and not load.prefilling
 
-    def _tokens_by(self, load: Load, room: float) -> Callable[[float], float]:
+    def _tokens_by(self, load: Load, room: float, pace: float) -> Callable[[float], float]:
         """How many tokens of prompts are computed by a deadline, with `room` for them in a step."""
         assert self.cost is not None
-        step_s, token_s = load.decode_s * self.pace, self.cost.per_prefill_token_s * self.pace
-        if not token_s:
-            return _any_number
+        step_s, token_s = load.decode_s * pace, self._token_s * pace
         first_s = load.begin_s + step_s
-        longer_s, begin_s = token_s + step_s / room, load.begin_s
+        if not token_s:
+            return lambda due_s: INFINITY if due_s >= first_s else 0.0
+        longer_s, begin_s = token_s + step_s / max(room, 1), load.begin_s
 
         def tokens_by(due_s: float) -> float:
             tokens = (due_s - first_s) / token_s
@@ -187,7 +206,7 @@ class Slack(Policy):
     def _room(self, load: Load) -> float:
         """Tokens of prompts a step has time for, in the long run, so that decodes keep their pace."""
         most = self.limits.max_step_tokens - load.decodes
-        per_token = self.cost.per_prefill_token_s if self.cost else 0.0
+        per_token = self._token_s
         if not load.decodes or not per_token:
             return most
         return min(most, max((load.tpot_s / self.pace - load.decode_s) / per_token, MIN_PREFILL_TOKENS))
@@ -197,18 +216,30 @@ class Slack(Policy):
         cost, n = self.cost, load.decodes
         if cost is None or not n or load.tpot_s == INFINITY:
             return most
-        each = cost.per_decode_s + cost.per_context_token_s * load.context / n
-        room_s = load.tpot_s / self.pace - cost.base_s
-        return most if each * most <= room_s else max(1, int(room_s / each))
+        most_s, each = load.tpot_s / self.pace, load.context / n
+        if cost.decode_s(most, int(each * most)) <= most_s:
+            return most
+        low = 1  # somebody decodes in any case
+        while low + 1 < most:
+            middle = (low + most) // 2
+            low, most = (
+                (middle, most) if cost.decode_s(middle, int(each * middle)) <= most_s else (low, middle)
+            )
+        return low
 
     def budget(self, load: Load) -> int:
         room = self.limits.max_step_tokens - load.decodes
-        per_token = self.cost.per_prefill_token_s * self.pace if self.cost else 0.0
+        per_token = self._token_s * self.pace
         if not per_token:
             return room
         decode_s = load.decode_s * self.pace
         if load.decodes:
-            slack = load.due_s - load.begin_s - decode_s + self.debt * max(0.0, load.tpot_s - decode_s)
+            slack = (
+                load.due_s
+                - load.begin_s
+                - decode_s
+                + self.debt * max(0.0, load.tpot_s - max(decode_s, self._step_s))
+            )
             if slack < room * per_token:
                 room = min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
         # all first tokens of a step come out at its end: it ends before the first of them would be late for another's sake
@@ -217,7 +248,7 @@ class Slack(Policy):
             tokens += seq.total - seq.computed
             if tokens > room:
                 break
-            most = int((due_s - load.begin_s - decode_s) / per_token)
+            most = int(((due_s - load.begin_s) / MARGIN - decode_s) / per_token)
             if most >= tokens:
                 room = min(room, most)
         return room
@@ -240,16 +271,26 @@ class Slack(Policy):
         """Whose SLO is lost anyway, then whose prompt has the least computed for a block it holds; of equals the youngest."""
         return min(active, key=_loss)
 
-    def observe(self, step_s: float, predicted_s: float, steps: int, now: float) -> None:
-        if self.follow and predicted_s > 0 and step_s > 0:
-            ratio = min(max(step_s / predicted_s, 1 / PACE_MOST), PACE_MOST)
-            self._pace += (ratio - self._pace) * (1 - (1 - PACE_WEIGHT) ** steps)
+    def observe(self, took: Took) -> None:
+        if took.step_s <= 0:
+            return
+        self._step_s = took.mean(self._step_s or took.step_s, STEP_WEIGHT)
+        if self.follow and took.predicted_s > 0:
+            ratio = min(max(took.step_s / took.predicted_s, 1 / PACE_MOST), PACE_MOST)
+            self._pace += (ratio - self._pace) * (1 - (1 - PACE_WEIGHT) ** took.steps)
             # rounded, so that many steps observed at once decide what the same steps do one by one
             self.pace = round(self._pace, 6)
+
+    def recost(self, cost: StepCost) -> None:
+        super().recost(cost)
+        most = self.limits.max_step_tokens
+        self._token_s = cost.chunk_s(0, most) / most
 
     def check(self) -> None:
         super().check()
         assert self._timely == sorted(self._timely), "those in time are out of order"
+        assert sorted(entry for *_, entry in self._short) == self._timely, "a list has lost one"
+        assert self._short == sorted(self._short), "by length they are out of order"
 
 
 def _any_number(due_s: float) -> float:
@@ -261,7 +302,3 @@ def _loss(seq: Seq) -> tuple[bool, float, int]:
     lost = seq.first_s is not None and seq.first_s > r.arrival_s + r.ttft_s
     part = seq.computed / max(len(seq.blocks), 1) if seq.state is State.PREFILLING else INFINITY
     return not lost, part, -seq.order
-
-
-def _length(entry: Entry) -> tuple[int, int]:
-    return entry[3].total, entry[2]

@@ -10,7 +10,7 @@ from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.policies import POLICIES, make_policy, options_of
-from sched.policy import Load, Policy, pick_shortest
+from sched.policy import Load, Policy, Took, pick_shortest
 from sched.simulator import Arrival, Replica, Simulation
 from sched.slack import DEBT_TOKENS, LATE_SHARE, Slack
 from sched.step import Request, StepPlan
@@ -150,7 +150,7 @@ def test_adbs_follows_its_use() -> None:
     policy = make_policy("adbs", limits, None)
     caps = []
     for second in range(1, 40):
-        policy.observe(0.01, 0.0, 100, float(second))
+        policy.observe(Took(0.01, 0.0, 0.0, 100, float(second)))
         caps.append(policy.cap(_load(active=10)))
     assert caps[0] == 50
     assert 10 <= caps[-1] < 15, "used by ten, a twentieth left"
@@ -281,11 +281,18 @@ def test_admission_stops_where_decodes_would_miss_their_tpot() -> None:
 def test_pace_follows_what_steps_take() -> None:
     policy = Slack(LIMITS, COST)
     for _ in range(60):
-        policy.observe(0.02, 0.01, 1, 0.0)
+        policy.observe(Took(0.02, 0.01))
     assert policy.pace == pytest.approx(2.0, abs=0.01)
     once = Slack(LIMITS, COST)
-    once.observe(0.02, 0.01, 60, 0.0)
+    once.observe(Took(0.02, 0.01, 0.0, 60))
     assert once.pace == pytest.approx(policy.pace, abs=1e-6)
+
+
+def test_a_mean_over_a_stretch_is_that_of_its_steps() -> None:
+    one = 0.02
+    for i in range(9):
+        one = Took(0.01 + 0.001 * i, 0.01).mean(one, 0.1)
+    assert Took(0.014, 0.014, 0.001, 9).mean(0.02, 0.1) == pytest.approx(one, abs=1e-15)
 
 
 # -- choosing one
