@@ -14,6 +14,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "LOADS", ((20.0, 0.3),))
     monkeypatch.setattr(routing, "TIER_LOADS", ((15.0, 0.5),))
     monkeypatch.setattr(routing, "PROMPTS", (20,))
+    monkeypatch.setattr(routing, "FLEETS", {"two": (1.0, 0.5)})
 
 
 def test_every_cell_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
