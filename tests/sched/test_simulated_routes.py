@@ -89,10 +89,10 @@ def test_what_is_predicted_is_worth_most_where_replicas_differ(speeds: tuple[flo
     """Attained in the mean of a load that all can take and one that they cannot."""
 
     def share(make: Callable[[str], Router]) -> float:
-        loads = [(16.0, 0), (30.0, 1), (16.0, 2), (30.0, 3)]
+        loads = [(16.0, 0), (26.0, 1)]
         fleets = ([replica(f"m{i}", "m", f"gpu{i}", s) for i, s in enumerate(speeds)] for _ in loads)
         runs = [
-            run(fleet, asked(seed, 250, rate, "m", 0.3), Routes(make))
+            run(fleet, asked(seed, 200, rate, "m", 0.3), Routes(make))
             for fleet, (rate, seed) in zip(fleets, loads, strict=True)
         ]
         return sum(map(attained, runs)) / len(runs)
