@@ -15,8 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from bench.scheduling_tables import decisions_table
 from bench.slabs_paths import quantile
 from minserve.kv_share import KvShare
 from minserve.pool import LeasedSets, SlabPool
@@ -33,7 +35,7 @@ from sched.step import Request
 
 RUNNING, WAITING, MODELS = 256, 1000, 32
 P, LAYERS, SLAB = 32, 32, 1 << 16
-PLAN_MS, QUOTA_MS = 0.3, 2.0
+RESULT = Path(__file__).parent / "results" / "decisions.json"
 COST = StepCost(base_s=8e-3, per_decode_s=3e-5, per_prefill_token_s=1.5e-5, per_context_token_s=2e-8)
 
 
@@ -99,7 +101,7 @@ def time_plans(name: str, steps: int, seed: int) -> dict[str, Any]:
     finally:
         pool.close()
     return {
-        "policy": name, "plan_p50_us": statistics.median(plans), "plan_p99_us": quantile(plans, 0.99),
+        "tag": "measured", "policy": name, "plan_p50_us": statistics.median(plans), "plan_p99_us": quantile(plans, 0.99),
         "add_p50_us": statistics.median(adds), "advance_p50_us": statistics.median(advances), "advance_p99_us": quantile(advances, 0.99),
         "running": statistics.mean(running), "waiting": statistics.mean(waiting), "steps": steps,
     }  # fmt: skip
@@ -131,31 +133,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.decisions", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, four policies")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
     args = parser.parse_args(argv)
     names = ("slack", "fcfs", "saab", "prism") if args.quick else tuple(POLICIES)
     rows = [time_plans(name, 150 if args.quick else 1000, args.seed) for name in names]
     quota = time_quota(50 if args.quick else 500)
-    lines = [
-        "| policy | plan p50 us | p99 | advance p50 us | add p50 us | running | waiting |",
-        "|---|" + "---:|" * 6,
-    ]
-    lines += [
-        f"| {r['policy']} | {r['plan_p50_us']:.0f} | {r['plan_p99_us']:.0f} | {r['advance_p50_us']:.0f} | {r['add_p50_us']:.0f} | {r['running']:.0f} | {r['waiting']:.0f} |"
-        for r in rows
-    ]  # fmt: skip
-    ours = rows[0]["plan_p99_us"] / 1e3
-    lines.append(
-        f"\nslack's plan: p99 {ours:.3f} ms, to be at most {PLAN_MS}: {'met' if ours <= PLAN_MS else 'MISSED'}"
-    )
-    turn = quota["quota_p99_ms"]
-    lines.append(
-        f"quota turn of {MODELS} models: p99 {turn:.2f} ms, to be at most {QUOTA_MS}: {'met' if turn <= QUOTA_MS else 'MISSED'}"
-    )
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.write(
-        json.dumps({"bench": "decisions", "seed": args.seed, "rows": rows, **quota, "tag": "measured on CPU"})
-        + "\n"
-    )
+    result = {"bench": "decisions", "seed": args.seed, "rows": rows, **quota}
+    if args.record:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write(decisions_table(result) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

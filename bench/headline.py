@@ -2,18 +2,11 @@
 
     python -m bench.headline --costs COSTS.csv --conv CONV.csv       # --quick: under a minute
 
-All arms have the same GPUs, costs of steps, requests and Batcher; what differs is placement, local policy and whether the
-memory of keys and values is shared:
-
-    ours        our placement, our policy (hopeless requests shed), shared slabs
-    prism       Prism's placement (KVPR) and deadline rule, shared slabs        the paper's Prism*
-    static      our placement, FCFS, memory split by rate x bytes               the paper's Static*
-    fineserve   FineServe's placement (slab-aware) and rule (saab), shared slabs
-
-Two points are fixed in advance: the rate at which ours attains 90 %, and rate scale 8, both at SLO scale 20.  As in the
-paper the SLO is on TTFT alone, SLO scale x the time of a prompt of P95 length alone; joint: TPOT within that scale too.
-Arms are placed for other seeds than those judged.  Step times outside the table (prompts of 256 and 512 tokens, batches
-to 32) are extrapolated.
+All arms have the same GPUs, costs of steps, requests and Batcher.  *ours*: our placement and policy (hopeless requests shed).
+*prism*: KVPR placement and deadline rule, the paper's Prism*.  *static*: our placement, FCFS, memory split by rate x bytes, the
+paper's Static*.  *fineserve*: slab-aware placement, saab.  All but static share slabs.  Points fixed in advance: the rate at which
+ours attains 90 %, and rate scale 8, at SLO scale 20: of TTFT alone as there, over that of a prompt of P95 length; joint: TPOT
+too.  Placed for other seeds than those judged.  Prompts over 512 tokens and batches over 32 are extrapolated.
 """
 
 import argparse
@@ -29,6 +22,7 @@ import numpy as np
 
 from bench.fleet import GB, SHAPES, Arm, Outcome, alone_s, costs_of, interval, model_of, run
 from bench.scheduling import rows_of
+from bench.scheduling_tables import headline_table
 from sched.placement import Gpu, Plan, Problem
 from sched.placement_arms import baseline
 from sched.placement_search import solve
@@ -52,6 +46,8 @@ POLICY = {
 # what is to be reached over each: attainment (goodput for fineserve) and tokens
 AIMS = {"prism": (2.2, 1.8), "static": (1.3, 1.5), "fineserve": (1.1, None)}
 PLACED_S, JUDGED = 40.0, 20
+
+RESULT = Path(__file__).parent / "results" / "headline.json"
 
 
 class Load(NamedTuple):
@@ -174,7 +170,13 @@ def measure(bench: Bench, quick: bool) -> list[dict[str, Any]]:
             for point, scale in (points | curve).items():
                 seeds = judged if point in points else judged[: max(1, args.seeds // 3)]
                 found = bench.outcomes(load, scale, joint, seeds)
-                row: dict[str, Any] = {"load": load.name, "joint": joint, "point": point, "scale": scale}
+                row: dict[str, Any] = {
+                    "tag": "simulated",
+                    "load": load.name,
+                    "joint": joint,
+                    "point": point,
+                    "scale": scale,
+                }
                 row["arms"] = {
                     name: {
                         "attained": float(np.mean([o.attained for o in of])), "worst": float(np.mean([o.worst for o in of])),
@@ -194,34 +196,6 @@ def measure(bench: Bench, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| load | SLO | rate scale | " + " | ".join(f"{n}: attained | tok/s" for n in POLICY) + " |"]
-    lines.append("|---|---|---:|" + "---:|" * 2 * len(POLICY))
-    for r in rows:
-        cells = [f"{r['arms'][n]['attained']:.1%} | {r['arms'][n]['tokens_s']:,.0f}" for n in POLICY]
-        slo, point = "joint" if r["joint"] else "TTFT", "knee " if r["point"] == "knee" else ""
-        lines.append(f"| {r['load']} | {slo} | {point}{r['scale']:.3g} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| load | SLO | point | ours over | attained | tokens of ended | tokens of attained | aim | |",
-    ]
-    lines.append("|---|---|---|---|---:|---:|---:|---:|---|")
-    for r in rows:
-        for name, x in r.get("over", {}).items():
-            shown = [
-                f"{a:.2f} ({b:.2f} to {c:.2f})"
-                for a, b, c in (x["attained"], x["ended_tokens"], x["attained_tokens"])
-            ]
-            aim = " / ".join("-" if a is None else f"{a:g}" for a in x["aim"])
-            slo = "joint" if r["joint"] else "TTFT"
-            lines.append(
-                f"| {r['load']} | {slo} | {r['point']} | {name} | "
-                + " | ".join(shown)
-                + f" | {aim} | {'reached' if x['reached'] else 'MISSED'} |"
-            )
-    return "\n".join(lines)
-
-
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.headline", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one load, one point, three seeds")
@@ -233,7 +207,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, help="plans our placement looks at, 6000 by default")
     parser.add_argument("--costs", metavar="CSV", help="step times in FineServe's form; default rooflines")
     parser.add_argument("--conv", metavar="CSV", help="Azure's conversations: their lengths")
-    parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
+    parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
     args = parser.parse_args(argv)
     args.seeds = args.seeds or (3 if args.quick else 10)
     args.seconds = args.seconds or (30.0 if args.quick else 120.0)
@@ -261,11 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "bench": "headline", "seed": args.seed, "seeds": args.seeds, "seconds": args.seconds, "slo_scale": SLO_SCALE,
         "mix": MIX, "costs": Path(args.costs).name if args.costs else "rooflines", "lengths": {load.name: load.lengths.law() for load in bench.loads},
-        "wall_s": time.monotonic() - start, "rows": rows, "plans": plans, "tag": "simulated",
+        "wall_s": time.monotonic() - start, "rows": rows, "plans": plans,
     }  # fmt: skip
-    sys.stdout.write(table(rows) + "\n")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write(headline_table(result) + "\n")
+    if args.record:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 

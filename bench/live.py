@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from bench.scheduling_tables import live_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "live.json"
@@ -108,27 +108,6 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| policy | attained | least to most | TTFT | TPOT | worst model | shed | tok/s of attained | TTFT p50 / p99 ms | TPOT p99 ms | client p99 ms |"
-    ]
-    lines.append("|---|" + "---:|" * 10)
-
-    def mean(of: Sequence[dict[str, Any]], key: str) -> float:
-        return float(np.mean([r[key] for r in of if r[key] is not None] or [np.nan]))
-
-    for name in dict.fromkeys(r["arm"] for r in rows):
-        of = [r for r in rows if r["arm"] == name]
-        shares = [r["attained"] for r in of]
-        void = sum(r["void"] for r in of)
-        lines.append(
-            f"| {name} | {np.mean(shares):.1%} | {min(shares):.1%} to {max(shares):.1%} | {mean(of, 'ttft'):.1%} | {mean(of, 'tpot'):.1%} | "
-            f"{mean(of, 'worst_model'):.1%} | {mean(of, 'shed') / mean(of, 'requests'):.1%} | {mean(of, 'attained_tokens_s'):.0f} | "
-            f"{mean(of, 'p50_ttft_ms'):.0f} / {mean(of, 'p99_ttft_ms'):.0f} | {mean(of, 'p99_tpot_ms'):.1f} | {mean(of, 'client_p99_ms'):.1f}{f', {void} void' if void else ''} |"
-        )
-    return "\n".join(lines)
-
-
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.live", description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -167,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": "live", "date": date.today().isoformat(), "seed": args.seed, "seconds": args.seconds, "rate": args.rate, "cv": args.cv,
         "alpha": args.alpha, "scale": args.scale, "config": Path(args.config).name, "rows": rows,
     }  # fmt: skip
-    sys.stdout.write(table(rows) + "\n")
+    sys.stdout.write(live_table(result) + "\n")
     if args.record:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result) + "\n")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from bench.gates import LIMITS
 from bench.placement_tables import kvpr_table, placement_table
+from bench.scheduling_tables import decisions_table, headline_table, live_table, scheduling_table
 from bench.shapes import MODELS
 from bench.slabs_tables import slab_paths_table, slabs_table
 from kernels.catalog import SPECS
@@ -258,6 +259,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "slab_paths": slab_paths_table,
     "placement": placement_table,
     "placement_kvpr": kvpr_table,
+    "scheduling": scheduling_table,
+    "headline": headline_table,
+    "live": live_table,
+    "decisions": decisions_table,
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.fleet import SHAPES, Arm, GiB, Outcome, costs_of, interval, model_of, one_gpu, run
+from bench.scheduling_tables import scheduling_table
 from minserve.workload_tables import read_azure
 from sched.arrivals import Rows
 from sched.placement import Plan, Problem, Replica
@@ -45,6 +46,7 @@ ARMS = [
     Arm(name="slack, shed, +20 %", policy="slack", options=(("shed", "hopeless"),), believed=1.2),
     Arm(name="slack, shed, -20 %", policy="slack", options=(("shed", "hopeless"),), believed=0.8),
 ]
+RESULT = Path(__file__).parent / "results" / "scheduling.json"
 OURS, DEFAULT = "slack, shed", "fixed 64"
 
 
@@ -152,7 +154,7 @@ def highest(good: Callable[[float], bool], guess: float) -> float:
             if not good(high):
                 break
         else:
-            return low
+            return high
     else:
         while low > LOW:
             low, high = max(LOW, low / 1.3), low
@@ -202,7 +204,13 @@ def measure(bench: Bench, quick: bool, seed: int, seeds: int) -> list[dict[str, 
                 guess[s] = max(LOW, rate) if rate else guess[s]
                 found.append((rate, outcome))
             rates = [rate for rate, _ in found]
-            row = {"cell": cell.name, "arm": arm.name, "goodput": rates, "mean": float(np.mean(rates))}
+            row = {
+                "tag": "simulated",
+                "cell": cell.name,
+                "arm": arm.name,
+                "goodput": rates,
+                "mean": float(np.mean(rates)),
+            }
             row["worst_model"] = float(np.mean([o.worst for _, o in found]))
             row["tokens_s"] = float(np.mean([o.tokens_s for _, o in found]))
             row["shed"] = float(np.mean([o.shed for _, o in found]))
@@ -232,26 +240,6 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: Sequence[dict[str, Any]], verdicts: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(r["cell"] for r in rows))
-    arms = list(dict.fromkeys(a.name for a in ARMS if any(r["arm"] == a.name for r in rows)))
-    by = {(r["cell"], r["arm"]): r["mean"] for r in rows}
-    lines = ["| requests/s | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {arm} | " + " | ".join(f"{by[cell, arm]:.2f}" for cell in names) + " |" for arm in arms]
-    lines += ["", "| cell | over fixed 64 | over the best fixed | over the best other | its worst model |"]
-    lines.append("|---|---:|---:|---:|---:|")
-
-    def shown(x: tuple[float, float, float] | None) -> str:
-        return "-" if x is None else f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
-
-    for v in verdicts:
-        other = "-" if v["over_best_other"] is None else f"{v['over_best_other']:.2f} ({v['best_other']})"
-        lines.append(
-            f"| {v['cell']} | {shown(v['over_default'])} | {shown(v['over_best_fixed'])} | {other} | {v['worst_model']:.1%} |"
-        )
-    return "\n".join(lines)
-
-
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.scheduling", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="two cells, eight arms, one seed")
@@ -263,7 +251,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--costs", metavar="CSV", help="step times in FineServe's form; default rooflines")
     parser.add_argument("--conv", metavar="CSV", help="Azure's conversations: their lengths")
     parser.add_argument("--code", metavar="CSV", help="Azure's code completions: their lengths")
-    parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
+    parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
     args = parser.parse_args(argv)
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.seconds = args.seconds or (40.0 if args.quick else 120.0)
@@ -295,11 +283,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "wall_s": time.monotonic() - start,
         "rows": rows,
         "cells": verdicts,
-        "tag": "simulated",
     }
-    sys.stdout.write(table(rows, verdicts) + "\n")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write(scheduling_table(result) + "\n")
+    if args.record:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 

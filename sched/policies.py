@@ -1,18 +1,12 @@
 """The policies that a model's `policy` can name: ours, and the baselines that it is measured against, in one interface.
 
-slack         ours: TTFT and TPOT by slack (sched/slack.py)
-fcfs          first come, first served, a budget of tokens a step: what vLLM does
-sjf           the shortest prompt first
-lsf           longest slowdown first: waited / (tokens ahead + own)
-saab          FineServe's rule (arXiv 2509.06261): drop the hopeless, then shrink the batch to its earliest deadline
-prism         the same with each prompt's own completion: Moore and Hodgson's rule, as FineServe has Prism
-sarathi       fcfs with a static chunk: decodes and prompts of a step have `chunk` tokens together (Sarathi-Serve)
-fixed         fcfs with at most `batch` requests at once
-itl-feedback  a cap that grows by one while steps keep the strictest TPOT, and shrinks by a tenth when one does not
-adbs          a cap that follows its use every 8 s, as MuxServe's quota does (arXiv 2404.02015)
+`slack` is ours (sched/slack.py), `fcfs` is the base class, and what vLLM does.  `sjf`: the shortest prompt first.  `lsf`:
+longest slowdown first.  `saab`: FineServe's rule (arXiv 2509.06261).  `prism`: the same with each prompt's own completion, as
+FineServe has Prism.  `sarathi`: a static chunk for decodes and prompts together.  `fixed`: at most `batch` at once.
+`itl-feedback`: a cap that follows the time of steps.  `adbs`: MuxServe's, which follows its use (arXiv 2404.02015).
 """
 
-import inspect
+from abc import abstractmethod
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -198,9 +192,9 @@ class Batches(Policy):
         self._pending = [e for e in feasible if e[2] not in sent]
         return shed
 
+    @abstractmethod
     def pick(self, requests: Sequence[Request], ready: float) -> set[int]:
         """Indices of those to send, of requests in the order of their arrival, to an engine that is ready then."""
-        raise NotImplementedError
 
 
 class Saab(Batches):
@@ -246,8 +240,7 @@ def options_of(name: str) -> dict[str, Any]:
     """What a policy lets one set, with its defaults.  ValueError for a name that is none of POLICIES."""
     if name not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
-    parameters = inspect.signature(POLICIES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return dict(POLICIES[name].__init__.__kwdefaults__ or {})
 
 
 def make_policy(

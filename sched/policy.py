@@ -1,17 +1,10 @@
 """Policy: the rule by which a Batcher admits, cuts prompts and gives up.  This one is FCFS; others override a method or two.
 
-The Batcher keeps requests, blocks and steps in order whatever the rule says; a rule decides
-
-    key, push, discard, head, pop    who of those that wait is next
-    begin                            who is given up before a step is planned (they are *shed*: ended with an error)
-    cap                              how many may be admitted at once
-    budget                           how many tokens of prompts the step takes beside its decodes
-    order                            whose prompt goes on first
-    victim                           who is preempted
-    observe                          what a step really took
-
-Seconds are on the clock whose `now` is handed to the Batcher.  A rule sees of a request what a server knows of it:
-`max_tokens` is a bound, not the length of the answer, and no rule here looks at it.
+The Batcher keeps requests, blocks and steps in order whatever the rule says.  A rule decides who of those that wait is next
+(`key`, or `push` to `pop`), who is given up before a step (`begin`: they are *shed*, ended with an error), how many may be
+admitted at once (`cap`), how many tokens of prompts a step takes (`budget`), whose prompt goes on first (`order`) and who is
+preempted (`victim`); it is told what steps took (`observe`).  Seconds are on the clock whose `now` the Batcher is handed.
+A rule sees of a request what a server knows: `max_tokens` is a bound, not the length of the answer, and none looks at it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence

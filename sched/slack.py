@@ -1,17 +1,10 @@
-"""Slack: TTFT and TPOT together.  Decodes first; then prompts in the order of their deadlines, as many tokens as the most
-urgent decode has slack for; and of prompts that cannot all be in time, the shortest that can.
+"""Slack: TTFT and TPOT together.  The rules and their equations are in docs/scheduling.md.
 
-    done(n)     (step without prompts x max(1, n / room) + seconds of a prompt token x n) x pace, of n tokens of prompts
-    room        tokens that a step has time for: (strictest TPOT / pace - step without prompts) / seconds of a token
-    chosen      Moore and Hodgson's largest set of prompts that are all in time: begin + done(tokens up to its own) <= d
-    budget      (due + debt - begin - step x pace) / (seconds of a prompt token x pace), of the most urgent decode; less
-                where the step would end too late for the first prompts in it
-    cap         as many as decode within the strictest TPOT
-
-`pace` is what steps take, over what they were predicted to: models beside this one, or a wrong cost model.  Who cannot
-be in time any more is late: served, eldest first, when nobody in time wants the room, and of the admitted prompts one
-token in `late_share` in any case.  So it waits for at most (late_share - 1) x (tokens of the late before it + its own)
-tokens of others.  Or, with `shed` hopeless, it is given up.
+Decodes first; then prompts in the order of their deadlines, as many tokens as the most urgent decode has slack for; of
+prompts that cannot all be in time, the largest set that can (Moore and Hodgson).  `pace` is what steps take over what was
+predicted: models beside this one, or a wrong cost model.  Who cannot be in time any more is late: served, eldest first,
+when nobody in time wants the room, and of the admitted prompts one token in `late_share` in any case, so it waits for at
+most (late_share - 1) x (tokens of the late before it + its own) tokens of others.  Or, with `shed` hopeless, it is given up.
 """
 
 from bisect import bisect_left, insort
@@ -31,7 +24,9 @@ LATE_SHARE = 8
 # a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
 DEBT_TOKENS = 16
 LOOK = 96  # of those that wait, how many are weighed against each other
-MARGIN = 1.1  # prompts are expected to take longer than predicted by so much: one that is late by a little is late
+MARGIN = (
+    1.1  # prompts are expected to take longer than predicted by so much: one that is late by a little is late
+)
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
 STEP_WEIGHT = 0.03
 SHED = ("never", "hopeless")

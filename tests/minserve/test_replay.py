@@ -307,6 +307,18 @@ def test_a_second_replay_finds_nothing_of_the_first(tmp_path: Path) -> None:
     assert salts[4:] == ["s"] * 4 + [None] * 2
 
 
+def test_the_server_is_told_the_slo_that_a_request_is_judged_by(tmp_path: Path) -> None:
+    said = []
+
+    async def answer(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        said.append(body.get("slo"))
+        await whole(body, writer)
+
+    own = [Request(0, "m", 0.0, 8, 6), Request(1, "m", 0.0, 8, 6, ttft_slo_s=0.3)]
+    assert command(tmp_path, answer, Workload(ordered(own), 1.0), "--slo", "m=500:50", "--send-slo") == 0
+    assert said == [{"ttft_ms": 500.0, "tpot_ms": 50.0}, {"ttft_ms": 300.0, "tpot_ms": 50.0}]
+
+
 def test_the_line_through_times_alone() -> None:
     assert line([10, 20, 30], [0.02, 0.03, 0.04]) == {"ttft_s": 0.01, "ttft_per_token_s": 0.001}
     assert line([10, 20], [0.04, 0.02]) == {"ttft_s": 0.03, "ttft_per_token_s": 0.0}

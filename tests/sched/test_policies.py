@@ -5,6 +5,7 @@ from itertools import combinations, permutations
 
 import pytest
 
+from examples import policy as example
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
@@ -324,3 +325,11 @@ def test_options() -> None:
     }
     assert options_of("fcfs") == {}
     assert all(isinstance(make_policy(name, LIMITS, None), Policy) for name in POLICIES)
+
+
+def test_the_example_is_a_policy_that_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "impatient", example.Impatient)
+    assert example.attained("impatient", example.arrivals(20.0, 200)) > 0.9
+    b = build("impatient", cost=example.COST, most_s=0.02)
+    b.add(Request(rid=0, prompt_tokens=2000, max_tokens=2))
+    assert [c.count for c in b.plan(0.0).chunks] == [800], "12 ms beside the 8 of a step"

@@ -1,0 +1,127 @@
+"""The tables of docs/scheduling.md on local policies, from what their benches recorded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+PLAN_MS, QUOTA_MS = 0.3, 2.0
+
+
+def tags(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(r["tag"] for r in rows))
+
+
+def scheduling_table(result: dict[str, Any]) -> str:
+    """E2: a policy a line, a cell a column; then ours against the others."""
+    rows, verdicts = result["rows"], result["cells"]
+    names = list(dict.fromkeys(r["cell"] for r in rows))
+    arms = list(dict.fromkeys(r["arm"] for r in rows))[::-1]
+    by = {(r["cell"], r["arm"]): r["mean"] for r in rows}
+    lines = [
+        f"Goodput in requests a second, {tags(rows)}: {result['seeds']} seeds from {result['seed']} on, {result['seconds']:g} s each, {result['pool_gib']:g} GiB "
+        f"of keys and values, popularity k^-{result['alpha']:g}, step times {result['costs']}, lengths {' and '.join(result['lengths'])} "
+        "(`python -m bench.scheduling`). The last column but one is over the best arm that is not ours; the last what ours gives its worst model there.",
+        "",
+    ]
+    lines += ["| requests/s | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {arm} | " + " | ".join(f"{by[cell, arm]:.2f}" for cell in names) + " |" for arm in arms]
+    lines += ["", "| cell | over fixed 64 | over the best fixed | over the best other | its worst model |"]
+    lines.append("|---|---:|---:|---:|---:|")
+
+    def shown(x: tuple[float, float, float] | None) -> str:
+        return "-" if x is None else f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
+
+    for v in verdicts:
+        other = "-" if v["over_best_other"] is None else f"{v['over_best_other']:.2f} ({v['best_other']})"
+        lines.append(
+            f"| {v['cell']} | {shown(v['over_default'])} | {shown(v['over_best_fixed'])} | {other} | {v['worst_model']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def headline_table(result: dict[str, Any]) -> str:
+    """Every point of the curves, then ours over each arm at those fixed in advance."""
+    rows, arms = result["rows"], list(result["rows"][0]["arms"])
+    lengths = "; ".join(f"{name}: {law}" for name, law in result["lengths"].items())
+    lines = [
+        f"Share of requests that attained, and output tokens a second of those that ended, {tags(rows)}: {result['seeds']} seeds from "
+        f"{result['seed']} on (curves fewer), {result['seconds']:g} s each, SLO scale {result['slo_scale']:g}, step times {result['costs']}, {lengths} "
+        "(`python -m bench.headline`).",
+        "",
+    ]
+    lines += ["| load | SLO | rate scale | " + " | ".join(f"{n}: attained | tok/s" for n in arms) + " |"]
+    lines.append("|---|---|---:|" + "---:|" * 2 * len(arms))
+    for r in rows:
+        cells = [f"{r['arms'][n]['attained']:.1%} | {r['arms'][n]['tokens_s']:,.0f}" for n in arms]
+        slo, point = "joint" if r["joint"] else "TTFT", "knee " if r["point"] == "knee" else ""
+        lines.append(f"| {r['load']} | {slo} | {point}{r['scale']:.3g} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| load | SLO | point | ours over | attained | tokens of ended | tokens of attained | aim | |",
+    ]
+    lines.append("|---|---|---|---|---:|---:|---:|---:|---|")
+    for r in rows:
+        for name, x in r.get("over", {}).items():
+            shown = [
+                f"{a:.2f} ({b:.2f} to {c:.2f})"
+                for a, b, c in (x["attained"], x["ended_tokens"], x["attained_tokens"])
+            ]
+            aim = " / ".join("-" if a is None else f"{a:g}" for a in x["aim"])
+            slo = "joint" if r["joint"] else "TTFT"
+            lines.append(
+                f"| {r['load']} | {slo} | {r['point']} | {name} | "
+                + " | ".join(shown)
+                + f" | {aim} | {'reached' if x['reached'] else 'MISSED'} |"
+            )
+    return "\n".join(lines)
+
+
+def live_table(result: dict[str, Any]) -> str:
+    """A policy a line, the mean of its repeats."""
+    rows = result["rows"]
+    lines = [
+        f"{result['config']} on this CPU, {tags(rows)} on {result['date']}: {result['seconds']:g} s of {result['rate']:g} requests a second, CV {result['cv']:g}, "
+        f"bursts of one model at a time, SLO scales {result['scale']} (`python -m bench.live`).",
+        "",
+        "| policy | attained | least to most | TTFT | TPOT | worst model | shed | tok/s of attained | TTFT p50 / p99 ms | TPOT p99 ms | client p99 ms |",
+    ]
+    lines.append("|---|" + "---:|" * 10)
+
+    def mean(of: Sequence[dict[str, Any]], key: str) -> float:
+        return float(np.mean([r[key] for r in of if r[key] is not None] or [np.nan]))
+
+    for name in dict.fromkeys(r["arm"] for r in rows):
+        of = [r for r in rows if r["arm"] == name]
+        shares = [r["attained"] for r in of]
+        void = sum(r["void"] for r in of)
+        lines.append(
+            f"| {name} | {np.mean(shares):.1%} | {min(shares):.1%} to {max(shares):.1%} | {mean(of, 'ttft'):.1%} | {mean(of, 'tpot'):.1%} | "
+            f"{mean(of, 'worst_model'):.1%} | {mean(of, 'shed') / mean(of, 'requests'):.1%} | {mean(of, 'attained_tokens_s'):.0f} | "
+            f"{mean(of, 'p50_ttft_ms'):.0f} / {mean(of, 'p99_ttft_ms'):.0f} | {mean(of, 'p99_tpot_ms'):.1f} | {mean(of, 'client_p99_ms'):.1f}{f', {void} void' if void else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def decisions_table(result: dict[str, Any]) -> str:
+    """A policy a line, and whether ours keeps its limit."""
+    rows = result["rows"]
+    lines = [
+        f"Microseconds of the CPU, {tags(rows)} over {rows[0]['steps']} steps (`python -m bench.decisions`).",
+        "",
+        "| policy | plan p50 us | p99 | advance p50 us | add p50 us | running | waiting |",
+        "|---|" + "---:|" * 6,
+    ]
+    lines += [
+        f"| {r['policy']} | {r['plan_p50_us']:.0f} | {r['plan_p99_us']:.0f} | {r['advance_p50_us']:.0f} | {r['add_p50_us']:.0f} | {r['running']:.0f} | {r['waiting']:.0f} |"
+        for r in rows
+    ]  # fmt: skip
+    ours = next(r for r in rows if r["policy"] == "slack")["plan_p99_us"] / 1e3
+    lines.append(
+        f"\nslack's plan: p99 {ours:.3f} ms, to be at most {PLAN_MS}: {'met' if ours <= PLAN_MS else 'MISSED'}"
+    )
+    turn = result["quota_p99_ms"]
+    lines.append(
+        f"quota turn of {result['models']} models: p99 {turn:.2f} ms, to be at most {QUOTA_MS}: {'met' if turn <= QUOTA_MS else 'MISSED'}"
+    )
+    return "\n".join(lines)
