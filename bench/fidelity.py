@@ -88,9 +88,8 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for repeat in range(args.repeats):
             for cell in random.Random(args.seed + repeat).sample(args.cells, len(args.cells)):
                 heards = await live.run(cell, works[cell.name])
-                runs[cell.name].append(
-                    summary_of([h.record() for h in heards]) | {"late_ms": late_ms(heards)}
-                )
+                extra = {"late_ms": late_ms(heards), "span": len(live.workers.spans) - 1}
+                runs[cell.name].append(summary_of([h.record() for h in heards]) | extra)
         errors = live.step_errors()
     finally:
         await live.workers.close()
@@ -111,6 +110,7 @@ def report(
             {
                 "cell": cell.name, "loads": dict(cell.loads), "slo": cell.slo, "cv": cell.cv,
                 "requests": len(works[cell.name].requests), "late_p99_ms": max(r["late_ms"] for r in runs[cell.name]),
+                "step_ratios": [live.step_ratios(r["span"], profile) for r in runs[cell.name]],
                 "passed": all(v.passed for v in verdicts[cell.name]),
                 "figures": {v.figure: v._asdict() | {"passed": v.passed} for v in verdicts[cell.name]},
                 "models": by_model(runs[cell.name], told), "tag": "measured",
@@ -167,7 +167,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     head = ["cell", "n"]
     for title in short.values():
         head += [f"{title} ms", "sim", "off", "spread"]
-    rows = [[*head, "attained", "sim", "spread", ""]]
+    rows = [[*head, "attained", "sim", "spread", "steps x", ""]]
     for cell in cells:
         row = [cell["cell"], str(cell["requests"])]
         for figure in short:
@@ -182,6 +182,8 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
         v = cell["figures"]["slo_attainment"]
         mark = "" if v["passed"] else "!"
         row += [f"{v['measured']:.1f}%", f"{v['simulated']:.1f}%{mark}", f"{v['spread']:.1f}"]
+        ratios = [x for run in cell["step_ratios"] for x in run.values()]
+        row.append(f"{min(ratios):.2f}-{max(ratios):.2f}")
         rows.append([*row, "PASS" if cell["passed"] else "FAIL"])
     return aligned(rows)
 

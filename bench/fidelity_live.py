@@ -88,6 +88,15 @@ class Live:
         """What the workers said last of their own predictions."""
         return {name: host.stats.step_error for name, host in self.workers.target.hosts.items()}
 
+    def step_ratios(self, span: int, profile: Profile) -> dict[str, float]:
+        """By model, what its steps in a span took over what they take alone by the profile: drift since the fit, and the
+        other model's doing."""
+        found = {}
+        for name in self.workers.spans[span][1]:
+            steps = ran(self.workers.span(span, name), profile.models[name])
+            found[name] = sum(s.seconds for s in steps) / max(sum(s.alone_s for s in steps), 1e-9)
+        return found
+
     def fitted(self) -> tuple[dict[str, Fitted], Slowdown, dict[str, Any]]:
         """By model from what it did alone; slow-downs from what both did; and of how many points."""
         models, counts = {}, {}

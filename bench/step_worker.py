@@ -39,7 +39,9 @@ def main() -> None:
     names: list[str] = []
 
     def heard(plan: StepPlan, seconds: float, now: float) -> None:
+        begin = time.thread_time()
         rows.append((now, *point_of(plan, seconds)))
+        spent[-1] -= time.thread_time() - begin
 
     def opener(start: Start) -> tuple[ServedEngine, Loaded]:
         served, loaded = open_engine(start)
@@ -48,9 +50,10 @@ def main() -> None:
         watch, landed = served.watch, served.watch.landed
 
         def timed(plan: StepPlan, planned_s: float, now: float) -> None:
+            spent.append(0.0)
             begin = time.thread_time()
             landed(plan, planned_s, now)
-            spent.append(time.thread_time() - begin)
+            spent[-1] += time.thread_time() - begin
 
         watch.heard, watch.landed = heard, timed  # type: ignore[method-assign]
         return served, loaded

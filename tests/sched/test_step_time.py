@@ -9,6 +9,7 @@ import pytest
 from sched.latency import StepCost
 from sched.step import Chunk
 from sched.step_time import (
+    BATCH,
     DEVICES,
     FIELDS,
     Corrected,
@@ -205,7 +206,7 @@ def test_a_start_that_knows_little_learns_the_curve() -> None:
     corrected = Corrected(StepCost(base_s=1e-3, per_prefill_token_s=1e-5), trust=1.0)
     changes = sum(corrected.observe(p) for p in measured(HUMP, 1500, seed=7))
     assert error_of(corrected.cost, measured(HUMP, 300, seed=8)) < 0.03
-    assert 1500 / 16 <= changes < 1500 / 16 + 8, "solved for once in sixteen points"
+    assert 1500 / BATCH <= changes < 1500 / BATCH + 8, "solved for once in a batch, more often at first"
 
 
 def test_a_share_of_the_sms_slows_prompts_at_once_and_decodes_late() -> None:
