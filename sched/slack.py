@@ -9,7 +9,7 @@ most (late_share - 1) x (tokens of the late before it + its own) tokens of other
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from sched.latency import StepCost
@@ -23,7 +23,7 @@ MIN_PREFILL_TOKENS = 64
 LATE_SHARE = 8
 # a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
 DEBT_TOKENS = 16
-LOOK = 96  # of those that wait, how many are weighed against each other
+LOOK = 64  # of those that wait, how many are weighed against each other
 MARGIN = (
     1.1  # prompts are expected to take longer than predicted by so much: one that is late by a little is late
 )
@@ -150,13 +150,13 @@ class Slack(Policy):
         if not self._num:
             return ()
         shed: list[Seq] = []
-        if self.cost is None:
-            tokens_by: Callable[[float], float] = _any_number
-        else:
-            # whoever is given up on a wrong prediction is lost: as if it were alone, and had the whole step
-            tokens_by = self._tokens_by(load, self.limits.max_step_tokens - load.decodes, self.pace)
-        for entry in self._timely[:LOOK]:
-            if entry[1] >= load.begin_s and entry[3].request.prompt_tokens <= tokens_by(entry[1]):
+        found = self._timely[:LOOK]
+        # whoever is given up on a wrong prediction is lost: as if it were alone, and had the whole step
+        most = self._tokens_by(
+            load, [e[1] for e in found], self.limits.max_step_tokens - load.decodes, self.pace
+        )
+        for entry, tokens in zip(found, most, strict=True):
+            if entry[3].request.prompt_tokens <= tokens:
                 continue
             self._forget(entry[3])
             if self.shed == "hopeless":
@@ -171,32 +171,25 @@ class Slack(Policy):
         found = self._timely
         if len(found) > LOOK:
             # too many to weigh all: those that are chosen are short, whatever the others are
-            found = sorted(entry for *_, entry in self._short[:LOOK])
+            found = sorted([entry for _, _, _, entry in self._short[:LOOK]])
+        if found and self.cost is not None:
+            ahead = load.prefill_tokens
+            most = self._tokens_by(load, [e[1] for e in found], self._room(load), self.pace * MARGIN)
+            prompts = [e[3].request.prompt_tokens for e in found]
+            if sum(prompts) + ahead > min(most):
+                kept = pick_shortest(prompts, [tokens - ahead for tokens in most], range(len(found)))
+                found = [found[i] for i in sorted(kept)]
         self._chosen = deque(found)
         self._idle = not found and not load.prefilling
-        if self.cost is None or not found:
-            return
-        tokens_by, ahead = self._tokens_by(load, self._room(load), self.pace * MARGIN), load.prefill_tokens
-        prompts, most = [e[3].request.prompt_tokens for e in found], [tokens_by(e[1]) - ahead for e in found]
-        if sum(prompts) > min(most):
-            kept = pick_shortest(prompts, most, range(len(found)))
-            self._chosen = deque(e for i, e in enumerate(found) if i in kept)
-            self._idle = not kept and not load.prefilling
 
-    def _tokens_by(self, load: Load, room: float, pace: float) -> Callable[[float], float]:
-        """How many tokens of prompts are computed by a deadline, with `room` for them in a step."""
-        assert self.cost is not None
-        step_s, token_s = load.decode_s * pace, self._token_s * pace
-        first_s = load.begin_s + step_s
+    def _tokens_by(self, load: Load, due_s: Sequence[float], room: float, pace: float) -> list[float]:
+        """How many tokens of prompts are computed by each of the deadlines, with `room` for them in a step."""
+        step_s, token_s, begin_s = load.decode_s * pace, self._token_s * pace, load.begin_s
+        first_s = begin_s + step_s
         if not token_s:
-            return lambda due_s: INFINITY if due_s >= first_s else 0.0
-        longer_s, begin_s = token_s + step_s / max(room, 1), load.begin_s
-
-        def tokens_by(due_s: float) -> float:
-            tokens = (due_s - first_s) / token_s
-            return tokens if tokens <= room else (due_s - begin_s) / longer_s
-
-        return tokens_by
+            return [INFINITY if due >= first_s else 0.0 for due in due_s]
+        many = 1 / (token_s + step_s / max(room, 1))
+        return [x if (x := (due - first_s) / token_s) <= room else (due - begin_s) * many for due in due_s]
 
     def _room(self, load: Load) -> float:
         """Tokens of prompts a step has time for, in the long run, so that decodes keep their pace."""
@@ -286,10 +279,6 @@ class Slack(Policy):
         assert self._timely == sorted(self._timely), "those in time are out of order"
         assert sorted(entry for *_, entry in self._short) == self._timely, "a list has lost one"
         assert self._short == sorted(self._short), "by length they are out of order"
-
-
-def _any_number(due_s: float) -> float:
-    return INFINITY
 
 
 def _loss(seq: Seq) -> tuple[bool, float, int]:
