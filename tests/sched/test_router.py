@@ -198,10 +198,6 @@ def test_one_that_cannot_take_it_is_no_tier() -> None:
 def test_a_load_about_the_limit_does_not_flap() -> None:
     """Between the margin and the margin less the hysteresis nothing moves, from either side."""
     inside = [*range(270, 340, 10), *range(340, 270, -10)] * 5
-    assert {chosen(router, tiers(load)) for router in [Tiers(margin=0.8, hysteresis=0.3)] for load in [0, *inside]} <= {
-        0,
-        1,
-    }
 
     def switches(hysteresis: float) -> int:
         router = Tiers(margin=0.8, hysteresis=hysteresis)
