@@ -151,10 +151,9 @@ class Slack(Policy):
             return ()
         shed: list[Seq] = []
         found = self._timely[:LOOK]
-        # whoever is given up on a wrong prediction is lost: as if it were alone, and had the whole step
-        most = self._tokens_by(
-            load, [e[1] for e in found], self.limits.max_step_tokens - load.decodes, self.pace
-        )
+        # whoever is given up on a wrong prediction is lost: as if it had the whole step, and neighbours half of the time
+        room, pace = self.limits.max_step_tokens - load.decodes, (1 + self.pace) / 2
+        most = self._tokens_by(load, [e[1] for e in found], room, pace)
         for entry, tokens in zip(found, most, strict=True):
             if entry[3].request.prompt_tokens <= tokens:
                 continue
