@@ -134,9 +134,7 @@ def run_rates(args: argparse.Namespace) -> dict[str, list[float]]:
     return {name: interval(of) for name, of in found.items()}
 
 
-def judge(
-    rows: Sequence[dict[str, Any]], large: dict[str, Any], kvpr: dict[str, Any] | None
-) -> dict[str, bool]:
+def judge(rows: Sequence[dict[str, Any]], large: dict[str, Any]) -> dict[str, bool]:
     by_name = {r["arm"]: r for r in rows}
     ours, one = by_name[OURS], by_name[ONE_EACH]
     targets = {
@@ -153,7 +151,7 @@ def judge(
     if "sim_of_optimum" in one:
         targets[f"simulated: mean >= {MEAN_TARGET}"] = one["sim_of_optimum"][0] >= MEAN_TARGET
         targets[f"simulated: worst >= {WORST_TARGET}"] = one["sim_worst"] >= WORST_TARGET
-    return targets | (kvpr["targets"] if kvpr else {})
+    return targets
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> str:
@@ -230,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plots:
         print(draw(rows, args.plots))
     result = {
-        "targets": judge(rows, large, None), "seed": args.seed, "instances": len(cells), "wall_s": round(time.monotonic() - began),
+        "targets": judge(rows, large), "seed": args.seed, "instances": len(cells), "wall_s": round(time.monotonic() - began),
         "large": large, "rates_30_percent_wrong": rates, "ours_less": {k: paired(cells, k) for k in ("value", "sim_value")},
         "rows": rows, "by_size": by_size,
     }  # fmt: skip

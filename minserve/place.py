@@ -20,7 +20,7 @@ from minserve.place_output import describe as describe_plan
 from minserve.place_problem import Options, plan_of, problem_of
 from minserve.schema import At, number, read_yaml, size
 from minserve.simulate import read_use
-from minserve.step_profile import read_costs
+from minserve.step_profile import read_costs, read_profile
 from sched.placement import Plan, Problem, check
 from sched.placement_arms import BASELINES, baseline
 from sched.placement_moves import Change, Migration, replan
@@ -37,6 +37,7 @@ def options_of(args: argparse.Namespace, config: Config) -> Options:
         kind=args.gpu,
         profile=read_costs(args.costs) if args.costs else {},
         use=read_use(args.use, [m.name for m in config.models]),
+        own=read_profile(args.profile) if args.profile else None,
         max_tp=args.max_tp,
         max_replicas=args.max_replicas,
         target=args.target,
@@ -125,6 +126,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--gpu", choices=sorted(DEVICES), default="h200", help="the kind of GPUs that say none"
     )
     parser.add_argument("--costs", metavar="CSV", help="a profile in FineServe's form")
+    says = "of python -m bench.profile_steps: step times, and how models on one device slow each other down"
+    parser.add_argument("--profile", metavar="JSON", help=says)
     parser.add_argument("--use", metavar="NAME=KEY", action="append", default=[],
                         help="model/qformat of the profile, all tp and shares of it, or model/qformat/tp/mps; others have a roofline")  # fmt: skip
     for flag, default, says in (

@@ -151,9 +151,11 @@ def describe_short(found: Sequence[Shortfall]) -> list[str]:
     lines = []
     for s in found:
         lines.append(f"does not fit: {s.model}, {s.attained:.1%} attained: {s.reason}")
-        for k, change in enumerate(s.changes):
+        for k, change in enumerate(s.changes or ()):
             lines.append(f"  {'smallest change' if k == 0 else 'or'}: {change.words}")
-        if not s.changes:
+        if s.changes is None:
+            lines.append("  changes were not looked for: --explain says for how many models they are")
+        elif not s.changes:
             lines.append("  no single change that was tried makes it fit")
     return lines
 
@@ -195,7 +197,7 @@ def as_json(
             "simulated": scored.attained[i] if scored else None, "headroom": round(estimate.headroom[i], 4), "replicas": replicas,
         })  # fmt: skip
     short = [
-        {"model": s.model, "reason": s.reason, "changes": [{"what": c.what, "size": round(c.size, 4), "words": c.words} for c in s.changes]}
+        {"model": s.model, "reason": s.reason, "changes": [{"what": c.what, "size": round(c.size, 4), "words": c.words} for c in s.changes or ()]}
         for s in found
     ]  # fmt: skip
     return {

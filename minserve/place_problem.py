@@ -12,8 +12,10 @@ from minserve.memory import weight_bytes, workspace
 from minserve.place_memory import rank_of
 from minserve.resolve import ResolvedModel, resolve_model
 from minserve.simulate import WEIGHT_BITS, cost_of
+from minserve.step_profile import Profile
 from sched.latency import StepCost
 from sched.placement import MAX_TP, WHOLE, Gpu, Model, Plan, Problem, Replica
+from sched.slowdown import complete
 from sched.step_time import Fitted
 
 MEMORY = {"a100": 80 * 10**9, "h100": 80 * 10**9, "h200": 141 * 10**9}
@@ -25,12 +27,14 @@ Costs = dict[tuple[int, int], StepCost]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """`kind`: of GPUs that say none; `profile`: models of step time by key, `use`: the key or its first half by model;
+    """`kind`: of GPUs that say none; `profile`: models of step time by key, `use`: the key or its first half by model; `own`:
+    what was measured of these models;
     `max_tp`, `max_replicas`: no more than that; `free`: placements of the file do not bind."""
 
     kind: str
     profile: Mapping[str, Fitted] = dataclasses.field(default_factory=dict)
     use: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    own: Profile | None = None
     max_tp: int = MAX_TP
     max_replicas: int = 4
     target: float = 0.9
@@ -50,7 +54,9 @@ def problem_of(config: Config, options: Options) -> Problem:
         degrees = [tp for tp in DEGREES if tp <= most and _divides(tp, resolved)]
         costs = {kind: _costs(resolved, kind, degrees, options, shared) for kind in kinds}
         models.append(model_of(entry, resolved, costs, options))
-    return Problem(tuple(models), gpus, options.max_replicas, options.target)
+    own = options.own.slowdown if options.own is not None else {}
+    beside = sum(complete(own).values()) / len(complete(own)) if own else 1.0
+    return Problem(tuple(models), gpus, options.max_replicas, options.target, beside)
 
 
 def _on_cpu(config: Config) -> bool:
@@ -73,6 +79,8 @@ def _divides(tp: int, model: ResolvedModel) -> bool:
 def _costs(model: ResolvedModel, kind: str, degrees: Sequence[int], options: Options, shared: bool) -> Costs:
     """By degree and share; of shares below the whole only where the profile has them and the GPUs share so."""
     entry = model.entry
+    if entry.name not in options.use and options.own is not None and entry.name in options.own.models:
+        return {(1, WHOLE): options.own.models[entry.name].cost}
     if entry.name not in options.use:
         # a roofline knows nothing of shares
         return {(tp, WHOLE): cost_of(rank_of(model, tp), kind, tp) for tp in degrees}

@@ -118,12 +118,14 @@ Plan = tuple[Replica, ...]  # sorted, so that equal plans are equal
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`max_replicas` of a model; `target`: the attainment below which a model is reported as not fitting."""
+    """`max_replicas` of a model; `target`: the attainment below which a model is reported as not fitting; `beside`: what a
+    step takes longer beside a busy neighbour, as a part of itself: 1 where two have half of the time each."""
 
     models: tuple[Model, ...]
     gpus: tuple[Gpu, ...]
     max_replicas: int = 4
     target: float = 0.9
+    beside: float = 1.0
     classes: tuple[tuple[str, float, str, bool], ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -141,7 +141,7 @@ def settled(
             # ranks wait for each other, so the fullest of its GPUs decides
             own = load.busy * r.sm
             at, kv = where[r], load.n * load.kv
-            factor = max(1.0, max((r.sm + busy[i] - own) / WHOLE for i in at))
+            factor = max(1.0, max((r.sm + problem.beside * (busy[i] - own)) / WHOLE for i in at))
             room = inf
             if load.kv > 0:
                 # what the others leave, at least a part in proportion to what each would fill

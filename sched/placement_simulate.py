@@ -14,7 +14,7 @@ from sched.metrics import Slo
 from sched.placement import WHOLE, Model, Plan, Problem, Replica, pool_bytes, residents
 from sched.placement_estimate import value_of
 from sched.policy import Policy
-from sched.simulator import Arrival, Record, Simulation
+from sched.simulator import TIME_SLICED, Arrival, Record, Simulation
 from sched.simulator import Replica as Simulated
 from sched.slabs import MAX_SLAB_BYTES
 from sched.synthetic import Laws, Lengths, synthetic
@@ -140,7 +140,8 @@ class Scorer:
         records: list[Record] = []
         tokens = 0
         if asked:
-            simulation = Simulation(replicas_of(self.problem, plan, self.policy), asked)
+            slowdown = dict.fromkeys(TIME_SLICED, self.problem.beside)
+            simulation = Simulation(replicas_of(self.problem, plan, self.policy), asked, slowdown=slowdown)
             simulation.run(until_s=max(a.at_s for a in asked) + DRAIN_S)
             records, tokens = list(simulation.records.values()), simulation.tokens
         good = dict.fromkeys((m.name for m in self.problem.models), 0)

@@ -32,12 +32,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """`attained` by the plan, `reason` in words, and the `changes` that help, the smallest first."""
+    """`attained` by the plan, `reason` in words, and the `changes` that help, the smallest first; None where none was tried."""
 
     model: str
     attained: float
     reason: str
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...] | None
 
 
 def short(problem: Problem, plan: Plan) -> list[int]:
@@ -56,7 +56,7 @@ def shortfalls(problem: Problem, plan: Plan, *, seed: int = 0, most: int = 8) ->
     estimate = Estimator(problem)(plan)
     found = []
     for k, i in enumerate(short(problem, plan)):
-        tried = tuple(sorted(_changes(problem, plan, i, seed), key=lambda c: c.size)) if k < most else ()
+        tried = tuple(sorted(_changes(problem, plan, i, seed), key=lambda c: c.size)) if k < most else None
         found.append(Shortfall(problem.models[i].name, estimate.attained[i], reason(problem, plan, i), tried))
     return found
 

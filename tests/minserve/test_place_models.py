@@ -11,7 +11,11 @@ from minserve.config import load_config
 from minserve.place import main
 from minserve.place_output import max_num_seqs
 from minserve.place_problem import MEMORY, Options, plan_of, problem_of
+from minserve.step_profile import Profile
+from sched.latency import StepCost
 from sched.placement import check
+from sched.slowdown import PHASES
+from sched.step_time import Fitted
 from tests.minserve.test_place import LLAMA_8B
 
 HEAD = "model,qformat,tp,mps_percentage,batch_size,input_len,output_len,seq_len,prefill_time,decode_time,ttft,tpot,e2e"
@@ -60,6 +64,7 @@ def test_a_placement_is_written_that_simulate_runs(
     assert min(m["attained"] for m in said["models"]) >= 0.9
     assert said["simulated"]["joint"] > 0.9
     got = load_config(out)
+    got.check_here()  # as it is served
     problem = problem_of(got, Options(kind="h100"))
     check(problem, plan_of(got, problem))
     for entry, m in zip(got.models, said["models"], strict=True):
@@ -124,6 +129,8 @@ def test_what_does_not_fit_is_said_and_not_written(
 
 def test_too_many_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = config(tmp_path, [{"name": "a", "rate": 60.0}], gpus=1)
+    text, said = placed(capsys, file, "--simulate", "0", "--budget", "20", "--explain", "0", status=1)
+    assert "changes were not looked for" in text
     text, said = placed(capsys, file, "--simulate", "0", "--budget", "20", status=1)
     (short,) = said["does_not_fit"]
     assert "rate" in {c["what"] for c in short["changes"]}
@@ -173,6 +180,20 @@ def test_costs_of_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "names no row for tp 1" in refused(capsys, file, *costs, "--use", "a=m/x", "--max-tp", "1")
     assert "--use must be NAME=" in refused(capsys, file, *costs, "--use", "a")
     assert "names ['b']" in refused(capsys, file, *costs, "--use", "b=m/q")
+
+
+def test_what_was_measured_of_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = config(tmp_path, [{"name": n, "rate": 6.0} for n in "ab"], gpus=1)
+    fitted = Fitted(StepCost(base_s=0.02, per_prefill_token_s=2e-5), 0.03)
+    means = []
+    for slow in (0.1, 1.0):
+        slowdown = {(own, other): slow for own in PHASES for other in PHASES}
+        Profile(dict.fromkeys("ab", fitted), slowdown, {}).write(tmp_path / "profile.json")
+        _, said = placed(
+            capsys, file, "--profile", str(tmp_path / "profile.json"), "--simulate", "0", "--target", "0.5"
+        )
+        means.append(said["models"][0]["replicas"][0]["tpot_ms"])
+    assert 20 < means[0] < 25 < 35 < means[1]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
