@@ -3,6 +3,7 @@
     python -m bench.placement                          # 30 instances of six sizes, half an hour; --record keeps it
     python -m bench.placement --quick                  # under a minute
     python -m bench.placement --kvpr kvpr-50.json      # the public instances of Prism's placement problem alone
+    python -m bench.placement --fineserve COSTS.csv    # FineServe's rule on its authors' table alone
 
 Every arm has the same memory and the same costs of a step, its own aim, and 60 s.  All are judged by the estimate and, on
 the first instances of a size, by the simulator with requests that no arm has seen (bench/placement_cells.py).  A table for
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench.placement_cells import ARMS, ONE_EACH, OPTIMUM, OURS, run_instance, run_large, run_misjudged
+from bench.placement_fineserve import run_fineserve
 from bench.placement_kvpr import run_kvpr
 
 RESULT = Path(__file__).parent / "results" / "placement.json"
@@ -188,6 +190,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first instance")
     parser.add_argument("--instances", type=int, metavar="N", help=f"of a size, default {INSTANCES}")
     parser.add_argument("--kvpr", metavar="PATH", help="JSON of the public KVPR instances, and nothing else")
+    parser.add_argument(
+        "--fineserve", metavar="CSV", help="the authors' table: FineServe's placement of seven models alone"
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--plots", metavar="DIR", type=Path)
     parser.add_argument("--record", action="store_true", help=f"write {RESULT.parent.name}/{RESULT.name}")
@@ -201,13 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 1 where a target is missed."""
     args = read_arguments(argv)
     began = time.monotonic()
-    if args.kvpr:
+    if args.kvpr or args.fineserve:
         try:
-            result = run_kvpr(args.kvpr, args.seed)
+            result = run_kvpr(args.kvpr, args.seed) if args.kvpr else run_fineserve(args.fineserve)
         except (OSError, ValueError) as error:
             sys.stderr.write(f"bench.placement: {error}\n")
             return 2
-        return finish(args, {"bench": "placement-kvpr"} | result, RESULT.with_name("placement_kvpr.json"))
+        name = "placement_kvpr" if args.kvpr else "placement_fineserve"
+        return finish(args, {"bench": name} | result, RESULT.with_name(f"{name}.json"))
     large = run_large(args.seed, *((16, 8, 3000) if args.quick else ()))
     print(
         f"{large['models']} models x {large['gpus']} GPUs: {large['seconds']:.1f} s for {large['budget']:,} plans; by the estimate"

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from bench.placement_fineserve import AS_THEIRS, seven
 from sched.placement import Replica, check
 from sched.placement_arms import BASELINES, baseline, completed
 from sched.placement_baselines import alpaserve, memory_balanced, meshes, partitions, prism, round_robin
 from sched.placement_estimate import Estimator
-from sched.placement_fineserve import Llm, Row, slab_aware, slo_of
+from sched.placement_fineserve import Row, slab_aware, slo_of
 from sched.placement_kvpr import Pressure, bound, problem_of, ratios
 from sched.placement_muxserve import mesh_rates, muxserve
 from sched.placement_search import solve
@@ -19,87 +20,53 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 # microseconds of a prompt token and of an answer token at those batches, by degree of tensor parallelism: the means that the
 # rule makes of the profile on H100 of arXiv 2509.06261's artifact (BSD-3-Clause, Samsung SDS 2025), to four digits
 PROFILE: dict[str, dict[int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
-    "70b-awq": {
+    "llama-3.1-70b/awq": {
         1: ((431.0, 704.9, 1410.0, 3040.0, 6610.0, 13590.0), (21450.0, 21920.0, 22450.0, 23100.0, 24160.0, 28190.0)),
         4: ((195.0, 238.8, 456.8, 864.6, 1800.0, 3951.0), (23150.0, 23710.0, 23760.0, 23850.0, 24230.0, 24710.0)),
     },
-    "8b-org": {
+    "llama-3.1-8b/org": {
         1: ((39.68, 66.64, 97.89, 192.2, 388.8, 744.1), (7981.0, 8011.0, 8100.0, 8340.0, 8734.0, 9409.0)),
         2: ((66.84, 61.07, 99.09, 171.3, 304.7, 506.7), (9667.0, 9669.0, 9870.0, 9920.0, 10100.0, 10460.0)),
         4: ((58.88, 58.3, 90.15, 118.7, 266.5, 374.3), (10180.0, 10180.0, 9935.0, 10080.0, 10580.0, 10860.0)),
     },
-    "8b-fp8": {
+    "llama-3.1-8b/fp8_kv8": {
         1: ((36.04, 54.1, 101.7, 158.7, 294.3, 571.4), (10150.0, 10320.0, 10530.0, 10670.0, 10800.0, 11000.0)),
         2: ((58.23, 64.31, 113.2, 137.2, 268.7, 487.0), (11860.0, 12240.0, 12360.0, 12490.0, 12620.0, 12810.0)),
         4: ((58.1, 76.53, 75.86, 137.3, 186.7, 327.4), (11830.0, 12630.0, 12480.0, 12520.0, 12850.0, 13040.0)),
     },
-    "8b-awq": {
+    "llama-3.1-8b/awq": {
         1: ((55.43, 89.6, 156.5, 337.1, 708.7, 1457.0), (8406.0, 8264.0, 8323.0, 8567.0, 8509.0, 9018.0)),
         2: ((67.16, 148.5, 125.2, 207.7, 508.1, 760.9), (10200.0, 9922.0, 10250.0, 10290.0, 10420.0, 10660.0)),
         4: ((88.51, 65.43, 90.76, 149.5, 267.0, 485.3), (10470.0, 10630.0, 11070.0, 11150.0, 11090.0, 11280.0)),
     },
-    "8b-qoq": {
+    "llama-3-8b/qoq": {
         1: ((104.4, 144.8, 222.8, 382.3, 698.6, 1174.0), (8068.0, 8157.0, 8257.0, 8457.0, 9006.0, 10480.0)),
     },
-    "32b-org": {
+    "qwen-3-32b/org": {
         2: ((112.1, 138.9, 236.7, 471.9, 865.1, 1798.0), (19950.0, 22480.0, 21010.0, 21250.0, 21650.0, 22370.0)),
         4: ((94.44, 127.3, 180.3, 302.3, 571.6, 1097.0), (20480.0, 21470.0, 21690.0, 21430.0, 22290.0, 22410.0)),
     },
-    "32b-fp8": {
+    "qwen-3-32b/fp8_kv8": {
         2: ((109.4, 147.1, 251.7, 418.6, 829.0, 1377.0), (24410.0, 25730.0, 26150.0, 26200.0, 26470.0, 26910.0)),
         4: ((101.8, 125.9, 178.5, 290.9, 519.4, 852.2), (25070.0, 25830.0, 26380.0, 26910.0, 26290.0, 27300.0)),
     },
 }  # fmt: skip
 
 
-def llm(
-    name: str, billions: float, bits: tuple[int, int, int], shape: tuple[int, int], rate: float, base: int = 1
-) -> Llm:
-    profile = {
-        tp: [Row(b, 1, 1, p * 1e-6, a * 1e-6) for b, p, a in zip(BATCHES, *times, strict=True)]
-        for tp, times in PROFILE[name].items()
-    }
-    layers, head = shape
-    return Llm(
-        name=name, billions=billions, bits=bits, layers=layers, kv_heads=8, head_dim=head, rate=rate, profile=profile,
-        zeros=name.endswith("qoq"), base_tp=base,
-    )  # fmt: skip
-
-
-def seven_models() -> list[Llm]:
-    """Qwen's head is taken for 5120 / 64 = 80 there, in truth it has 128."""
-    return [
-        llm("70b-awq", 70, (4, 16, 16), (80, 128), 1),
-        llm("8b-org", 8, (16, 16, 16), (32, 128), 4),
-        llm("8b-fp8", 8, (8, 8, 8), (32, 128), 4),
-        llm("8b-awq", 8, (4, 16, 16), (32, 128), 4),
-        llm("8b-qoq", 8, (4, 8, 4), (32, 128), 2),
-        llm("32b-org", 32, (16, 16, 16), (64, 80), 2, base=2),
-        llm("32b-fp8", 32, (8, 8, 8), (64, 80), 2, base=2),
-    ]
+def rows(times: tuple[tuple[float, ...], tuple[float, ...]]) -> list[Row]:
+    return [Row(b, 1, 1, p * 1e-6, a * 1e-6) for b, p, a in zip(BATCHES, *times, strict=True)]
 
 
 def test_fineserve_places_seven_models_as_its_code_did() -> None:
-    llms = seven_models()
-    found = {
-        llms[p.model].name: (p.choice.tp, p.choice.batch, round(p.need_gb, 1), p.gpus)
-        for p in slab_aware(llms, [range(4)])
-    }
-    everywhere = (0, 1, 2, 3)
-    assert found == {
-        "32b-org": (4, 24, 87.7, everywhere),
-        "70b-awq": (4, 14, 50.7, everywhere),
-        "32b-fp8": (4, 29, 44.3, everywhere),
-        "8b-org": (1, 20, 23.8, (0,)),
-        "8b-fp8": (1, 24, 12.2, (1,)),
-        "8b-awq": (1, 21, 8.3, (2,)),
-        "8b-qoq": (1, 10, 5.6, (3,)),
-    }
-    assert list(found)[:3] == ["32b-org", "70b-awq", "32b-fp8"]
+    llms = seven({name: {tp: rows(times) for tp, times in of.items()} for name, of in PROFILE.items()})
+    placed = slab_aware(llms, [range(4)], slo_scale=50)
+    assert {llms[p.model].name: (p.choice.tp, p.choice.batch, p.gpus) for p in placed} == AS_THEIRS
+    needs = {llms[p.model].name: round(p.need_gb, 1) for p in placed}
+    assert list(needs.values()) == [87.7, 50.7, 44.3, 23.8, 12.2, 8.3, 5.6]
     slos = {m.name: round(slo_of(m, 40), 2) for m in llms}
-    assert slos["8b-org"] == 1.44
-    assert slos["32b-org"] == 4.05
-    assert slos["8b-qoq"] == pytest.approx(3.78, abs=0.011)
+    assert slos["llama-3.1-8b/org"] == 1.44
+    assert slos["qwen-3-32b/org"] == 4.05
+    assert slos["llama-3-8b/qoq"] == pytest.approx(3.78, abs=0.011)
 
 
 def case(seed: int, gpus: int) -> dict[str, Any]:
