@@ -11,6 +11,7 @@ that profile run the judged cells, in an order drawn anew for each repeat.  A ta
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import platform
@@ -39,7 +40,7 @@ from bench.fidelity_live import Live, Rates, capacity, late_ms, simulated, summa
 from bench.step_workers import said
 from minserve.step_profile import Profile
 from sched.latency import StepCost
-from sched.metrics import aligned
+from sched.metrics import Record, aligned
 from sched.step_time import Fitted
 
 FIRST_GUESS = StepCost(base_s=0.02, per_prefill_token_s=1e-3)
@@ -89,7 +90,9 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for cell in random.Random(args.seed + repeat).sample(args.cells, len(args.cells)):
                 heards = await live.run(cell, works[cell.name])
                 extra = {"late_ms": late_ms(heards), "span": len(live.workers.spans) - 1}
-                runs[cell.name].append(summary_of([h.record() for h in heards]) | extra)
+                records = [h.record() for h in heards]
+                write_log(args.log, cell.name, str(repeat), records)
+                runs[cell.name].append(summary_of(records) | extra)
         errors = live.step_errors()
     finally:
         await live.workers.close()
@@ -104,7 +107,9 @@ def report(
     verdicts: dict[str, list[Verdict]] = {}
     cells = []
     for cell in args.cells:
-        told = simulated(live.workers.config, works[cell.name], profile, overhead_s, args.drain)
+        records = simulated(live.workers.config, works[cell.name], profile, overhead_s, args.drain)
+        write_log(args.log, cell.name, "simulated", records)
+        told = summary_of(records)
         verdicts[cell.name] = judge(runs[cell.name], told, gate)
         cells.append(
             {
@@ -130,8 +135,17 @@ def report(
         "points": gate.points, "rates": plain(rates.alone | {"together": rates.together}), "overhead_s": plain(overhead_s),
         "slowdown": {f"{a} beside {b}": round(s, 4) for (a, b), s in profile.slowdown.items()},
         "costs": {name: plain(fit_json(fit)) for name, fit in profile.models.items()},
-        "step_error_live": plain(errors), "watch_us": plain(live.workers.watch_us), "load_average": [round(x, 2) for x in os.getloadavg()], "rows": [plain(c) for c in cells],
+        "step_error_live": plain(errors), "watch_us": plain(live.workers.watch_us),
+        "costs_live_us": {name: [round(1e6 * c, 4) for c in of] for name, of in live.workers.costs.items()}, "load_average": [round(x, 2) for x in os.getloadavg()], "rows": [plain(c) for c in cells],
     }  # fmt: skip
+
+
+def write_log(path: str | None, cell: str, run: str, records: Sequence[Record]) -> None:
+    if path is None:
+        return
+    with Path(path).open("a") as lines:
+        for r in records:
+            lines.write(json.dumps({"cell": cell, "run": run, **dataclasses.asdict(r), "itl_s": ()}) + "\n")
 
 
 def fit_json(fit: Fitted) -> dict[str, Any]:
@@ -213,6 +227,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only", metavar="WORD", action="append", help="cells with this in their names; no verdict then"
     )
     parser.add_argument("--profile", metavar="JSON", help="where the fitted profile is written")
+    parser.add_argument(
+        "--log", metavar="JSONL", help="a line for each request of each run and simulation, appended"
+    )
     parser.add_argument("--out", metavar="JSON", help="where the result is written, too")
     args = parser.parse_args(argv)
     args.seconds = args.seconds or (2.0 if args.quick else 11.0)

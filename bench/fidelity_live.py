@@ -138,11 +138,11 @@ def capacity(config: Config, scale: Scale, profile: Profile) -> Rates:
 
 def simulated(
     config: Config, work: Workload, profile: Profile, overhead_s: Mapping[str, float], drain_s: float
-) -> dict[str, Any]:
-    """The summary of the same requests; what has not ended when the client gives up is a miss there, too."""
+) -> list[Record]:
+    """The same requests; what has not ended when the client gives up is a miss there, too."""
     costs = {name: fit.cost for name, fit in profile.models.items()}
     _, records, _ = simulate(config, work, costs, plan_memory(config), slowdown=complete(profile.slowdown))
-    return summary_of([_cut(_later(r, overhead_s[r.model]), work.duration_s + drain_s) for r in records])
+    return [_cut(_later(r, overhead_s[r.model]), work.duration_s + drain_s) for r in records]
 
 
 def _later(r: Record, by_s: float) -> Record:

@@ -1,7 +1,7 @@
 """A worker as `serve` starts it, that also writes down what each step took: for bench.profile_steps and bench.fidelity.
 
 MINSERVE_STEP_LOG names a folder.  One file a worker, NAME.npz, written when it is told to stop: `steps`, a ROW each, and
-`watch_s`, what its StepWatch took of the processor for each.
+`watch_s`, what its StepWatch took of the processor for each, and `cost`, the coefficients that it came to.
 """
 
 import os
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from minserve.loop import ServedEngine, serve
-from minserve.step_watch import point_of
+from minserve.step_watch import StepWatch, point_of
 from minserve.wire import Loaded, Start
 from minserve.worker import EngineServed, open_engine
 from sched.step import StepPlan
+from sched.step_time import coefficients
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOT = (
@@ -37,6 +38,7 @@ def main() -> None:
     rows: list[tuple[float, ...]] = []
     spent: list[float] = []
     names: list[str] = []
+    watches: list[StepWatch] = []
 
     def heard(plan: StepPlan, seconds: float, now: float) -> None:
         begin = time.thread_time()
@@ -48,6 +50,7 @@ def main() -> None:
         assert isinstance(served, EngineServed), f"{served} has no engine to watch"
         names.append(str(start.entry["name"]))
         watch, landed = served.watch, served.watch.landed
+        watches.append(watch)
 
         def timed(plan: StepPlan, planned_s: float, now: float) -> None:
             spent.append(0.0)
@@ -62,5 +65,6 @@ def main() -> None:
         serve(opener, sys.argv[1:])
     finally:
         table: Any = np.array(rows, np.float64).reshape(-1, len(ROW))
-        for name in names:
-            np.savez(log_file(os.environ[FOLDER], name), steps=table, watch_s=np.array(spent))
+        for name, watch in zip(names, watches, strict=True):
+            cost = np.array(coefficients(watch.corrected.cost))
+            np.savez(log_file(os.environ[FOLDER], name), steps=table, watch_s=np.array(spent), cost=cost)

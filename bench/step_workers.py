@@ -37,6 +37,7 @@ class Workers:
         self.spans: list[tuple[str, tuple[str, ...], float, float]] = []
         self.log: dict[str, np.ndarray] = {}
         self.watch_us: dict[str, float] = {}
+        self.costs: dict[str, list[float]] = {}
 
     @property
     def target(self) -> EngineTarget:
@@ -59,6 +60,7 @@ class Workers:
         for name in self.names:
             with np.load(log_file(self._folder, name)) as found:
                 self.log[name] = found["steps"]
+                self.costs[name] = found["cost"].tolist()
                 self.watch_us[name] = 1e6 * float(found["watch_s"].mean())
 
     async def run(self, what: str, work: Workload, drain_s: float) -> list[Heard]:

@@ -249,6 +249,7 @@ class Corrected:
         self._start = start
         self._information = np.zeros((len(start), len(start)))
         self._target = np.zeros(len(start))
+        self._most = np.zeros(len(start))
         self._count = 0.0
         self._pending: list[Point] = []
         self._room = 1
@@ -274,6 +275,7 @@ class Corrected:
         x = np.hstack([told[:, 1:], told[:, 1:2] * _hats((told[:, 2] + told[:, 3]) / told[:, 1], KNOTS)])
         # k steps alike count as k of their mean
         weight = np.sqrt(told[:, 1])
+        self._most = np.maximum(self._most, (x / told[:, :1]).max(0))
         x *= (weight / told[:, 0])[:, None]
         steps = float(told[:, 1].sum())
         faded = FORGET**steps
@@ -283,6 +285,8 @@ class Corrected:
         # the start counts as so many mean steps; what no step tells stays as it was
         trust = max(self._trust * FORGET**self.num_steps, LEAST_TRUST) / self._count
         prior = trust * np.diag(self._information) + NOTHING
+        # and what tokens can say is not for the knots, as in `fit`: prompts are weighed by their tokens
+        prior[len(FIELDS) :] += RIDGE**2 * self._count * self._most[len(FIELDS) :] ** 2
         matrix = self._information + np.diag(prior)
         found = _solve_nonnegative(matrix, self._target + prior * self._start).tolist()
         rows = tuple(zip(KNOTS.tolist(), found[len(FIELDS) :], strict=True))
