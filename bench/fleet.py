@@ -67,8 +67,9 @@ def costs_of(shape: Shape, table: str | None) -> dict[tuple[int, int], StepCost]
     costs = {}
     for key, fitted in read_costs(table).items():
         name, tp, share = key.rsplit("/", 2)
-        if name == shape.key:
-            costs[int(tp), int(share)] = fitted.cost
+        # of models that run beside each other on parts of the multiprocessors, nothing was measured
+        if name == shape.key and share == "100":
+            costs[int(tp), 100] = fitted.cost
     if not costs:
         raise ValueError(f"--costs {table!r} has no rows of {shape.key}")
     return costs

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sched.latency import StepCost
+from sched.step import Chunk
 
 WHOLE = 100  # per cent of the multiprocessors
 MAX_TP = 8
@@ -167,6 +168,20 @@ class Problem:
         model = self.models[r.model]
         found = [model.costs[kind][r.tp, r.sm] for kind in dict.fromkeys(self.gpus[g].kind for g in r.gpus)]
         return max(found, key=lambda c: c.decode_s(1, 0))
+
+
+def use_of(problem: Problem, r: Replica) -> tuple[float, float]:
+    """The part of its GPUs that a decode and a prompt of the replica keep busy: what each takes with all multiprocessors, over
+    what it takes with its own.  Decodes reach the bandwidth with some of them, so they leave nothing; prompts do."""
+    kinds = {problem.gpus[g].kind for g in r.gpus}
+    known = all((r.tp, WHOLE) in problem.models[r.model].costs[kind] for kind in kinds)
+    if r.sm == WHOLE or not known:
+        return 1.0, 1.0
+    whole, own = problem.cost(replace(r, sm=WHOLE)), problem.cost(r)
+    decodes, context = 8, 8 * 512
+    prompt = [Chunk(0, 0, 512, True)]
+    decode = whole.decode_s(decodes, context) / own.decode_s(decodes, context)
+    return min(1.0, decode), min(1.0, whole.step_s(0, 0, prompt) / own.step_s(0, 0, prompt))
 
 
 def residents(problem: Problem, plan: Sequence[Replica]) -> list[list[Replica]]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import erfc, exp, inf, log, sqrt
 
-from sched.placement import WHOLE, Plan, Problem, Replica, fits, pool_bytes, residents
+from sched.placement import Plan, Problem, Replica, fits, pool_bytes, residents, use_of
 
 ROUNDS = 12  # of the iteration; the change is damped by half, so it is below a thousandth then
 FULL = 0.98  # of what a batch serves: at all of it the queue has no end
@@ -64,11 +64,13 @@ class Load:
     """A replica's constants, and what the iteration changes."""
 
     __slots__ = ("base", "busy", "by_tpot", "capacity", "cost", "factor", "k", "kv", "kv_room", "model", "most", "n", "rate",
-                 "replica", "s", "s2", "served", "step", "tpot")  # fmt: skip
+                 "replica", "s", "s2", "served", "step", "tpot", "use")  # fmt: skip
 
     def __init__(self, problem: Problem, r: Replica, rate: float) -> None:
         m, cost = problem.models[r.model], problem.cost(r)
         self.model, self.replica, self.rate, self.cost = m, r, rate, cost
+        # of the GPU while it is busy: by far the most of that are decodes
+        self.use = use_of(problem, r)[0]
         # a token of context is read by every decode behind it, so long answers count twice
         context = m.prompt_tokens + m.output_tokens * (1 + m.output_cv**2) / 2
         self.base = cost.base_s + cost.rows_s(1)
@@ -134,14 +136,14 @@ def settled(
     rooms = [max(0.0, pool_bytes(problem, g, of)) for g, of in zip(gpus, on, strict=True)]
     where = {r: [i for i, of in enumerate(on) if r in of] for r in loads}
     for _ in range(ROUNDS):
-        busy = [sum(load.busy * load.replica.sm for load in of) for of in beside]
+        busy = [sum(load.busy * load.use for load in of) for of in beside]
         wanted = [sum(load.n * load.kv for load in of) for of in beside]
         found = []
         for r, load in loads.items():
             # ranks wait for each other, so the fullest of its GPUs decides
-            own = load.busy * r.sm
+            own = load.busy * load.use
             at, kv = where[r], load.n * load.kv
-            factor = max(1.0, max((r.sm + problem.beside * (busy[i] - own)) / WHOLE for i in at))
+            factor = max(1.0, max(load.use + problem.beside * (busy[i] - own) for i in at))
             room = inf
             if load.kv > 0:
                 # what the others leave, at least a part in proportion to what each would fill

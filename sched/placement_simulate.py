@@ -11,10 +11,10 @@ from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.limits import Limits
 from sched.metrics import Slo
-from sched.placement import WHOLE, Model, Plan, Problem, Replica, pool_bytes, residents
+from sched.placement import Model, Plan, Problem, Replica, pool_bytes, residents, use_of
 from sched.placement_estimate import value_of
 from sched.policy import Policy
-from sched.simulator import TIME_SLICED, Arrival, Record, Simulation
+from sched.simulator import DECODE, PREFILL, TIME_SLICED, Arrival, Record, Simulation
 from sched.simulator import Replica as Simulated
 from sched.slabs import MAX_SLAB_BYTES
 from sched.synthetic import Laws, Lengths, synthetic
@@ -222,4 +222,5 @@ def _replica(
     slots = max(1, min(4096, int(MAX_SLAB_BYTES * m.layers // block))) if block > 0 else 64
     blocks = BlockPool(Sets(name, pools, slots * block), slots, m.block_tokens)
     batcher = Batcher(blocks, limits, cost, policy(limits, cost) if policy else None)
-    return Simulated(name, m.name, tuple(problem.gpus[g].name for g in r.gpus), batcher, share=r.sm / WHOLE)
+    use = dict(zip((DECODE, PREFILL), use_of(problem, r), strict=True))
+    return Simulated(name, m.name, tuple(problem.gpus[g].name for g in r.gpus), batcher, use=use)

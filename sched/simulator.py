@@ -25,6 +25,7 @@ ARRIVE, END, TURN = range(3)
 IDLE_TURNS = 1000
 IDLE, DECODE, PREFILL = "idle", "decode", "prefill"
 # how much longer a step takes beside one of the other kind, as (own, other): two that share a device's time get half each
+WHOLE = {DECODE: 1.0, PREFILL: 1.0}
 TIME_SLICED = {(a, b): 1.0 for a in (DECODE, PREFILL) for b in (DECODE, PREFILL)}
 
 
@@ -56,11 +57,12 @@ class Record:
 class Replica:
     """`name` serves `model` on `devices`, all of them together; `stalled` while it has work and no memory to plan a step
     with.  `after(step_s)` is called when steps have ended, with the mean seconds of one, and with None while there is
-    nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts, on the `share` of
-    the multiprocessors that it may use: those that are busy slow each other down where they have more than all together."""
+    nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts.  `use`: the part of a
+    device that a step in a phase keeps busy, less than all on some of its multiprocessors; those that run slow each other
+    down where they want more than all of it together."""
 
     __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "beside", "cost", "devices", "generation", "k", "model", "name",
-                 "phase", "plan", "share", "stalled", "steps")  # fmt: skip
+                 "phase", "plan", "stalled", "steps", "use")  # fmt: skip
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class Replica:
         batcher: Batcher,
         after: Callable[[float | None], None] | None = None,
         cost: StepCost | None = None,
-        share: float = 1.0,
+        use: Mapping[str, float] = WHOLE,
     ) -> None:
         cost = cost or batcher.cost
         if cost is None:
@@ -78,7 +80,7 @@ class Replica:
         if not devices or len(set(devices)) != len(devices):
             raise ValueError(f"replica {name!r} needs different devices, and one at least, got {devices}")
         self.name, self.model, self.devices, self.batcher, self.after = name, model, devices, batcher, after
-        self.cost, self.share = cost, share
+        self.cost, self.use = cost, use
         self.beside: tuple[tuple[Replica, ...], ...] = ()  # of each device, the others on it
         self.plan: StepPlan | None = None
         self.phase = IDLE
@@ -313,10 +315,10 @@ class Simulation:
         """Of the slowest of its devices."""
         more, phase = self._slowdown, replica.phase
         others = max(
-            sum(more[phase, o.phase] * o.share for o in beside if o.phase != IDLE)
+            sum(more[phase, o.phase] * o.use[o.phase] for o in beside if o.phase != IDLE)
             for beside in replica.beside
         )
-        return max(1.0, replica.share + others)
+        return max(1.0, replica.use[phase] + others)
 
     def _cut(self, replica: Replica) -> None:
         """The step under way is the last of its stretch."""

@@ -6,7 +6,18 @@ from itertools import pairwise
 
 import pytest
 
-from sched.placement import Gpu, Plan, Problem, Replica, check, fits, pool_bytes, reserved_bytes, residents
+from sched.placement import (
+    Gpu,
+    Plan,
+    Problem,
+    Replica,
+    check,
+    fits,
+    pool_bytes,
+    reserved_bytes,
+    residents,
+    use_of,
+)
 from sched.placement_estimate import Estimator
 from sched.placement_exhaustive import exhaustive, plans
 from sched.placement_moves import Migration, changes, replan
@@ -226,19 +237,27 @@ def test_a_changed_share_is_a_restart() -> None:
         Migration(horizon_s=0)
 
 
-def test_shares_that_have_room_beside_each_other_do_not_slow_down() -> None:
-    halves = [model(n, rate=8.0, degrees=(1,)) for n in "ab"]
-    halves = [
-        replace(m, costs={"h100": {(1, sm): m.costs["h100"][1, 100] for sm in (50, 100)}}) for m in halves
-    ]
-    p = problem(halves, gpus=1)
+def test_shares_are_no_second_gpu() -> None:
+    """Half of the multiprocessors decode as fast as all of them, as bandwidth is what decodes want: two models on halves
+    share that bandwidth, and are no faster than two that take turns.  Prompts on a half leave room for a neighbour."""
+    models = []
+    for name in "ab":
+        m = model(name, rate=8.0, degrees=(1,))
+        whole = m.costs["h100"][1, 100]
+        half = replace(
+            whole, per_prefill_token_s=2 * whole.per_prefill_token_s, per_pair_s=2 * whole.per_pair_s
+        )
+        models.append(replace(m, costs={"h100": {(1, 50): half, (1, 100): whole}}))
+    p = problem(models, gpus=1)
+    decode, prompt = use_of(p, Replica(0, (0,), 50))
+    assert decode == 1.0
+    assert 0.5 < prompt < 1.0
+    assert use_of(p, Replica(0, (0,))) == (1.0, 1.0)
     plans_ = [tuple(Replica(i, (0,), sm) for i in range(2)) for sm in (50, 100)]
     estimate, score = Estimator(p), Scorer(p, requests(p, 6.0, seed=1))
     for judge in (lambda plan: estimate(plan).value, lambda plan: score(plan).tokens / simulated_s(p, plan)):
-        half, whole = map(judge, plans_)
-        assert half > whole
-    # what is as fast on half of the GPU is put on half of it
-    assert {r.sm for r in solve(p, budget=200).plan} == {50}
+        half_gpu, whole_gpu = map(judge, plans_)
+        assert half_gpu <= whole_gpu * 1.02
 
 
 def simulated_s(p: Problem, plan: Plan) -> float:
