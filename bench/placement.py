@@ -28,7 +28,7 @@ from bench.placement_kvpr import run_kvpr
 
 RESULT = Path(__file__).parent / "results" / "placement.json"
 SIZES = ((6, 2), (6, 4), (8, 2), (8, 4), (10, 2), (10, 4))
-INSTANCES, SIMULATED, SIMULATED_S, NEAR = 30, 5, 15.0, 60
+INSTANCES, SIMULATED, SIMULATED_S, NEAR = 30, 5, 12.0, 32
 QUICK_SIZES, QUICK_INSTANCES, QUICK_SIMULATED, QUICK_S, QUICK_NEAR = ((6, 2), (8, 2)), 3, 1, 6.0, 40
 NEAR_BEST = 0.95
 MEAN_TARGET, WORST_TARGET, LARGE_S = 0.97, 0.9, 60.0
@@ -127,7 +127,7 @@ def run_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_rates(args: argparse.Namespace) -> dict[str, list[float]]:
     """Rates 30 % wrong: mean part of the optimum, by arm."""
-    sizes, count = (((6, 2),), 3) if args.quick else (SIZES[:4], 10)
+    sizes, count = (((6, 2),), 3) if args.quick else (SIZES[:4], 5)
     found: dict[str, list[float]] = {}
     for models, gpus in sizes:
         for k in range(count):

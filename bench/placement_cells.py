@@ -69,6 +69,20 @@ def model(name: str, shape: str, precision: str, rate: float, scale: float) -> M
 def instance(seed: int, models: int, gpus: int, *, max_replicas: int = 1) -> Problem:
     """At the load where a short search predicts that KNEE of the requests attain."""
     rng = random.Random(seed * 1009 + models * 31 + gpus)
+    unit = drawn(rng, models, gpus, max_replicas)
+    # drawn anew where memory does not hold a replica of each
+    while solve(loaded(unit, 1e-3), local=False).missing:
+        unit = drawn(rng, models, gpus, max_replicas)
+    low, high = 0.0, 400.0 * gpus
+    for _ in range(9):
+        rate = (low + high) / 2
+        found = solve(loaded(unit, rate), seed=seed, budget=40 * models)
+        low, high = (rate, high) if found.estimate.joint >= KNEE else (low, rate)
+    return loaded(unit, low)
+
+
+def drawn(rng: random.Random, models: int, gpus: int, max_replicas: int) -> Problem:
+    """With one request a second in all."""
     kinds = [(rng.choice(list(SHAPES)), rng.choice(list(PRECISIONS))) for _ in range(models)]
     alpha, scale = rng.choice(ALPHAS), rng.choice(SCALES)
     weights = [(k + 1) ** -alpha for k in range(models)]
@@ -79,13 +93,7 @@ def instance(seed: int, models: int, gpus: int, *, max_replicas: int = 1) -> Pro
         for i, ((s, p), w) in enumerate(zip(kinds, weights, strict=True))
     ]
     places = tuple(Gpu(f"gpu{g}", MEMORY_GB * GB, "h100", f"node{g // 8}") for g in range(gpus))
-    unit = Problem(tuple(parts), places, max_replicas=max_replicas)
-    low, high = 0.0, 400.0 * gpus
-    for _ in range(9):
-        rate = (low + high) / 2
-        found = solve(loaded(unit, rate), seed=seed, budget=40 * models)
-        low, high = (rate, high) if found.estimate.joint >= KNEE else (low, rate)
-    return loaded(unit, low)
+    return Problem(tuple(parts), places, max_replicas=max_replicas)
 
 
 def loaded(unit: Problem, rate: float) -> Problem:
