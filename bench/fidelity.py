@@ -116,6 +116,7 @@ def report(
                 "cell": cell.name, "loads": dict(cell.loads), "slo": cell.slo, "cv": cell.cv,
                 "requests": len(works[cell.name].requests), "late_p99_ms": max(r["late_ms"] for r in runs[cell.name]),
                 "step_ratios": [live.step_ratios(r["span"], profile) for r in runs[cell.name]],
+                "predicted": [live.predicted(r["span"]) for r in runs[cell.name]],
                 "passed": all(v.passed for v in verdicts[cell.name]),
                 "figures": {v.figure: v._asdict() | {"passed": v.passed} for v in verdicts[cell.name]},
                 "models": by_model(runs[cell.name], told), "tag": "measured",

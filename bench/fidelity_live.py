@@ -19,7 +19,7 @@ from minserve.replay_heard import Heard
 from minserve.simulate import simulate
 from minserve.step_profile import Profile
 from sched.metrics import Record, summarize
-from sched.slowdown import Slowdown, complete, slowdowns
+from sched.slowdown import DECODE, PREFILL, Slowdown, complete, slowdowns
 from sched.step_time import Fitted, best_fit
 from sched.synthetic import Lengths
 from sched.workload import Request, Workload, ordered
@@ -95,6 +95,18 @@ class Live:
         for name in self.workers.spans[span][1]:
             steps = ran(self.workers.span(span, name), profile.models[name])
             found[name] = sum(s.seconds for s in steps) / max(sum(s.alone_s for s in steps), 1e-9)
+        return found
+
+    def predicted(self, span: int) -> dict[str, dict[str, float]]:
+        """By model and phase, what the Batcher predicted a step to take over what it took: mean and standard deviation."""
+        found: dict[str, dict[str, float]] = {}
+        for name in self.workers.spans[span][1]:
+            rows = self.workers.span(span, name)
+            found[name] = {}
+            for phase, of in ((PREFILL, rows[rows[:, 4] > 0]), (DECODE, rows[rows[:, 4] == 0])):
+                if len(of):
+                    part = of[:, 7] / of[:, 1]
+                    found[name] |= {phase: float(part.mean()), f"{phase} sd": float(part.std())}
         return found
 
     def fitted(self) -> tuple[dict[str, Fitted], Slowdown, dict[str, Any]]:

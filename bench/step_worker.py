@@ -25,8 +25,8 @@ BOOT = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bench.step_worker as w; sys.path.pop(0); w.main()"
 )
 FOLDER = "MINSERVE_STEP_LOG"
-# of a row: when the step ended on the machine's monotonic clock, then the fields of a Point
-ROW = ("end_s", "seconds", "steps", "decodes", "prefill_tokens", "context_tokens", "pairs")
+# of a row: when the step ended on the machine's monotonic clock, the fields of a Point, and what the Batcher predicted
+ROW = ("end_s", "seconds", "steps", "decodes", "prefill_tokens", "context_tokens", "pairs", "predicted_s")
 
 
 def log_file(folder: str | Path, name: str) -> Path:
@@ -42,7 +42,7 @@ def main() -> None:
 
     def heard(plan: StepPlan, seconds: float, now: float) -> None:
         begin = time.thread_time()
-        rows.append((now, *point_of(plan, seconds)))
+        rows.append((now, *point_of(plan, seconds), plan.seconds))
         spent[-1] -= time.thread_time() - begin
 
     def opener(start: Start) -> tuple[ServedEngine, Loaded]:

@@ -22,7 +22,7 @@ IDS = (5, 250)
 TOGETHER = 8  # decodes alike are one point of the fit: a mean says more than a moment
 SETTLE_S = 1.0
 PATIENT = {"ttft_slo_s": 1e3, "tpot_slo_s": 1e2}
-assert ROW[1:] == Point._fields, "the log's columns are those of a Point"
+assert ROW[1:-1] == Point._fields, "the log's columns are those of a Point"
 
 
 class Workers:
@@ -108,7 +108,7 @@ def points_of(rows: np.ndarray) -> list[Point]:
             alike.clear()
 
     for row in rows:
-        point = Point(*(float(x) for x in row[1:]))
+        point = Point(*(float(x) for x in row[1:-1]))
         if point.prefill_tokens or (alike and alike[0].decodes != point.decodes) or len(alike) == TOGETHER:
             flush()
         if point.prefill_tokens:
@@ -123,7 +123,7 @@ def ran(rows: np.ndarray, fit: Fitted) -> list[Ran]:
     """Each step with what it takes alone."""
     found = []
     for row in rows:
-        point = Point(*(float(x) for x in row[1:]))
+        point = Point(*(float(x) for x in row[1:-1]))
         phase = PREFILL if point.prefill_tokens else DECODE
         found.append(Ran(float(row[0]), point.seconds, phase, point.predicted(fit.cost)))
     return found

@@ -1,7 +1,10 @@
 """A replay's way to the engines of a configuration without HTTP: workers as `serve` has them, spoken to over their sockets."""
 
 import asyncio
+import time
 from typing import Any
+
+import msgspec
 
 from minserve.agent import Agent
 from minserve.config import Config
@@ -77,7 +80,9 @@ class EngineTarget:
             heard.end(self._clock(), f"the model is {host.state}")
             return
         self._rids[heard.request.rid] = submit.rid
-        host.submit(submit, Listener(heard, self._clock))
+        # as the front end does: a worker in the middle of a step reads it later
+        arrived = msgspec.structs.replace(submit, arrival_s=time.monotonic())
+        host.submit(arrived, Listener(heard, self._clock))
         heard.sent_s = self._clock()
 
     def cancel(self, heard: Heard) -> None:

@@ -23,7 +23,7 @@ FIELDS = COEFFICIENTS
 PROFILE_STEP_TOKENS = 2048
 FORGET = 0.999  # of a step, in the next: a few thousand steps count
 ERROR_WEIGHT = 0.01
-BATCH = 32
+BATCH = 64
 LEAST_TRUST = 1.0
 NOTHING = 1e-12  # a trifle, to stay at the start without any information
 # 1, 2, 3, 4, 6, 8, 12 ... 4096 rows: a library may change its kernel at any of the small ones
