@@ -18,7 +18,7 @@ from sched.policy import INFINITY, Load, Policy, Took, pick_shortest
 from sched.sequence import Seq, State
 from sched.step import Request
 
-# rows of prefill a step has room for even when the decodes are late already: arrivals must not starve
+# rows of prefill a step has room for even when many decodes are late already: arrivals must not starve
 MIN_PREFILL_TOKENS = 64
 LATE_SHARE = 8
 # a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
@@ -196,7 +196,11 @@ class Slack(Policy):
         per_token = self._token_s
         if not load.decodes or not per_token:
             return most
-        return min(most, max((load.tpot_s / self.pace - load.decode_s) / per_token, MIN_PREFILL_TOKENS))
+        return min(most, max((load.tpot_s / self.pace - load.decode_s) / per_token, self._floor(load)))
+
+    def _floor(self, load: Load) -> int:
+        """Tokens that a step has room for however late its decodes are: the fewer they are, the less is lost by it."""
+        return max(MIN_PREFILL_TOKENS, self.limits.max_step_tokens // (2 * load.decodes))
 
     def cap(self, load: Load) -> int:
         most = self.limits.max_running
@@ -228,7 +232,7 @@ class Slack(Policy):
                 + self.debt * max(0.0, load.tpot_s - max(decode_s, self._step_s))
             )
             if slack < room * per_token:
-                room = min(room, max(int(slack / per_token), MIN_PREFILL_TOKENS))
+                room = min(room, max(int(slack / per_token), self._floor(load)))
         # all first tokens of a step come out at its end: it ends before the first of them would be late for another's sake
         tokens = 0
         for seq, due_s in self._firsts(load):

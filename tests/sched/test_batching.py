@@ -149,17 +149,30 @@ def test_no_request_waits_for_ever_under_overload(cost: StepCost | None) -> None
 
 def test_prefill_takes_what_the_most_urgent_decode_leaves() -> None:
     b = build(cost=COST, debt=0, max_step_tokens=512, max_chunk_tokens=512)
-    b.add(Request(rid=0, prompt_tokens=4, max_tokens=50, tpot_s=0.022))
+    for rid in range(4):
+        b.add(Request(rid=rid, prompt_tokens=4, max_tokens=50, tpot_s=0.022))
     step(b, now=0.0)  # first token at 0.0, the second due at 0.022
-    b.add(Request(rid=1, prompt_tokens=380, max_tokens=2))
+    b.add(Request(rid=4, prompt_tokens=380, max_tokens=2))
     plan, _ = step(b, now=0.0)
-    assert plan.decode == (0,)
+    assert plan.decode == (0, 1, 2, 3)
     assert plan.chunks[0].count in (199, 200), "20 ms of slack at 0.1 ms a token"
     assert plan.seconds == pytest.approx(0.022, abs=1e-4)
     plan, _ = step(b, now=0.2)
     assert plan.chunks[0].count == MIN_PREFILL_TOKENS, "late already: the floor"
     plan, _ = step(b, now=1.0)
     assert plan.chunks[0].count == 117, "over forty tokens behind: lost, and nobody is held back for it"
+
+
+def test_few_decodes_hold_a_prompt_back_less_than_many() -> None:
+    counts = []
+    for decodes in (1, 2, 4):
+        b = build(cost=COST, debt=0, max_step_tokens=512, max_chunk_tokens=512, max_model_len=600)
+        for rid in range(decodes):
+            b.add(Request(rid=rid, prompt_tokens=4, max_tokens=50, tpot_s=0.022))
+        step(b, now=0.0)
+        b.add(Request(rid=9, prompt_tokens=500, max_tokens=2))
+        counts.append(step(b, now=0.1)[0].chunks[0].count)
+    assert counts == [256, 128, MIN_PREFILL_TOKENS], "late already: half of a step, divided by them"
 
 
 def test_a_plan_in_flight_delays_the_next() -> None:
