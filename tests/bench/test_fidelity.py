@@ -93,7 +93,9 @@ def test_no_judged_cell_was_fitted() -> None:
 
 def test_logs_become_points_and_steps() -> None:
     decode = [(0.02 * (i + 1), 0.02, 1, 2, 0, 50 + 2 * i, 0, 0.02) for i in range(10)]
-    log = np.array([*decode, (0.30, 0.05, 1, 2, 40, 110, 1600, 0.05), (0.33, 0.03, 1, 3, 0, 90, 0, 0.03)], float)
+    log = np.array(
+        [*decode, (0.30, 0.05, 1, 2, 40, 110, 1600, 0.05), (0.33, 0.03, 1, 3, 0, 90, 0, 0.03)], float
+    )
     points = points_of(log)
     assert [(p.steps, p.decodes, p.prefill_tokens) for p in points] == [
         (8, 16, 0),
