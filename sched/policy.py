@@ -168,7 +168,7 @@ def token_s(cost: StepCost | None) -> float:
     """Seconds of TTFT a prompt token in a batch of one, as FineServe's rules count it: base time and all."""
     if cost is None:
         return 0.0
-    found = [(cost.base_s + cost.chunk_s(0, n)) / n for n in PROFILED_PROMPTS]
+    found = [(cost.decode_s(0, 0) + cost.chunk_s(0, n)) / n for n in PROFILED_PROMPTS]
     return sum(found) / len(found)
 
 
