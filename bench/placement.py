@@ -112,17 +112,30 @@ def run_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
         for models, gpus in sizes
         for k in range(count)
     ]
+    known = read_cells(args.cells) if args.cells else {}
+    todo = [job for job in jobs if job not in known]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        found = []
-        for cell in pool.map(run_instance, *zip(*jobs, strict=True)):
-            found.append(cell)
+        for job, cell in zip(
+            todo, pool.map(run_instance, *zip(*todo, strict=True)) if todo else (), strict=True
+        ):
+            known[job] = cell
+            if args.cells:
+                with args.cells.open("a") as file:
+                    file.write(json.dumps([job, cell]) + "\n")
             mine = cell["arms"]
             sys.stderr.write(
                 f"{cell['models']} x {cell['gpus']} seed {cell['seed']}: ours {mine[OURS]['value']:.3f}, "
                 f"one each {mine[ONE_EACH]['value']:.3f}, optimum {mine[OPTIMUM]['value']:.3f}\n"
             )
-    return found
+    return [known[job] for job in jobs]
+
+
+def read_cells(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Of a run that was ended before it was done."""
+    if not path.exists():
+        return {}
+    return {tuple(job): cell for job, cell in map(json.loads, path.read_text().splitlines())}
 
 
 def run_rates(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -194,6 +207,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--fineserve", metavar="CSV", help="the authors' table: FineServe's placement of seven models alone"
     )
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--cells", metavar="FILE", type=Path, help="keep instances that are done here, and go on from there"
+    )
     parser.add_argument("--plots", metavar="DIR", type=Path)
     parser.add_argument("--record", action="store_true", help=f"write {RESULT.parent.name}/{RESULT.name}")
     args = parser.parse_args(argv)

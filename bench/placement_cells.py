@@ -30,9 +30,7 @@ ALPHAS, SCALES = (0.7, 1.3, 2.1), (5.0, 10.0)
 MEMORY_GB, WORK_GB = 72.0, 2.0
 TWO_RANKS_S = 0.5e-3  # of a step that has to be summed up over two
 KNEE = 0.93  # of requests, by the estimate of a short search
-MIXED = 3  # nodes of 8 at most
 TRAIN, HELD_OUT = 1000, 5000
-PLAIN = dict.fromkeys(SHAPES, "fp16")
 
 
 def costs_of(shape: str, precision: str, degrees: Sequence[int]) -> dict[tuple[int, int], StepCost]:

@@ -9,7 +9,7 @@ from itertools import combinations_with_replacement
 from math import inf
 from random import Random
 
-from sched.placement import Plan, Problem, Replica, fits, pool_bytes, residents
+from sched.placement import Plan, Problem, Replica, fits, pool_bytes
 from sched.placement_kvpr import urgency
 from sched.placement_search import groups_of
 
@@ -178,8 +178,3 @@ def _grown(
                 break
         else:
             return
-
-
-def of_gpu(problem: Problem, plan: Plan) -> list[list[str]]:
-    """Names of the models on each GPU, for people."""
-    return [[problem.models[r.model].name for r in on] for on in residents(problem, plan)]
