@@ -127,4 +127,6 @@ def test_a_worker_reports_late_compiles_and_its_cache(monkeypatch: pytest.Monkey
     served: Any = object.__new__(worker.EngineServed)
     served._active = SimpleNamespace(engine=own)
     prefix = {"prefix_queries": 70, "prefix_hits": 64, "cached_blocks": 5}
-    assert served.stats() == Stats(running=1, waiting=2, preemptions=4, late_compiles=3, step_error=0.25, **prefix)
+    assert served.stats() == Stats(
+        running=1, waiting=2, preemptions=4, late_compiles=3, step_error=0.25, **prefix
+    )
