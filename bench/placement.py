@@ -28,7 +28,7 @@ from bench.placement_kvpr import run_kvpr
 
 RESULT = Path(__file__).parent / "results" / "placement.json"
 SIZES = ((6, 2), (6, 4), (8, 2), (8, 4), (10, 2), (10, 4))
-INSTANCES, SIMULATED, SIMULATED_S, NEAR = 30, 5, 12.0, 32
+INSTANCES, SIMULATED, SIMULATED_S, NEAR = 30, 5, 30.0, 32
 QUICK_SIZES, QUICK_INSTANCES, QUICK_SIMULATED, QUICK_S, QUICK_NEAR = ((6, 2), (8, 2)), 3, 1, 6.0, 40
 NEAR_BEST = 0.95
 MEAN_TARGET, WORST_TARGET, LARGE_S = 0.97, 0.9, 60.0

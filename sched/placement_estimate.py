@@ -96,13 +96,14 @@ class Load:
         least = min(m.max_running, kv_room, self.by_tpot)
         self.most = most = max(1.0, least)
         self.capacity = most / (f * (out * (full + most * k) + most * s))
-        if least < 1:
-            self.capacity *= max(least, 0.0)
+        # memory for less than one request serves some of the time; one that is too slow for its TPOT is served all the same
+        self.capacity *= min(1.0, kv_room)
         self.served = served = min(self.rate, FULL * self.capacity)
         tpot = f * (self.base + k) / max(1 - f * served * (out * k + s), 1e-3)
         self.tpot = min(tpot, m.tpot_s * 10)
         self.n = min(served * out * tpot, most) + served * f * (s + self.base)
-        self.busy = 1 - exp(-self.n)
+        # who cannot serve all that is asked is never without work
+        self.busy = 1.0 if served < self.rate else 1 - exp(-self.n)
         self.base = (self.base + self.steps_base(self.n)) / 2
 
     def steps_base(self, n: float) -> float:
@@ -214,7 +215,8 @@ def predict(load: Load) -> Predicted:
     ttft, mean = first_token(load)
     tpot = next_tokens(load)
     admitted = load.served / load.rate
-    headroom = min(load.capacity / load.rate, 1e3)
+    # what is served and late is no room
+    headroom = min(load.capacity * min(1.0, max(load.by_tpot, 0.0)) / load.rate, 1e3)
     return Predicted(
         load.rate, admitted * ttft * tpot, admitted * ttft, admitted * tpot, load.tpot, mean, headroom, load.bound,
         load.n, int(min(load.most, m.max_running)), load.busy, load.n * load.kv,

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 
 from sched.placement import Plan, Problem, Replica
 from sched.placement_estimate import MOST_HEADROOM, Estimator, value_of
-from sched.placement_search import Solution, options
+from sched.placement_search import ALL_GROUPS, Solution, options
 
 
 def plans(problem: Problem, estimator: Estimator) -> Iterator[Plan]:
     """All of them, each once up to a renaming of GPUs that are the same; models that never fit are left out."""
     choices = [options(problem, i) for i in range(len(problem.models))]
     possible = [i for i, of in enumerate(choices) if any(_alone(estimator, r) for r in of)]
-    yield from _extend(problem, estimator, choices, possible, ())
+    yield from _extend(problem, estimator, choices, block_size(problem, choices), possible, ())
 
 
 def _alone(estimator: Estimator, r: Replica) -> bool:
@@ -28,34 +28,49 @@ def _extend(
     problem: Problem,
     estimator: Estimator,
     choices: Sequence[Sequence[Replica]],
+    size: int,
     left: Sequence[int],
     plan: Plan,
 ) -> Iterator[Plan]:
     if not left:
         yield plan
         return
-    for longer in _next(problem, estimator, choices[left[0]], plan):
-        yield from _extend(problem, estimator, choices, left[1:], longer)
+    for longer in _next(problem, estimator, choices[left[0]], size, plan):
+        yield from _extend(problem, estimator, choices, size, left[1:], longer)
 
 
-def _next(problem: Problem, estimator: Estimator, of: Sequence[Replica], plan: Plan) -> Iterator[Plan]:
+def _next(
+    problem: Problem, estimator: Estimator, of: Sequence[Replica], size: int, plan: Plan
+) -> Iterator[Plan]:
     used = {g for r in plan for g in r.gpus}
     for new in of:
-        if first_of_their_kind(problem, new.gpus, used):
+        if first_of_their_kind(problem, new.gpus, used, size):
             longer = tuple(sorted((*plan, new)))
             if all(estimator.fits_on(g, [r for r in longer if g in r.gpus]) for g in new.gpus):
                 yield longer
 
 
-def first_of_their_kind(problem: Problem, gpus: Sequence[int], used: set[int]) -> bool:
-    """The empty ones among `gpus` are the first empty ones of their class."""
-    fresh = [g for g in gpus if g not in used]
-    for name in {problem.classes[g] for g in fresh}:
-        empty = [g for g in range(len(problem.gpus)) if g not in used and problem.classes[g] == name]
-        mine = [g for g in fresh if problem.classes[g] == name]
-        if mine != empty[: len(mine)]:
+def first_of_their_kind(problem: Problem, gpus: Sequence[int], used: set[int], size: int) -> bool:
+    """Of blocks of `size` GPUs where nobody is, `gpus` takes the first of their class, and of each of those the first GPUs."""
+    blocks = [of[i : i + size] for of in problem.nodes.values() for i in range(0, len(of), size)]
+    empty = [b for b in blocks if not used & set(b)]
+    taken = [b for b in empty if set(b) & set(gpus)]
+    for name in {tuple(problem.classes[g] for g in b) for b in taken}:
+        alike = [b for b in empty if tuple(problem.classes[g] for g in b) == name]
+        mine = [b for b in taken if b in alike]
+        if mine != alike[: len(mine)]:
             return False
-    return True
+    return all(
+        set(b[: len(set(b) & set(gpus))]) <= set(gpus)
+        for b in taken
+        if len({problem.classes[g] for g in b}) == 1
+    )
+
+
+def block_size(problem: Problem, choices: Sequence[Sequence[Replica]]) -> int:
+    """GPUs that only together may be renamed: where ranks are on neighbours, as many as the largest replica has."""
+    most = max((r.tp for of in choices for r in of), default=1)
+    return most if any(len(of) > ALL_GROUPS for of in problem.nodes.values()) else 1
 
 
 def exhaustive(problem: Problem, *, bounded: bool = False, keep: int = 1) -> Solution:
@@ -97,7 +112,7 @@ def _branch(problem: Problem, estimator: Estimator, found: list[tuple[float, Pla
         (i for i, of in enumerate(choices) if any(_alone(estimator, r) for r in of)),
         key=lambda i: (-need[i], i),
     )
-    best, seen = -1.0, 0
+    best, seen, size = -1.0, 0, block_size(problem, choices)
 
     def bound(plan: Plan) -> float:
         placed = {r.model for r in plan}
@@ -115,7 +130,7 @@ def _branch(problem: Problem, estimator: Estimator, found: list[tuple[float, Pla
                 best = value
                 found.append((-value, plan))
             return
-        longer = [(-bound(p), p) for p in _next(problem, estimator, choices[order[depth]], plan)]
+        longer = [(-bound(p), p) for p in _next(problem, estimator, choices[order[depth]], size, plan)]
         for value, p in sorted(longer):
             if -value > best:
                 visit(depth + 1, p)

@@ -19,6 +19,7 @@ from sched.placement_estimate import Estimate, Estimator
 BUDGET = 20_000
 BETTER = 1e-9
 KICK_STEPS = 3
+ANEW = 5  # of so many kicks one after the other in vain, one begins elsewhere
 PATIENCE, PATIENCE_EACH = (
     30,
     10,
@@ -113,16 +114,22 @@ class Search:
         size = [min(m.fixed_bytes(1), m.fixed_bytes(8)) + m.reserve_bytes(1) for m in models]
         work = [m.rate * (m.prompt_tokens + m.output_tokens) * m.weight_bytes for m in models]
         by_size = sorted(range(n), key=lambda i: (-size[i], i))
+        by_work = sorted(range(n), key=lambda i: (-work[i], i))
         yield self.greedy(by_size, roomiest=True)
-        yield self.greedy(sorted(range(n), key=lambda i: (-work[i], i)))
+        yield self.greedy(by_work)
         yield self.greedy(by_size)
+        if any(r.tp > 1 for of in self.options for r in of):
+            yield self.greedy(by_work, lean=True)
 
-    def greedy(self, order: Sequence[int], roomiest: bool = False) -> Plan:
+    def greedy(self, order: Sequence[int], *, roomiest: bool = False, lean: bool = False) -> Plan:
+        """`lean`: with the fewest ranks for which there is memory."""
         plan: Plan = ()
         for i in order:
             wanted = self.problem.models[i].replicas or len(self.problem.models[i].places) or 1
             for _ in range(wanted):
-                fitting = [p for new in self.options[i] if (p := self.add(plan, new)) is not None]
+                room = [(new, p) for new in self.options[i] if (p := self.add(plan, new)) is not None]
+                least = min((new.tp for new, _ in room), default=1)
+                fitting = [p for new, p in room if not lean or new.tp == least]
                 if fitting:
                     plan = max(fitting, key=self.room if roomiest else self.value)
         return plan
@@ -242,6 +249,11 @@ class Search:
             plan = new if new is not None else plan
         return plan
 
+    def anew(self) -> Plan:
+        """A greedy plan, the models in an order by chance."""
+        n = len(self.problem.models)
+        return self.greedy(self.rng.sample(range(n), n), lean=self.rng.random() < 0.5)
+
     def run(self, starts: Iterable[Plan]) -> None:
         best, value = None, -inf
         for start in starts:
@@ -250,7 +262,7 @@ class Search:
                 best, value = plan, found
         vain, most = 0, PATIENCE + PATIENCE_EACH * len(self.problem.models)
         while best and not self.spent and vain < most:
-            plan, found = self.climb(self.kick(best))
+            plan, found = self.climb(self.kick(best) if (vain + 1) % ANEW else self.anew())
             vain = 0 if found > value + BETTER else vain + 1
             if found > value - BETTER:
                 best, value = plan, found

@@ -104,6 +104,29 @@ def test_search_reaches_the_best_of_all_plans(seed: int) -> None:
     assert solve(p, seed=seed, budget=1500).estimate.value >= 0.999 * best.estimate.value
 
 
+def test_bounds_cut_nothing_that_is_best_where_ranks_are_neighbours() -> None:
+    for seed in range(3):
+        rng = random.Random(seed)
+        models = [model(f"m{i}", rng.choice(("8b", "14b")), rate=rng.uniform(2, 20)) for i in range(4)]
+        p = problem(models, gpus=4, memory_gb=70, max_replicas=1)
+        assert groups_of(p, 2) == [(0, 1), (2, 3)]
+        whole, cut = exhaustive(p), exhaustive(p, bounded=True)
+        assert cut.estimate.value == pytest.approx(whole.estimate.value, abs=1e-6)
+        assert cut.num_looked_at <= whole.num_looked_at
+
+
+def test_a_model_that_comes_makes_nobody_better() -> None:
+    """From hardly any load to three times what fits: estimates that swing would."""
+    p = problem([model(f"m{i}", "3b", rate=1.0, tpot_s=0.02) for i in range(9)], gpus=1, memory_gb=100)
+    for scale in (0.3, 1.0, 3.0, 10.0):
+        estimate = Estimator(p.with_rates({m.name: scale for m in p.models}))
+        before = (1.0,) * 9
+        for n in range(1, 10):
+            found = estimate(tuple(Replica(i, (0,)) for i in range(n))).attained
+            assert all(found[i] <= before[i] + 0.01 for i in range(n - 1)), (scale, n, found, before)
+            before = found
+
+
 def test_all_plans_are_set_partitions() -> None:
     p = problem([model(f"m{i}", "3b", "w4", degrees=(1,)) for i in range(5)], gpus=5)
     assert len(list(plans(p, Estimator(p)))) == 52  # Bell's number of 5
