@@ -30,6 +30,7 @@ from sched.synthetic import Laws, Lengths, Model, power_law, synthetic
 
 TARGET, PRECISION = 0.9, 1.03
 LOW, HIGH = 0.05, 60.0  # requests a second
+LEAST_REQUESTS, LONGEST_S = 400, 2000.0
 MIXES = {"M2": ("8b", "8b-qoq"), "M4": ("8b", "8b-fp8", "8b-qoq", "8b-awq")}
 MAX_LEN = 8192
 # mean prompt and answer of Azure's traces of 2023, for lognormal lengths where the traces are not given
@@ -106,6 +107,10 @@ class Bench:
         plan = tuple(Replica(i, (0,)) for i in range(len(models)))
         return one_gpu(models, self.args.pool_gib * GiB), plan
 
+    def seconds(self, rate: float) -> float:
+        """As long as it takes for a share of 90 % to mean something."""
+        return min(max(self.args.seconds, LEAST_REQUESTS / rate), LONGEST_S)
+
     def arrivals(self, cell: Cell, problem: Problem, rate: float, seed: int) -> list[Arrival]:
         law = WORKLOADS[cell.workload]
         rates = power_law([m.name for m in problem.models], rate, self.args.alpha, seed)
@@ -114,7 +119,7 @@ class Bench:
         load = synthetic(
             asked,
             Laws(cv=law.cv, groups=groups, on_s=min(30.0, self.args.seconds / 4)),
-            seconds=self.args.seconds,
+            seconds=self.seconds(rate),
             seed=seed,
         )
         by_name = {m.name: m for m in problem.models}
@@ -131,7 +136,7 @@ class Bench:
         )
         problem = replace(problem, models=models)
         asked = self.arrivals(cell, problem, rate, seed)
-        return run(problem, plan, asked, arm, self.args.seconds)
+        return run(problem, plan, asked, arm, self.seconds(rate))
 
     def goodput(self, cell: Cell, arm: Arm, seed: int, guess: float) -> tuple[float, Outcome]:
         """The highest rate with TARGET attained, 0 where not even the lowest has it, and what it gives there."""
@@ -245,7 +250,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two cells, eight arms, one seed")
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--seeds", type=int, help="runs of each cell and arm, 3 by default")
-    parser.add_argument("--seconds", type=float, help="of arrivals in a run, 120 by default")
+    parser.add_argument("--seconds", type=float, help="of arrivals in a run, at least, 120 by default")
     parser.add_argument("--pool-gib", type=float, default=24.0, help="for keys and values")
     parser.add_argument("--alpha", type=float, default=1.3, help="of the models' popularity, k^-alpha")
     parser.add_argument("--costs", metavar="CSV", help="step times in FineServe's form; default rooflines")
@@ -275,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "seeds": args.seeds,
         "seconds": args.seconds,
+        "least_requests": LEAST_REQUESTS,
         "pool_gib": args.pool_gib,
         "alpha": args.alpha,
         "costs": Path(args.costs).name if args.costs else "rooflines",

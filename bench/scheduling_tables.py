@@ -15,11 +15,12 @@ def tags(rows: Sequence[dict[str, Any]]) -> str:
 def scheduling_table(result: dict[str, Any]) -> str:
     """E2: a policy a line, a cell a column; then ours against the others."""
     rows, verdicts = result["rows"], result["cells"]
+    longer = f" or {n} requests" if (n := result.get("least_requests")) else ""
     names = list(dict.fromkeys(r["cell"] for r in rows))
     arms = list(dict.fromkeys(r["arm"] for r in rows))[::-1]
     by = {(r["cell"], r["arm"]): r["mean"] for r in rows}
     lines = [
-        f"Goodput in requests a second, {tags(rows)}: {result['seeds']} seeds from {result['seed']} on, {result['seconds']:g} s each, {result['pool_gib']:g} GiB "
+        f"Goodput in requests a second, {tags(rows)}: {result['seeds']} seeds from {result['seed']} on, {result['seconds']:g} s{longer} each, {result['pool_gib']:g} GiB "
         f"of keys and values, popularity k^-{result['alpha']:g}, step times {result['costs']}, lengths {' and '.join(result['lengths'])} "
         "(`python -m bench.scheduling`). The last column but one is over the best arm that is not ours; the last what ours gives its worst model there.",
         "",
