@@ -62,6 +62,8 @@ class Slack(Policy):
         self.steady = shed == "never"
         self._timely: list[Entry] = []  # sorted
         self._short: list[tuple[int, int, int, Entry]] = []  # the same by length, sorted
+        # heap of the same by deadline, whatever their priority
+        self._due: list[tuple[float, int, Entry]] = []
         self._idle = True  # nobody in time wants the room of this step
         self._late: list[tuple[float, int, Seq]] = []  # heap
         self._chosen: deque[Entry] = deque()
@@ -80,6 +82,11 @@ class Slack(Policy):
         entry = (r.priority, self.key(r), seq.serial, seq)
         insort(self._timely, entry)
         insort(self._short, (r.priority, r.prompt_tokens, seq.serial, entry))
+        if len(self._due) > 2 * self._num + 64:
+            self._due = [(e[1], e[2], e) for e in self._timely]
+            heapify(self._due)
+        else:
+            heappush(self._due, (entry[1], seq.serial, entry))
 
     def discard(self, seq: Seq) -> None:
         self._num -= 1
@@ -89,13 +96,15 @@ class Slack(Policy):
             self._late = [entry for entry in self._late if entry[2].state is State.WAITING]
             heapify(self._late)
 
-    def _forget(self, seq: Seq) -> None:
-        """It is not among those in time any more; an entry in the other heap goes when it surfaces."""
+    def _forget(self, seq: Seq) -> bool:
+        """Whether it was among those in time; it is not any more.  Its entries in heaps go when they surface."""
         r = seq.request
         i = bisect_left(self._timely, (r.priority, self.key(r), seq.serial, seq))
         if i < len(self._timely) and self._timely[i][3] is seq:
             del self._timely[i]
             del self._short[bisect_left(self._short, (r.priority, r.prompt_tokens, seq.serial))]
+            return True
+        return False
 
     def head(self, load: Load) -> Seq | None:
         if self._shown is None:
@@ -149,21 +158,29 @@ class Slack(Policy):
         self._shown = None
         if not self._num:
             return ()
-        shed: list[Seq] = []
+        late = self._overdue(load.begin_s)
         found = self._timely[:LOOK]
         # whoever is given up on a wrong prediction is lost: as if it had the whole step, and neighbours half of the time
         room, pace = self.limits.max_step_tokens - load.decodes, (1 + self.pace) / 2
         most = self._tokens_by(load, [e[1] for e in found], room, pace)
         for entry, tokens in zip(found, most, strict=True):
-            if entry[3].request.prompt_tokens <= tokens:
-                continue
-            self._forget(entry[3])
-            if self.shed == "hopeless":
-                shed.append(entry[3])
-            else:
-                heappush(self._late, (entry[3].request.arrival_s, entry[2], entry[3]))
+            if entry[3].request.prompt_tokens > tokens:
+                self._forget(entry[3])
+                late.append(entry)
+        shed = [entry[3] for entry in late] if self.shed == "hopeless" else []
+        for _, _, serial, seq in () if shed else late:
+            heappush(self._late, (seq.request.arrival_s, serial, seq))
         self._choose(load)
         return shed
+
+    def _overdue(self, now: float) -> list[Entry]:
+        """Those whose deadline has passed, also behind any number of a higher priority that are in time."""
+        late = []
+        while self._due and self._due[0][0] < now:
+            entry = heappop(self._due)[2]
+            if self._forget(entry[3]):
+                late.append(entry)
+        return late
 
     def _choose(self, load: Load) -> None:
         """Who is in time if all that are chosen are computed one after another; a wrong prediction only reorders."""
@@ -282,6 +299,8 @@ class Slack(Policy):
         assert self._timely == sorted(self._timely), "those in time are out of order"
         assert sorted(entry for *_, entry in self._short) == self._timely, "a list has lost one"
         assert self._short == sorted(self._short), "by length they are out of order"
+        missing = {entry[2] for entry in self._timely} - {serial for _, serial, _ in self._due}
+        assert not missing, f"those with serials {missing} are in time and have no deadline"
 
 
 def _loss(seq: Seq) -> tuple[bool, float, int]:

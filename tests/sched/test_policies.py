@@ -13,7 +13,7 @@ from sched.limits import Limits
 from sched.policies import POLICIES, make_policy, options_of
 from sched.policy import Load, Policy, Took, pick_shortest
 from sched.simulator import Arrival, Replica, Simulation
-from sched.slack import DEBT_TOKENS, LATE_SHARE, Slack
+from sched.slack import DEBT_TOKENS, LATE_SHARE, LOOK, Slack
 from sched.step import Request, StepPlan
 from tests.sched.witness import Sets
 
@@ -237,6 +237,20 @@ def test_a_late_request_waits_for_a_bounded_number_of_admissions() -> None:
         joined += turn(b, 1.0 + i).joins
     # all prompts are of one length: tokens count as admissions do
     assert [joined.index(rid) for rid in range(late)] == [LATE_SHARE * n - 1 for n in range(1, late + 1)]
+
+
+def test_a_late_request_is_found_behind_any_number_of_more_urgent_ones() -> None:
+    b = build("slack", small(max_running=1))
+    b.add(Request(rid=0, prompt_tokens=50, max_tokens=1, ttft_s=5.0, priority=9))
+    for rid in range(1, 4 * LOOK):
+        b.add(Request(rid=rid, prompt_tokens=50, max_tokens=1, ttft_s=1e3))
+    joined: list[int] = []
+    for i in range(40):
+        # as many in time wait always
+        b.add(Request(rid=1000 + i, prompt_tokens=50, max_tokens=1, arrival_s=1.0 * i, ttft_s=1e3))
+        joined += turn(b, 1.0 * i).joins
+    # late from the step at 6 s on: by then six had been admitted
+    assert joined.index(0) == 6 + LATE_SHARE - 1
 
 
 def test_a_long_prompt_does_not_take_the_short_ones_along() -> None:
