@@ -6,7 +6,8 @@ All arms have the same GPUs, costs of steps, requests and Batcher.  *ours*: our 
 *prism*: KVPR placement and deadline rule, the paper's Prism*.  *static*: our placement, FCFS, memory split by rate x bytes, the
 paper's Static*.  *fineserve*: slab-aware placement, saab.  All but static share slabs.  Points fixed in advance: the rate at which
 ours attains 90 %, and rate scale 8, at SLO scale 20: of TTFT alone as there, over that of a prompt of P95 length; joint: TPOT
-too.  Placed for other seeds than those judged.  Prompts over 512 tokens and batches over 32 are extrapolated.
+too.  Placed for other seeds than those judged.  At most 256 run at once in a model as in FineServe's example, beside it 1,024.
+Prompts over 512 tokens and batches over 32 are extrapolated.
 """
 
 import argparse
@@ -45,7 +46,8 @@ POLICY = {
 }
 # what is to be reached over each: attainment (goodput for fineserve) and tokens
 AIMS = {"prism": (2.2, 1.8), "static": (1.3, 1.5), "fineserve": (1.1, None)}
-PLACED_S, JUDGED = 40.0, 20
+PLACED_S, JUDGED, REFINED = 40.0, 20, 40
+RUNNING, MORE_RUNNING = 256, 1024  # `max_num_seqs` of FineServe's example, and what vLLM has on a large GPU
 
 RESULT = Path(__file__).parent / "results" / "headline.json"
 
@@ -55,7 +57,21 @@ class Load(NamedTuple):
     lengths: Lengths
 
 
-def problem_of(load: Load, scale: float, costs: dict[str, Any], joint: bool) -> Problem:
+class Case(NamedTuple):
+    """A load at a rate scale, SLOs of both kinds or of TTFT alone, and how many requests of a model run at once."""
+
+    load: Load
+    scale: float
+    joint: bool
+    running: int = RUNNING
+
+    @property
+    def key(self) -> str:
+        return f"{self.load.name} {self.scale:.3g} {'joint' if self.joint else 'TTFT'} {self.running}"
+
+
+def problem_of(case: Case, costs: dict[str, Any]) -> Problem:
+    load, scale, joint = case.load, case.scale, case.joint
     mean = load.lengths.draw(np.random.default_rng(0), 4000)
     lengths = (float(np.mean(mean[0])), float(np.mean(mean[1])))
     models = []
@@ -69,7 +85,7 @@ def problem_of(load: Load, scale: float, costs: dict[str, Any], joint: bool) -> 
         # one SLO a model, as there
         m = replace(m, ttft_s=SLO_SCALE * (first_s + token_s * P95_PROMPT), ttft_per_token_s=0.0)
         cv = [float(np.std(x) / np.mean(x)) for x in mean]
-        models.append(replace(m, prompt_cv=cv[0], output_cv=cv[1]))
+        models.append(replace(m, prompt_cv=cv[0], output_cv=cv[1], max_running=case.running))
     gpus = tuple(Gpu(f"gpu{i}", 76 * GB) for i in range(4))
     return Problem(tuple(models), gpus)
 
@@ -84,9 +100,32 @@ def arrivals(problem: Problem, load: Load, seconds: float, seed: int) -> list[Ar
     ]  # fmt: skip
 
 
-def plans_of(problem: Problem, load: Load, joint: bool, seed: int, budget: int) -> dict[str, Plan]:
+def most_attained(problem: Problem) -> float:
+    """The share of requests that the GPUs have time for in the long run, the cheapest first, whatever a scheduler does.
+
+    A request takes the seconds of its prompt and its part of a step for each of its tokens, in the batch and with the ranks
+    that make that least; memory and waiting are not counted.  A short run may attain more: it ends before the last answers.
+    """
+    each = []
+    for m in problem.models:
+        costs = [
+            tp * (m.output_tokens * c.decode_s(n, int(n * (m.prompt_tokens + m.output_tokens / 2))) / n + c.chunk_s(0, int(m.prompt_tokens)))
+            for (tp, _), c in m.costs["h100"].items()
+            for n in (m.max_running >> k for k in range(m.max_running.bit_length()))
+        ]  # fmt: skip
+        each.append((min(costs), m.rate))
+    left, served = float(len(problem.gpus)), 0.0
+    for seconds, rate in sorted(each):
+        part = min(rate, left / seconds)
+        left -= part * seconds
+        served += part
+    return served / sum(m.rate for m in problem.models)
+
+
+def plans_of(problem: Problem, case: Case, seed: int, budget: int, refine: int = REFINED) -> dict[str, Plan]:
     """Ours climbs from its own greedy plans and from those of its peers, judged with requests of another seed than any that
     is judged here."""
+    load, joint = case.load, case.joint
     tuning = arrivals(problem, load, PLACED_S, seed + 1_000_003)
     peers = {name: baseline(name, problem) for name in ("prism", "fineserve", "alpaserve", "muxserve")}
 
@@ -95,7 +134,10 @@ def plans_of(problem: Problem, load: Load, joint: bool, seed: int, budget: int) 
         outcome = run(problem, plan, [a for a in tuning if a.model in served], POLICY["ours"], PLACED_S)
         return (outcome.attained if joint else outcome.ttft) * len(served) / len(problem.models)
 
-    own = solve(problem, seed=seed, budget=budget, score=score, keep=JUDGED, starts=list(peers.values())).plan
+    starts = list(peers.values())
+    own = solve(
+        problem, seed=seed, budget=budget, score=score, keep=JUDGED, refine=refine, starts=starts
+    ).plan
     return {"ours": own, "static": own, "prism": peers["prism"], "fineserve": peers["fineserve"]}
 
 
@@ -106,26 +148,23 @@ class Bench:
         rows = rows_of(args.conv)
         conv = CONV if rows is None else Lengths(rows=rows, max_len=MAX_LEN)
         self.loads = [Load("sharegpt", SHAREGPT), Load("azure", conv)]
-        self.plans: dict[tuple[str, float, bool], dict[str, Plan]] = {}
+        self.plans: dict[str, dict[str, Plan]] = {}
 
-    def outcomes(
-        self, load: Load, scale: float, joint: bool, seeds: Sequence[int]
-    ) -> dict[str, list[Outcome]]:
-        problem = problem_of(load, scale, self.costs, joint)
-        key = (load.name, scale, joint)
-        if key not in self.plans:
-            self.plans[key] = plans_of(problem, load, joint, self.args.seed, self.args.budget)
+    def outcomes(self, case: Case, seeds: Sequence[int]) -> dict[str, list[Outcome]]:
+        problem = problem_of(case, self.costs)
+        if case.key not in self.plans:
+            self.plans[case.key] = plans_of(problem, case, self.args.seed, self.args.budget)
         found: dict[str, list[Outcome]] = {name: [] for name in POLICY}
         for seed in seeds:
-            asked = arrivals(problem, load, self.args.seconds, seed)
+            asked = arrivals(problem, case.load, self.args.seconds, seed)
             for name, arm in POLICY.items():
-                plan = self.plans[key][name]
+                plan = self.plans[case.key][name]
                 served = {problem.models[r.model].name for r in plan}
                 possible = [a for a in asked if a.model in served]
                 outcome = run(problem, plan, possible, arm, self.args.seconds, static=name == "static")
                 # a model without a place has missed all its requests
                 part = len(possible) / len(asked)
-                share = outcome.attained if joint else outcome.ttft
+                share = outcome.attained if case.joint else outcome.ttft
                 found[name].append(outcome._replace(attained=share * part))
         return found
 
@@ -134,8 +173,9 @@ class Bench:
         low, high = 0.25, 16.0
         while high > low * 1.04:
             middle = (low * high) ** 0.5
-            problem = problem_of(load, middle, self.costs, joint)
-            plan = plans_of(problem, load, joint, self.args.seed, max(500, self.args.budget // 4))["ours"]
+            case = Case(load, middle, joint)
+            problem = problem_of(case, self.costs)
+            plan = plans_of(problem, case, self.args.seed, max(500, self.args.budget // 4), 0)["ours"]
             asked = arrivals(problem, load, self.args.seconds, self.args.seed + 500_009)
             outcome = run(problem, plan, asked, POLICY["ours"], self.args.seconds)
             good = (outcome.attained if joint else outcome.ttft) >= 0.9
@@ -163,37 +203,39 @@ def measure(bench: Bench, quick: bool) -> list[dict[str, Any]]:
     judged = range(args.seed, args.seed + args.seeds)
     for load in bench.loads[: 1 if quick else 2]:
         for joint in (False,) if quick else (False, True):
-            points = {"scale 8": RATE_SCALE}
+            points = {"scale 8": Case(load, RATE_SCALE, joint)}
             if not quick:
-                points["knee"] = bench.knee(load, joint)
-            curve = {} if quick else {f"x{s:g}": s for s in SCALES}
-            for point, scale in (points | curve).items():
+                points["knee"] = Case(load, bench.knee(load, joint), joint)
+            if not quick and not joint:
+                points["scale 8, 1024 run"] = Case(load, RATE_SCALE, joint, MORE_RUNNING)
+            curve = {} if quick else {f"x{s:g}": Case(load, s, joint) for s in SCALES}
+            for point, case in (points | curve).items():
                 seeds = judged if point in points else judged[: max(1, args.seeds // 3)]
-                found = bench.outcomes(load, scale, joint, seeds)
-                row: dict[str, Any] = {
-                    "tag": "simulated",
-                    "load": load.name,
-                    "joint": joint,
-                    "point": point,
-                    "scale": scale,
-                }
-                row["arms"] = {
-                    name: {
-                        "attained": float(np.mean([o.attained for o in of])), "worst": float(np.mean([o.worst for o in of])),
-                        "tokens_s": float(np.mean([o.ended_tokens_s for o in of])),
-                        "attained_tokens_s": float(np.mean([o.tokens_s for o in of])),
-                        "shed": float(np.mean([o.shed for o in of])),
-                    }
-                    for name, of in found.items()
-                }  # fmt: skip
-                if point in points:
-                    row["over"] = compared(found)
-                rows.append(row)
-                shares = ", ".join(f"{n} {a['attained']:.1%}" for n, a in row["arms"].items())
-                sys.stderr.write(
-                    f"{load.name} {'joint' if joint else 'TTFT'} {point} ({scale:.2f}): {shares}\n"
-                )
+                rows.append(row_of(bench, case, point, seeds, judge=point in points))
     return rows
+
+
+def row_of(bench: Bench, case: Case, point: str, seeds: Sequence[int], *, judge: bool) -> dict[str, Any]:
+    found = bench.outcomes(case, seeds)
+    row: dict[str, Any] = {
+        "tag": "simulated", "load": case.load.name, "joint": case.joint, "point": point, "scale": case.scale,
+        "running": case.running, "most_attained": most_attained(problem_of(case, bench.costs)),
+    }  # fmt: skip
+    row["arms"] = {
+        name: {
+            "attained": float(np.mean([o.attained for o in of])), "worst": float(np.mean([o.worst for o in of])),
+            "tokens_s": float(np.mean([o.ended_tokens_s for o in of])),
+            "attained_tokens_s": float(np.mean([o.tokens_s for o in of])),
+            "shed": float(np.mean([o.shed for o in of])),
+        }
+        for name, of in found.items()
+    }  # fmt: skip
+    if judge:
+        row["over"] = compared(found)
+    shares = ", ".join(f"{n} {a['attained']:.1%}" for n, a in row["arms"].items())
+    slo = "joint" if case.joint else "TTFT"
+    sys.stderr.write(f"{case.load.name} {slo} {point} ({case.scale:.2f}): {shares}\n")
+    return row
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -227,10 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"bench.headline: {error}\n")
         return 2
     plans = {
-        f"{load} {scale:.3g} {'joint' if joint else 'TTFT'}": {
-            name: [[list(MIX)[r.model], list(r.gpus)] for r in plan] for name, plan in of.items()
-        }
-        for (load, scale, joint), of in bench.plans.items()
+        key: {name: [[list(MIX)[r.model], list(r.gpus)] for r in plan] for name, plan in of.items()}
+        for key, of in bench.plans.items()
     }
     result = {
         "bench": "headline", "seed": args.seed, "seeds": args.seeds, "seconds": args.seconds, "slo_scale": SLO_SCALE,

@@ -69,7 +69,7 @@ def instance(seed: int, models: int, gpus: int, *, max_replicas: int = 1) -> Pro
     rng = random.Random(seed * 1009 + models * 31 + gpus)
     unit = drawn(rng, models, gpus, max_replicas)
     # drawn anew where memory does not hold a replica of each
-    while solve(loaded(unit, 1e-3), local=False).missing:
+    while solve(loaded(unit, 1e-3), budget=0).missing:
         unit = drawn(rng, models, gpus, max_replicas)
     low, high = 0.0, 400.0 * gpus
     for _ in range(9):
@@ -146,7 +146,7 @@ ARMS: dict[str, Arm] = {
     OURS: lambda p, seed, train: ours(wide(p), seed, train, budget=SMALL),
     ONE_EACH: lambda p, seed, train: ours(p, seed, train, budget=SMALL),
     "ours, by the estimate alone": lambda p, seed, train: solve(p, seed=seed, budget=SMALL).plan,
-    "ours, without local search": lambda p, seed, train: ours(p, seed, train, local=False),
+    "ours, without local search": lambda p, seed, train: ours(p, seed, train, budget=0),
     "ours, without precision": lambda p, seed, train: completed(
         p, solve(plain(p), seed=seed, budget=SMALL).plan
     ),

@@ -48,15 +48,22 @@ def headline_table(result: dict[str, Any]) -> str:
     lines = [
         f"Share of requests that attained, and output tokens a second of those that ended, {tags(rows)}: {result['seeds']} seeds from "
         f"{result['seed']} on (curves fewer), {result['seconds']:g} s each, SLO scale {result['slo_scale']:g}, step times {result['costs']}, {lengths} "
-        "(`python -m bench.headline`).",
+        "(`python -m bench.headline`). *Time for*: the share of requests that the GPUs have time for in the long run, the cheapest first, memory not counted.",
         "",
     ]
-    lines += ["| load | SLO | rate scale | " + " | ".join(f"{n}: attained | tok/s" for n in arms) + " |"]
-    lines.append("|---|---|---:|" + "---:|" * 2 * len(arms))
+    lines += [
+        "| load | SLO | rate scale | at once | "
+        + " | ".join(f"{n}: attained | tok/s" for n in arms)
+        + " | time for |"
+    ]
+    lines.append("|---|---|---:|---:|" + "---:|" * (2 * len(arms) + 1))
     for r in rows:
         cells = [f"{r['arms'][n]['attained']:.1%} | {r['arms'][n]['tokens_s']:,.0f}" for n in arms]
         slo, point = "joint" if r["joint"] else "TTFT", "knee " if r["point"] == "knee" else ""
-        lines.append(f"| {r['load']} | {slo} | {point}{r['scale']:.3g} | " + " | ".join(cells) + " |")
+        cells.append(f"{r['most_attained']:.1%}")
+        lines.append(
+            f"| {r['load']} | {slo} | {point}{r['scale']:.3g} | {r['running']} | " + " | ".join(cells) + " |"
+        )
     lines += [
         "",
         "| load | SLO | point | ours over | attained | tokens of ended | tokens of attained | aim | |",

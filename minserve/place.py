@@ -30,6 +30,7 @@ from sched.placement_why import shortfalls
 from sched.step_time import DEVICES
 
 SIMULATED_S = 30.0
+REFINE = 24  # simulations more, on the way from the best plan
 
 
 def options_of(args: argparse.Namespace, config: Config) -> Options:
@@ -58,7 +59,7 @@ def plan(
         migration = Migration(start_s=args.start_s, load_bytes_s=args.load_bytes_s, horizon_s=args.horizon_s)
         found, moves = replan(problem, old, migration, seed=args.seed, budget=args.budget, score=score)
         return found.plan, moves
-    return solve(problem, seed=args.seed, budget=args.budget, score=score).plan, []
+    return solve(problem, seed=args.seed, budget=args.budget, score=score, refine=REFINE).plan, []
 
 
 def place(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ PATIENCE, PATIENCE_EACH = (
 )  # kicks in vain, and as many for each model, after which a small problem is done
 KEEP = 6  # local optima that a simulator judges
 TIE = 0.02  # of their scores
+GAIN = 0.005  # of the score, that makes a step worth taking when the simulator itself is climbed
 ALL_GROUPS = 3  # up to so many GPUs of a node any of them may be ranks of a replica, else neighbours
 Score = Callable[[Plan], float]
 
@@ -240,6 +241,24 @@ class Search:
         self.optima[plan] = value
         return plan, value
 
+    def polish(self, plan: Plan, value: float, score: Score, runs: int) -> list[tuple[Plan, float]]:
+        """Climbs on by `score` itself, at most `runs` times asked; the best first.  Neighbours in the order of their estimates:
+        what the formulas take for good, though they are wrong about how good."""
+        found, seen = [(plan, value)], {plan}
+        while runs > 0:
+            near = [p for p in self.steps(plan, self.estimator(plan)) if p not in seen]
+            near = sorted(set(near), key=lambda p: (-self.estimator(p).joint, p))
+            for candidate in near[:runs]:
+                runs -= 1
+                seen.add(candidate)
+                if (scored := score(candidate)) > value + GAIN:
+                    plan, value = candidate, scored
+                    found.insert(0, (plan, value))
+                    break
+            else:
+                break
+        return found
+
     def kick(self, plan: Plan) -> Plan:
         for _ in range(KICK_STEPS):
             if not plan:
@@ -275,17 +294,17 @@ def solve(
     budget: int = BUDGET,
     score: Score | None = None,
     keep: int = KEEP,
-    local: bool = True,
+    refine: int = 0,
     starts: Sequence[Plan] = (),
     estimator: Judge | None = None,
 ) -> Solution:
-    """The best plan found.  `score` (more is better) judges the best `keep` of the search; `starts`: plans to climb from, too.
-    `estimator`: what is maximised, by default the attainment of `Estimator`."""
+    """The best plan found.  `score` (more is better) judges the best `keep` of the search, and `refine` plans more on the way
+    from the best of them by steps that `score` finds better; `starts`: plans to climb from, too; `estimator`: what is
+    maximised, by default the attainment of `Estimator`.  A `budget` of 0 looks at greedy plans alone."""
     estimator = estimator or Estimator(problem)
     search = Search(problem, estimator, seed, budget)
     given = [*starts, *search.seeds()]
-    if local:
-        search.run(given)
+    search.run(given)
     for plan in given:
         if estimator.fits(plan):
             search.optima.setdefault(plan, estimator(plan).value)
@@ -294,17 +313,13 @@ def solve(
     if score is not None:
         few = [plan for plan, _ in ranked[:keep]]
         judged = tuple(sorted(((plan, score(plan)) for plan in few), key=lambda pair: -pair[1]))
+        better = search.polish(*judged[0], score, refine)[:-1] if judged else []
         # a run of some minutes tells no more than this apart; the estimate does
         equal = {plan for plan, value in judged if value >= judged[0][1] - TIE}
-        judged = tuple(
-            sorted(
-                judged,
-                key=lambda pair: (
-                    pair[0] not in equal,
-                    -search.optima[pair[0]] if pair[0] in equal else -pair[1],
-                ),
-            )
+        tied = sorted(
+            judged, key=lambda p: (p[0] not in equal, -search.optima[p[0]] if p[0] in equal else -p[1])
         )
+        judged = (*better, *tied)
     plan = judged[0][0] if judged else ranked[0][0]
     missing = tuple(sorted(set(range(len(problem.models))) - {r.model for r in plan}))
     return Solution(plan, estimator(plan), missing, search.num_looked_at, judged)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.fleet import SHAPES, Arm, alone_s, costs_of, interval, model_of, one_gpu, run
-from bench.headline import MIX, compared
+from bench.fleet import SHAPES, Arm, alone_s, costs_of, interval, model_of, one_gpu, run, scaled
+from bench.headline import MIX, compared, most_attained
 from bench.scheduling import DEFAULT, HIGH, LOW, OURS, highest, judged
 from bench.scheduling_tables import scheduling_table
 from sched.latency import StepCost
@@ -89,3 +89,19 @@ def test_every_model_of_the_headline_has_a_shape() -> None:
     )
     tight = replace(problem.models[0], ttft_s=1.0)
     assert tight.due_s(100) > 1.0, "an SLO of TTFT that grows with the prompt"
+
+
+def test_what_gpus_have_time_for_goes_to_the_cheapest() -> None:
+    cost = StepCost(base_s=0.01, per_decode_s=0.001, per_prefill_token_s=1e-5)
+    m = model_of(
+        "8b", SHAPES["8b"], {(1, 100): cost, (2, 100): cost}, 30.0, (1000.0, 100.0), scales=(2.0, 3.0)
+    )
+    # eight at once: 100 tokens x 18 ms / 8, and 10 ms of prompt
+    m = replace(m, max_running=8)
+    one = one_gpu([m], GiB)
+    assert most_attained(one) == pytest.approx(1 / (100 * 0.018 / 8 + 0.01) / 30)
+    # another, that costs four times as much a token, gets what is left: nothing, or all if the first asks for little
+    slow = replace(m, name="slow", costs={"h100": {(1, 100): scaled(cost, 4.0)}}, rate=0.1)
+    first = most_attained(one) * 30
+    assert most_attained(one_gpu([m, slow], GiB)) == pytest.approx(first / 30.1)
+    assert most_attained(one_gpu([replace(m, rate=1.0), slow], GiB)) == pytest.approx(1.0)

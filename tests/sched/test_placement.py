@@ -62,6 +62,27 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     assert first == again
 
 
+def test_steps_that_the_simulator_finds_better_are_taken() -> None:
+    p = problem(4, gpus=3, seed=1, memory_gb=80)
+    asked: list[Plan] = []
+
+    def score(plan: Plan) -> float:
+        """Wants model 0 and nobody else on the last GPU, of which the estimate knows nothing."""
+        asked.append(plan)
+        return sum(0.1 for r in plan if (r.model == 0) == (2 in r.gpus)) / max(1, len(plan))
+
+    plain = solve(p, budget=200, score=score, keep=1)
+    asked.clear()
+    refined = solve(p, budget=200, score=score, keep=1, refine=60)
+    assert score(plain.plan) < score(refined.plan) == pytest.approx(0.1)
+    assert refined.best[0] == (refined.plan, score(refined.plan))
+    check(p, refined.plan)
+    assert len(asked) <= 63
+    asked.clear()
+    solve(p, budget=200, score=score, keep=1, refine=2)
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_stay_on_one_node(seed: int) -> None:
     p = problem(
