@@ -23,12 +23,13 @@ MIN_PREFILL_TOKENS = 64
 LATE_SHARE = 8
 # a decode may fall behind by what it makes good in so many tokens: what counts is the mean of all of them
 DEBT_TOKENS = 16
+FEW = 32  # decodes: so many and more fall behind by no more than that
 LOOK = 64  # of those that wait, how many are weighed against each other
 MARGIN = (
     1.1  # prompts are expected to take longer than predicted by so much: one that is late by a little is late
 )
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
-STEP_WEIGHT = 0.03
+STEP_WEIGHT = 0.01
 SHED = ("never", "hopeless")
 Entry = tuple[int, float, int, Seq]
 
@@ -160,8 +161,8 @@ class Slack(Policy):
             return ()
         late = self._overdue(load.begin_s)
         found = self._timely[:LOOK]
-        # whoever is given up on a wrong prediction is lost: as if it had the whole step, and neighbours half of the time
-        room, pace = self.limits.max_step_tokens - load.decodes, (1 + self.pace) / 2
+        # whoever is given up on a wrong prediction is lost: as if it had the whole step, and neighbours a quarter of the time
+        room, pace = self.limits.max_step_tokens - load.decodes, (3 + self.pace) / 4
         most = self._tokens_by(load, [e[1] for e in found], room, pace)
         for entry, tokens in zip(found, most, strict=True):
             if entry[3].request.prompt_tokens > tokens:
@@ -246,7 +247,7 @@ class Slack(Policy):
                 load.due_s
                 - load.begin_s
                 - decode_s
-                + self.debt * max(0.0, load.tpot_s - max(decode_s, self._step_s))
+                + self._debt(load) * max(0.0, load.tpot_s - max(decode_s, self._step_s))
             )
             if slack < room * per_token:
                 room = min(room, max(int(slack / per_token), self._floor(load)))
@@ -260,6 +261,10 @@ class Slack(Policy):
             if most >= tokens:
                 room = min(room, most)
         return room
+
+    def _debt(self, load: Load) -> float:
+        """Tokens: the fewer decodes fall behind for a prompt, the further they may."""
+        return self.debt * max(1.0, FEW / load.decodes)
 
     def _firsts(self, load: Load) -> Iterator[tuple[Seq, float]]:
         for seq in self.order(load.prefilling):
