@@ -7,12 +7,14 @@ Inline PTX is executed (tests/ptx.py); descriptors of host tensors are right as 
 be used in our kernels: libdevice, tl.dot_scaled, autotune.
 """
 
-from types import FunctionType
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton._utils import validate_block_shape
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
@@ -35,6 +37,8 @@ BITS = {
     4: (torch.int32, np.uint32),
     8: (torch.int64, np.uint64),
 }
+
+STOCK_NUMPY_DTYPE = interpreter._get_np_dtype
 
 
 def convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: Any = None) -> np.ndarray:
@@ -190,6 +194,31 @@ def through_float32(stock):
     return reduce
 
 
+@cache
+def known_shape(sizes: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """What a block type and a tensor of these sizes hold of them."""
+    numel = validate_block_shape(sizes)
+    return tl.tuple(sizes), numel, (tl.tuple([tl.constexpr(s) for s in sizes]), tl.constexpr(numel))
+
+
+def init_block_type(self, element_ty, shape):
+    """As stock, where making the shape's type anew for every value is a third of all time."""
+    sizes = tuple(s.value if isinstance(s, tl.constexpr) else s for s in shape)
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
+    self.element_ty = element_ty
+    self.shape, self.numel, self.of_a_tensor = known_shape(sizes)
+    self.name = f"<{self.shape}, {element_ty}>"
+
+
+SCALAR = (tl.tuple([]), tl.constexpr(1))
+
+
+def init_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = type.of_a_tensor if type.is_block() else SCALAR
+
+
 # reductions by a function of ours that numpy has: the stock fallback goes through the elements one by one
 NUMPY_REDUCTIONS = {"larger_or_nan": np.max, "smaller_or_nan": np.min}
 
@@ -204,19 +233,33 @@ def by_numpy(stock):
     return apply_impl
 
 
-# what the interpreter puts functions of its own into while it runs a kernel
-LANGUAGE = (tl, tl.core, tl.core.tensor, tl.core.tensor_descriptor_base, tl.math)
-AS_IMPORTED = [dict(vars(owner)) for owner in LANGUAGE]
+def patched_once(stock):
+    """For a kernel, both modules under which its functions may know the language; it is as it was when the kernel ends.
+
+    Stock, every call of a function in a kernel patches anew, which is a third of all time, and is never undone: what
+    is compiled afterwards meets the interpreter's language.
+    """
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    return lambda kernel: stock(both)
 
 
-def restore_language() -> None:
-    """Makes Triton's language fit for its compiler again: a function called within an interpreted kernel leaves it changed."""
-    for owner, names in zip(LANGUAGE, AS_IMPORTED, strict=True):
-        for name, value in list(vars(owner).items()):
-            if name in names and names[name] is not value:
-                setattr(owner, name, names[name])
-            elif name not in names and isinstance(value, FunctionType):
-                delattr(owner, name)
+def call_function(self, *args, **kwargs):
+    """InterpretedFunction.__call__ within a kernel, which has patched the language."""
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+@cache
+def numpy_dtype_of_scalar(kind: tl.dtype) -> np.dtype:
+    return STOCK_NUMPY_DTYPE(kind)
+
+
+def numpy_dtype(kind: tl.dtype) -> np.dtype:
+    """Stock, it writes the table down at every call."""
+    scalar = kind.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else numpy_dtype_of_scalar(scalar)
 
 
 def repair() -> None:
@@ -229,6 +272,10 @@ def repair() -> None:
     ReduceOps.sum = through_float32(ReduceOps.sum)
     ReduceOps.min_max = through_float32(ReduceOps.min_max)
     ReduceOps.apply_impl = by_numpy(ReduceOps.apply_impl)
+    tl.block_type.__init__, tl.tensor.__init__ = init_block_type, init_tensor
+    interpreter._get_np_dtype = numpy_dtype
+    interpreter._patch_lang = patched_once(interpreter._patch_lang)
+    interpreter.InterpretedFunction.__call__ = call_function
     stock_patch = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):

@@ -91,6 +91,17 @@ def _count_kernel(out, n, STEP: tl.constexpr):
     tl.store(out, count)
 
 
+@triton.jit
+def _halves(x):
+    return tl.cdiv(x, 2)
+
+
+@triton.jit
+def _calling_kernel(out, x, N: tl.constexpr):
+    o_n = tl.arange(0, N)
+    tl.store(out + o_n, _halves(tl.load(x + o_n)))
+
+
 def bits(x: Tensor) -> Tensor:
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
@@ -228,3 +239,20 @@ def test_tensor_descriptors_read_zeros_past_the_edge_and_write_nothing_there(dty
     expected = x.float()
     expected[1:, 16:] = out.float()
     assert torch.equal(y.float(), expected)
+
+
+def test_a_kernel_that_calls_functions_leaves_the_language_as_it_was():
+    """Or what is compiled afterwards meets the interpreter's."""
+    owners = (tl, tl.core, tl.core.tensor, tl.core.tensor_descriptor_base, tl.math)
+
+    def language():
+        return [{name: getattr(owner, name) for name in dir(owner) if name != "__dict__"} for owner in owners]
+
+    before = language()
+    x = torch.arange(64, dtype=torch.int32)
+    out = torch.empty_like(x)
+    _calling_kernel[(1,)](out, x, N=64)
+    assert torch.equal(out, (x + 1) // 2)
+    for owner, was, now in zip(owners, before, language(), strict=True):
+        changed = [name for name in was.keys() | now.keys() if was.get(name) != now.get(name)]
+        assert not changed, f"{owner}: {changed}"

@@ -16,7 +16,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.launch import launch
-from tests.interpreter import restore_language
 
 
 def _scale(out, x, n, pitch, factor, SIZE: tl.constexpr, DOUBLE: tl.constexpr = False):
@@ -56,7 +55,6 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
     recorder = Recorder()
-    restore_language()
     # of this run: what an earlier one compiled would hide that this one cannot
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
     monkeypatch.setattr(driver, "_active", recorder)
