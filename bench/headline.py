@@ -11,7 +11,6 @@ Prompts over 512 tokens and batches over 32 are extrapolated.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.fleet import GB, SHAPES, Arm, Outcome, alone_s, costs_of, interval, model_of, run
+from bench.plots import draw_headline
+from bench.recorded import add_sources, parser_of, show
 from bench.scheduling import rows_of
 from bench.scheduling_tables import headline_table
 from sched.placement import Gpu, Plan, Problem
@@ -48,8 +49,6 @@ POLICY = {
 AIMS = {"prism": (2.2, 1.8), "static": (1.3, 1.5), "fineserve": (1.1, None)}
 PLACED_S, JUDGED, REFINED = 40.0, 12, 30
 RUNNING, MORE_RUNNING = 256, 1024  # `max_num_seqs` of FineServe's example, and what vLLM has on a large GPU
-
-RESULT = Path(__file__).parent / "results" / "headline.json"
 
 
 class Load(NamedTuple):
@@ -240,17 +239,13 @@ def row_of(bench: Bench, case: Case, point: str, seeds: Sequence[int], *, judge:
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.headline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one load, one point, three seeds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of("headline", __doc__, "one load, one point, three seeds")
     parser.add_argument(
         "--seeds", type=int, help="judged at the fixed points, 10 by default; a third of them for curves"
     )
     parser.add_argument("--seconds", type=float, help="of arrivals in a run, 120 by default")
     parser.add_argument("--budget", type=int, help="plans our placement looks at, 6000 by default")
-    parser.add_argument("--costs", metavar="CSV", help="step times in FineServe's form; default rooflines")
-    parser.add_argument("--conv", metavar="CSV", help="Azure's conversations: their lengths")
-    parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
+    add_sources(parser, "conv")
     args = parser.parse_args(argv)
     args.seeds = args.seeds or (3 if args.quick else 10)
     args.seconds = args.seconds or (30.0 if args.quick else 120.0)
@@ -260,29 +255,24 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = read_arguments(argv)
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
-    try:
-        bench = Bench(args)
-        rows = measure(bench, args.quick)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"bench.headline: {error}\n")
-        return 2
+    bench = Bench(args)
+    rows = measure(bench, args.quick)
     plans = {
         key: {name: [[list(MIX)[r.model], list(r.gpus)] for r in plan] for name, plan in of.items()}
         for key, of in bench.plans.items()
     }
-    result = {
+    return {
         "bench": "headline", "seed": args.seed, "seeds": args.seeds, "seconds": args.seconds, "slo_scale": SLO_SCALE,
         "mix": MIX, "costs": Path(args.costs).name if args.costs else "rooflines", "lengths": {load.name: load.lengths.law() for load in bench.loads},
         "wall_s": time.monotonic() - start, "rows": rows, "plans": plans,
     }  # fmt: skip
-    sys.stdout.write(headline_table(result) + "\n")
-    if args.record:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = read_arguments(argv)
+    return show("headline", args, lambda: run_all(args), headline_table, draw_headline)
 
 
 if __name__ == "__main__":

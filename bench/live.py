@@ -21,10 +21,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bench.recorded import parser_of, show
 from bench.scheduling_tables import live_table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = Path(__file__).parent / "results" / "live.json"
 ARMS = {
     "slack": [],
     "slack, shed": ["--policy-options", "shed=hopeless"],
@@ -109,12 +109,10 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.live", description=__doc__.split("\n\n")[0])
+    parser = parser_of("live", __doc__, "our policy alone, once, shorter")
     parser.add_argument(
         "--config", default=str(ROOT / "examples" / "demo.yaml"), help="of three models or more"
     )
-    parser.add_argument("--quick", action="store_true", help="our policy alone, once, shorter")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, help="3 by default")
     parser.add_argument("--seconds", type=float, help="of arrivals in a run, 30 by default")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second, all models together")
@@ -122,9 +120,6 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=0.7, help="of the models' popularity, k^-alpha")
     parser.add_argument(
         "--scale", default="5:5", metavar="TTFT:TPOT", help="SLOs over what a request takes alone"
-    )
-    parser.add_argument(
-        "--record", action="store_true", help=f"keep the result in {RESULT.relative_to(ROOT)}"
     )
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (1 if args.quick else 3)
@@ -134,23 +129,22 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = read_arguments(argv)
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
+    """ValueError where the server or the replay gives up."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             rows = measure(args, Path(folder))
-        except (ValueError, OSError, subprocess.TimeoutExpired) as error:
-            sys.stderr.write(f"bench.live: {error}\n")
-            return 2
-    result = {
+        except subprocess.TimeoutExpired as late:
+            raise ValueError(str(late)) from late
+    return {
         "bench": "live", "date": date.today().isoformat(), "seed": args.seed, "seconds": args.seconds, "rate": args.rate, "cv": args.cv,
         "alpha": args.alpha, "scale": args.scale, "config": Path(args.config).name, "rows": rows,
     }  # fmt: skip
-    sys.stdout.write(live_table(result) + "\n")
-    if args.record:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = read_arguments(argv)
+    return show("live", args, lambda: run_all(args), live_table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 from bench.placement_cells import ARMS, ONE_EACH, OPTIMUM, OURS, run_instance, run_large, run_misjudged
 from bench.placement_fineserve import run_fineserve
 from bench.placement_kvpr import run_kvpr
+from bench.plots import draw_placement
 
 RESULT = Path(__file__).parent / "results" / "placement.json"
 SIZES = ((6, 2), (6, 4), (8, 2), (8, 4), (10, 2), (10, 4))
@@ -169,30 +170,6 @@ def judge(rows: Sequence[dict[str, Any]], large: dict[str, Any]) -> dict[str, bo
     return targets
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path) -> str:
-    """Writes the plot and says where; or says why there is none."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return "no plot: matplotlib is not installed"
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    ordered = sorted(rows, key=lambda r: r["of_optimum"][0])
-    for offset, key, color in ((-0.2, "of_optimum", "#2a7"), (0.2, "sim_of_optimum", "#47b")):
-        there = [(i, r) for i, r in enumerate(ordered) if key in r]
-        axis.barh([i + offset for i, _ in there], [r[key][0] for _, r in there], 0.4, color=color,
-                  label="by the estimate" if key == "of_optimum" else "simulated")  # fmt: skip
-    axis.set_yticks(range(len(ordered)), [r["arm"] for r in ordered])
-    axis.set(xlim=(0, 1.05), xlabel="of the best placement")
-    axis.legend(loc="lower right")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "placement.png"
-    figure.savefig(path, dpi=120)
-    return f"plot: {path}"
-
-
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.placement",
@@ -248,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nrates up to 30 % wrong, part of the optimum that knows them, by the estimate: "
           + ", ".join(f"{n} {v[0]:.3f}" for n, v in sorted(rates.items(), key=lambda p: -p[1][0])))  # fmt: skip
     if args.plots:
-        print(draw(rows, args.plots))
+        print(draw_placement(rows, args.plots / "placement.png"))
     result = {
         "targets": judge(rows, large), "seed": args.seed, "instances": len(cells), "wall_s": round(time.monotonic() - began),
         "large": large, "rates_30_percent_wrong": rates, "ours_less": {k: paired(cells, k) for k in ("value", "sim_value")},

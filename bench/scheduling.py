@@ -9,7 +9,6 @@ cut its time between them.  Fixed batches are judged against the best of them in
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.fleet import SHAPES, Arm, GiB, Outcome, costs_of, interval, model_of, one_gpu, run
+from bench.plots import draw_scheduling
+from bench.recorded import add_sources, parser_of, show
 from bench.scheduling_tables import scheduling_table
 from minserve.workload_tables import read_azure
 from sched.arrivals import Rows
@@ -47,7 +48,6 @@ ARMS = [
     Arm(name="slack, shed, +20 %", policy="slack", options=(("shed", "hopeless"),), believed=1.2),
     Arm(name="slack, shed, -20 %", policy="slack", options=(("shed", "hopeless"),), believed=0.8),
 ]
-RESULT = Path(__file__).parent / "results" / "scheduling.json"
 OURS, DEFAULT = "slack, shed", "fixed 64"
 
 
@@ -246,17 +246,12 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.scheduling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two cells, eight arms, one seed")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
+    parser = parser_of("scheduling", __doc__, "two cells, eight arms, one seed")
     parser.add_argument("--seeds", type=int, help="runs of each cell and arm, 3 by default")
     parser.add_argument("--seconds", type=float, help="of arrivals in a run, at least, 120 by default")
     parser.add_argument("--pool-gib", type=float, default=24.0, help="for keys and values")
     parser.add_argument("--alpha", type=float, default=1.3, help="of the models' popularity, k^-alpha")
-    parser.add_argument("--costs", metavar="CSV", help="step times in FineServe's form; default rooflines")
-    parser.add_argument("--conv", metavar="CSV", help="Azure's conversations: their lengths")
-    parser.add_argument("--code", metavar="CSV", help="Azure's code completions: their lengths")
-    parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
+    add_sources(parser, "conv", "code")
     args = parser.parse_args(argv)
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.seconds = args.seconds or (40.0 if args.quick else 120.0)
@@ -265,36 +260,22 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = read_arguments(argv)
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
-    try:
-        bench = Bench(args)
-        rows = measure(bench, args.quick, args.seed, args.seeds)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"bench.scheduling: {error}\n")
-        return 2
-    verdicts = judged(rows)
-    result = {
-        "bench": "scheduling",
-        "seed": args.seed,
-        "seeds": args.seeds,
-        "seconds": args.seconds,
-        "least_requests": LEAST_REQUESTS,
-        "pool_gib": args.pool_gib,
-        "alpha": args.alpha,
+    bench = Bench(args)
+    rows = measure(bench, args.quick, args.seed, args.seeds)
+    return {
+        "bench": "scheduling", "seed": args.seed, "seeds": args.seeds, "seconds": args.seconds,
+        "least_requests": LEAST_REQUESTS, "pool_gib": args.pool_gib, "alpha": args.alpha,
         "costs": Path(args.costs).name if args.costs else "rooflines",
         "lengths": [Path(p).name if p else "lognormal" for p in (args.conv, args.code)],
-        "runs": bench.runs,
-        "wall_s": time.monotonic() - start,
-        "rows": rows,
-        "cells": verdicts,
-    }
-    sys.stdout.write(scheduling_table(result) + "\n")
-    if args.record:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+        "runs": bench.runs, "wall_s": time.monotonic() - start, "rows": rows, "cells": judged(rows),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = read_arguments(argv)
+    return show("scheduling", args, lambda: run_all(args), scheduling_table, draw_scheduling)
 
 
 if __name__ == "__main__":

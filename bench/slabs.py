@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench import slabs_arms as peers
+from bench.plots import save
 from bench.slabs_load import GIB, REGIMES, Lengths, Model, Regime, Workload, make_workload, mix, read_trace
 from bench.slabs_ours import Slabs
 from bench.slabs_replay import Arm, replay
@@ -219,32 +220,27 @@ def print_table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -
 
 def draw(rows: list[dict[str, Any]], path: Path) -> str:
     """Writes the plot and says where; or says why there is none."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return "no plot: matplotlib is not installed"
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     regimes = list(dict.fromkeys(r["regime"] for r in rows))
     arms = [n for n, e in ARMS.items() if len(e.regimes) > 1]
-    size = (4 * len(regimes), 5)
-    figure, axes = plt.subplots(
-        1, len(regimes), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, regime in zip(axes[0], regimes, strict=True):
-        cells = {r["arm"]: r for r in rows if r["regime"] == regime}
-        left = np.zeros(len(arms))
-        for part, color in (("live", "#2a7"), ("partial", "#e94"), ("tail", "#b33")):
-            width = np.array([cells[a][part] or 0 for a in arms])
-            axis.barh(arms, width, left=left, color=color, label=part)
-            left += width
-        axis.set(title=regime, xlim=(0, 1), xlabel="of the pool, when refused")
-    axes[0][0].invert_yaxis()
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return f"plot: {path}"
+
+    def bars(plt: Any) -> Any:
+        size = (4 * len(regimes), 5)
+        figure, axes = plt.subplots(
+            1, len(regimes), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, regime in zip(axes[0], regimes, strict=True):
+            cells = {r["arm"]: r for r in rows if r["regime"] == regime}
+            left = np.zeros(len(arms))
+            for part, color in (("live", "#2a7"), ("partial", "#e94"), ("tail", "#b33")):
+                width = np.array([cells[a][part] or 0 for a in arms])
+                axis.barh(arms, width, left=left, color=color, label=part)
+                left += width
+            axis.set(title=regime, xlim=(0, 1), xlabel="of the pool, when refused")
+        axes[0][0].invert_yaxis()
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return figure
+
+    return save(path, bars)
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,9 +1,14 @@
 """What the scheduling benches reckon with: rates by bisection, pairs by seed, the same requests for every arm."""
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import recorded, scheduling
 from bench.fleet import SHAPES, Arm, alone_s, costs_of, interval, model_of, one_gpu, run, scaled
 from bench.headline import MIX, compared, most_attained
 from bench.scheduling import DEFAULT, HIGH, LOW, OURS, highest, judged
@@ -105,3 +110,40 @@ def test_what_gpus_have_time_for_goes_to_the_cheapest() -> None:
     first = most_attained(one) * 30
     assert most_attained(one_gpu([m, slow], GiB)) == pytest.approx(first / 30.1)
     assert most_attained(one_gpu([replace(m, rate=1.0), slow], GiB)) == pytest.approx(1.0)
+
+
+def small_result() -> dict[str, Any]:
+    rows = [
+        {"tag": "simulated", "cell": cell, "arm": arm, "goodput": [rate], "mean": rate, "worst_model": 0.9}
+        for cell in ("c1", "c2")
+        for arm, rate in ((OURS, 3.0), (DEFAULT, 2.0))
+    ]
+    return {"bench": "scheduling", "seed": 1, "seeds": 1, "seconds": 40.0, "least_requests": 400, "pool_gib": 24.0, "alpha": 1.3,
+            "costs": "rooflines", "lengths": ["lognormal", "lognormal"], "rows": rows, "cells": judged(rows)}  # fmt: skip
+
+
+def test_a_recorded_result_is_shown_without_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
+    monkeypatch.setattr(scheduling, "run_all", lambda args: small_result())
+    assert scheduling.main(["--record"]) == 0
+    table = scheduling_table(small_result())
+    assert capsys.readouterr().out == f"{table}\n{json.dumps(small_result())}\n"
+
+    def never(args: object) -> dict[str, Any]:
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(scheduling, "run_all", never)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert scheduling.main(["--recorded", "--plots", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{table}\nno plot: matplotlib is not installed\n{json.dumps(small_result())}\n"
+    (tmp_path / "scheduling.json").unlink()
+    assert scheduling.main(["--recorded"]) == 2
+    assert "scheduling.json" in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scheduling.main(["--quick", "--costs", "no-such.csv"]) == 2
+    assert "no-such.csv" in capsys.readouterr().err
