@@ -10,7 +10,7 @@ ARGS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
 READY := .venv/.ready
-PYTEST := OMP_NUM_THREADS=2 $(PY) -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 TORCH_URL := $(if $(filter cpu,$(TORCH_INDEX)),https://download.pytorch.org/whl/cpu,$(TORCH_INDEX))
 CODE := kernels quant sched minserve bench examples tests

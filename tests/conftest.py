@@ -1,4 +1,6 @@
-"""What every test relies on: no network, two threads, Triton's interpreter where there is no GPU, and poison.
+"""What every test relies on: no network, one thread, Triton's interpreter where there is no GPU, and poison.
+
+A second thread on matrices this small spins more than it works, and takes a core away from who runs beside.
 
 The interpreter has to be chosen before any module with a kernel is imported, which is why this happens here at import.
 Poison: memory that a kernels module asks for with torch.empty* arrives full of NaN (integers: the smallest value), so
@@ -8,10 +10,12 @@ an element that is never written fails the test instead of showing yesterday's a
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ if not HAS_CUDA:
 
     repair()
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 POISONED = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -63,6 +67,14 @@ def _same_draws():
     """A test draws the same whichever ran before it."""
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what must hold however a product is divided among threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

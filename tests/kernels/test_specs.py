@@ -96,8 +96,12 @@ def test_right_for_the_full_product(spec: KernelSpec, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(("spec", "run", "case"), [p for p in GRID if p.values[2].dims.get("T", 2) > 1])
-def test_a_row_does_not_see_its_neighbours(spec: KernelSpec, run: str, case: Case):
+def test_a_row_does_not_see_its_neighbours(
+    spec: KernelSpec, run: str, case: Case, request: pytest.FixtureRequest
+):
     """Alone, or with half of the others, at another place: the same bits."""
+    if run == "cpu":
+        request.getfixturevalue("two_threads")
     args = spec.make(case, torch.Generator().manual_seed(1))
     rows = args[spec.row_args[0]].shape[0]
     assert rows > 1

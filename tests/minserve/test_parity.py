@@ -197,6 +197,13 @@ def test_tokens_do_not_depend_on_how_requests_are_batched(
     assert tokens_of(model, asked, **keys, **VARIANTS[variant]) == tokens_of(model, asked, **keys)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+def test_tokens_do_not_depend_on_batches_on_two_threads_either(model: Path) -> None:
+    asked, keys = prompts(300, seed=1), {"deterministic": True, "dtype": "bf16"}
+    assert tokens_of(model, asked, **keys, **VARIANTS["chunks of 16"]) == tokens_of(model, asked, **keys)
+
+
 def hog_all_but(llm: LLM, tokens: int) -> None:
     """Leases sets of the pool away, as another model would, until `tokens` fit in the rest."""
     sets = llm._local.sets
