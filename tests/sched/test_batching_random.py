@@ -113,7 +113,7 @@ def random_run(seed: int, turns: int = 150) -> Counter[str]:
     return ends + Counter(empty=witness.num_empty, restarts=witness.num_restarts, chunks=witness.num_chunks)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_every_request_ends_and_nothing_leaks(part: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(part * 40, part * 40 + 40):

@@ -145,8 +145,7 @@ def test_bad_shapes_raise() -> None:
         ModelShape(name="m", layers=1, block_bytes=64, block_tokens=16, max_model_len=9, reserve_tokens=-1)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+plans = given(
     models=st.lists(
         st.tuples(
             st.integers(1, 96),
@@ -161,7 +160,15 @@ def test_bad_shapes_raise() -> None:
     pool_kib=st.integers(1, 1 << 20),
     min_sets=st.integers(1, 300),
 )
+
+
+@settings(max_examples=20, deadline=None)
+@plans
 def test_any_plan_is_sound(models: list[tuple[int, ...]], pool_kib: int, min_sets: int) -> None:
+    assert_any_sound(models, pool_kib, min_sets)
+
+
+def assert_any_sound(models: list[tuple[int, ...]], pool_kib: int, min_sets: int) -> None:
     shapes = [
         ModelShape(
             name=f"m{i}",
@@ -183,3 +190,10 @@ def test_any_plan_is_sound(models: list[tuple[int, ...]], pool_kib: int, min_set
         plan = solve(shapes, pool_bytes, min_sets=min_sets)
     assert_sound(plan, shapes, pool_bytes, min_sets)
     assert plan.slab_bytes <= max(MAX_SLAB_BYTES, max(s.block_bytes for s in shapes) + PAGE_BYTES)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@plans
+def test_any_of_many_plans_is_sound(models: list[tuple[int, ...]], pool_kib: int, min_sets: int) -> None:
+    assert_any_sound(models, pool_kib, min_sets)
