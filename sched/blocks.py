@@ -11,50 +11,35 @@ its key, and evicted for whoever needs a block once the source gives no more set
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from heapq import nsmallest
+from itertools import repeat
 
+from sched.held_sets import HeldSets
 from sched.recount import check_blocks, check_cache, check_sets
 from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 
+# the key of a cached block, and the step that wrote it
+Entry = tuple[bytes, int]
 
-class BlockPool:
+
+class BlockPool(HeldSets):
     """A block of a set held is free, live (somebody refers to it) or idle.  `allocate` may lease more sets."""
 
     def __init__(self, source: SetSource, slots: int, block_tokens: int) -> None:
-        if not 1 <= slots <= MAX_SLOTS:
-            raise ValueError(f"slots must be in [1, {MAX_SLOTS}], got {slots}")
+        super().__init__(source, slots)
         if block_tokens < 1:
             raise ValueError(f"block_tokens must be at least 1, got {block_tokens}")
-        self.source = source
-        self.slots = slots
         self.block_tokens = block_tokens
-        self.num_free = 0
         self.num_released = 0  # ever: a refusal is worth no second try before it has grown
         self.num_evicted = 0  # ever: idle blocks forgotten for want of a free one
         self.num_revived = 0  # ever: idle blocks that a request took up again, what the cache is worth
-        self._free: dict[int, list[int]] = {}  # set -> its free blocks, for every set held
-        self._live: set[int] = set()
+        self._live: dict[int, Entry | None] = {}  # None: not cached
         self._shared: dict[int, int] = {}  # references beyond the first, where there are any
-        self._urgent: set[int] = set()
-        # a held set is the current one, open (some blocks free), empty (all free), or full and in none of these
-        self._current: int | None = None
-        self._current_free: list[int] = []
-        self._open: dict[int, list[int]] = {}
-        self._empty: list[int] = []
-        self._by_key: dict[bytes, int] = {}
-        self._cached: dict[int, tuple[bytes, int]] = {}  # block -> its key, and the step that wrote it
-        self._idle: OrderedDict[int, None] = OrderedDict()  # longest out of use first
-        self._idle_in: dict[int, int] = {}  # set -> its idle blocks, where there are any
+        self._by_key: dict[bytes, int] = {}  # the cached blocks, live or idle
+        self._idle: OrderedDict[int, Entry] = OrderedDict()  # longest out of use first
+        self._idle_in: dict[int, int] = {}  # set -> its idle blocks; none: 0 or not there
         self._spare: dict[int, None] = {}  # sets with idle blocks and no live one, longest out of use first
         self._moved_in: dict[int, int] = {}  # block -> the newest step that moved another here, over or not
         self._ask_at = 0  # num_evicted from which on the source is asked again before something is evicted
-
-    @property
-    def num_sets(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_empty_sets(self) -> int:
-        return len(self._empty)
 
     @property
     def num_spare_sets(self) -> int:
@@ -68,7 +53,7 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Blocks that can be found by their key, live or idle."""
-        return len(self._cached)
+        return len(self._by_key)
 
     @property
     def num_idle(self) -> int:
@@ -86,23 +71,26 @@ class BlockPool:
         """
         if n + headroom > self.num_free and not self._make_room(n, headroom, urgent):
             return None
-        if n == 1 and not self._spare:  # what a decode takes
+        if n == 1 and self.num_free and not self._spare:  # what a decode takes
             block = (self._current_free or self._next_set()).pop()
-            self._live.add(block)
+            self._live[block] = None
             self.num_free -= 1
             return [block]
         taken: list[int] = []
-        while n:
+        rest = min(n, self.num_free)
+        self.num_free -= rest
+        while rest:
             free = self._current_free or self._next_set()
             if self._spare and self._current is not None:
                 self._spare.pop(self._current, None)
-            part = free[-n:]
-            del free[-n:]
+            part = free[-rest:]
+            del free[-rest:]
             part.reverse()
             taken += part
-            n -= len(part)
-        self._live.update(taken)
-        self.num_free -= len(taken)
+            rest -= len(part)
+        self._live.update(zip(taken, repeat(None)))
+        if len(taken) < n:
+            taken += self._take_idle(n - len(taken))
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -112,16 +100,15 @@ class BlockPool:
                 self._shared[block] = self._shared.get(block, 0) + 1
             elif block in self._idle:
                 self.num_revived += 1
-                self._leave_idle(block)
+                self._live[block] = self._leave_idle(block)
                 self._spare.pop(block >> SLOT_BITS, None)
-                self._live.add(block)
             else:
                 raise _not_allocated(block)
 
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less.  The last one frees the block, and its set may go back to the source; or makes it idle:
         those released first are the first to be evicted."""
-        live, shared, cached, slots = self._live, self._shared, self._cached, self.slots
+        live, shared, slots = self._live, self._shared, self.slots
         for block in blocks:
             if shared and block in shared:
                 if shared[block] > 1:
@@ -130,24 +117,19 @@ class BlockPool:
                     del shared[block]
                 continue
             try:
-                live.remove(block)
+                entry = live.pop(block)
             except KeyError:
                 raise _not_allocated(block) from None
             self.num_released += 1
-            if cached and block in cached:
-                self._rest(block)
+            if entry is not None:
+                self._rest(block, entry)
                 continue
             free = self._free[block >> SLOT_BITS]
             free.append(block)
             self.num_free += 1
             # most change nothing else, and the call would be a third of what a block costs
-            if not 1 < len(free) < slots or self._idle_in:
+            if not 1 < len(free) < slots or self._idle:
                 self._settle(block >> SLOT_BITS, free)
-
-    def trim(self, keep: int = 0) -> None:
-        """Give back every empty set but `keep`."""
-        while len(self._empty) > keep:
-            self._give_back(self._empty[-1])
 
     # -- the cache
 
@@ -156,13 +138,22 @@ class BlockPool:
 
         Where a key leads to another block already, that one stays.
         """
-        for block, key in zip(blocks, keys, strict=True):
-            if block not in self._live:
-                raise _not_allocated(block)
-            if key not in self._by_key and block not in self._cached:
-                self._by_key[key] = block
-                # what is written already may be on its way here in a step that has not run
-                self._cached[block] = key, max(step, self._moved_in.get(block, -1))
+        live, by_key = self._live, self._by_key
+        before = list(map(live.get, blocks, repeat(())))
+        if before.count(None) < len(before):
+            if () in before:
+                raise _not_allocated(blocks[before.index(())])
+            new = [i for i, entry in enumerate(before) if entry is None]  # a block keeps the key it has
+            blocks, keys = [blocks[i] for i in new], [keys[i] for i in new]
+        steps: Iterable[int] = repeat(step)
+        if self._moved_in:  # what is written already may be on its way here in a step that has not run
+            steps = [max(step, self._moved_in.get(block, -1)) for block in blocks]
+        owners = map(by_key.setdefault, keys, blocks)
+        live.update(
+            (block, entry)
+            for block, owner, entry in zip(blocks, owners, zip(keys, steps, strict=False), strict=True)
+            if block == owner
+        )
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """The cached blocks of the longest known beginning of `keys`.  They may be gone after the next `allocate`."""
@@ -176,17 +167,19 @@ class BlockPool:
 
     def written(self, blocks: Iterable[int]) -> int:
         """The newest step that writes one of these cached blocks, as it was published; -1 for none."""
-        return max((self._cached[block][1] for block in blocks), default=-1)
+        found = (self._live.get(block) or self._idle.get(block) for block in blocks)
+        return max((entry[1] for entry in found if entry), default=-1)
 
     def forget(self, since: int = -1) -> None:
         """Blocks that are written in step `since` or later are cached no more: none at all, by default."""
-        for block, (key, step) in list(self._cached.items()):
+        for block, (key, step) in self.cached().items():
             if step < since:
                 continue
             if block in self._idle:
                 self._evict(block)
             else:
-                del self._cached[block], self._by_key[key]
+                self._live[block] = None
+                del self._by_key[key]
         self.trim(keep=1)
 
     def give_up(self, n: int) -> int:
@@ -226,21 +219,17 @@ class BlockPool:
         targets: list[int] = []
         for _, set_id in sorted((len(free), s) for s, free in self._free.items() if free):
             targets += self._take(set_id, len(sources) - len(targets))
-        while len(targets) < len(sources):
-            idle = next(iter(self._idle))
-            self._evict(idle)
-            self.num_evicted += 1
-            targets += self._take(idle >> SLOT_BITS, 1)
+        targets += self._take_idle(len(sources) - len(targets))
         moved = dict(zip(sources, targets, strict=True))
         self.num_released -= len(held) + len(sources)  # they come free for others: no reason to ask again
         for source, target in moved.items():
             self._moved_in[target] = step
             if source in self._shared:
                 self._shared[target] = self._shared.pop(source)
-            if source in self._cached:
-                key, written = self._cached.pop(source)
-                self._cached[target] = key, max(written, step)
-                self._by_key[key] = target
+            entry, self._live[source] = self._live[source], None
+            if entry is not None:
+                self._live[target] = entry[0], max(entry[1], step)
+                self._by_key[entry[0]] = target
         return moved, held + sources
 
     def _take(self, set_id: int, n: int) -> list[int]:
@@ -256,14 +245,14 @@ class BlockPool:
         if not free:
             self._open.pop(set_id, None)
         self._spare.pop(set_id, None)
-        self._live.update(taken)
+        self._live.update(zip(taken, repeat(None)))
         self.num_free -= len(taken)
         return taken
 
-    def _rest(self, block: int) -> None:
+    def _rest(self, block: int, entry: Entry) -> None:
         """The last reference to a cached block is gone."""
         set_id = block >> SLOT_BITS
-        self._idle[block] = None
+        self._idle[block] = entry
         idle = self._idle_in[set_id] = self._idle_in.get(set_id, 0) + 1
         if idle + len(self._free[set_id]) == self.slots:
             self._spared(set_id)
@@ -283,20 +272,34 @@ class BlockPool:
                 self._evict(block)
 
     def _evict(self, block: int) -> None:
-        del self._by_key[self._cached.pop(block)[0]]
-        self._leave_idle(block)
+        key, _ = self._leave_idle(block)
+        del self._by_key[key]
         free = self._free[block >> SLOT_BITS]
         free.append(block)
         self.num_free += 1
         self._settle(block >> SLOT_BITS, free, evicted=True)
 
-    def _leave_idle(self, block: int) -> None:
+    def _leave_idle(self, block: int) -> Entry:
         set_id = block >> SLOT_BITS
-        del self._idle[block]
-        if self._idle_in[set_id] > 1:
-            self._idle_in[set_id] -= 1
-        else:
-            del self._idle_in[set_id]
+        entry = self._idle.pop(block)
+        self._idle_in[set_id] -= 1
+        return entry
+
+    def _take_idle(self, n: int) -> list[int]:
+        """Evicts so many for somebody who takes them at once: they are never free, and no list of a set changes."""
+        live, idle, idle_in, by_key = self._live, self._idle, self._idle_in, self._by_key
+        taken: list[int] = []
+        for _ in range(n):
+            block, (key, _) = idle.popitem(last=False)
+            del by_key[key]
+            live[block] = None
+            taken.append(block)
+            idle_in[block >> SLOT_BITS] -= 1
+        if self._spare:
+            for block in taken:
+                self._spare.pop(block >> SLOT_BITS, None)
+        self.num_evicted += n
+        return taken
 
     # -- sets
 
@@ -313,7 +316,7 @@ class BlockPool:
             return
         if count == 1 and set_id != self._current:
             self._open[set_id] = free
-        if self._idle_in and not evicted and count + self._idle_in.get(set_id, 0) == self.slots:
+        if self._idle and not evicted and count + self._idle_in.get(set_id, 0) == self.slots:
             self._spared(set_id)
 
     def _emptied(self, set_id: int) -> None:
@@ -323,18 +326,8 @@ class BlockPool:
         self._spare.pop(set_id, None)
         self._empty.append(set_id)
 
-    def _next_set(self) -> list[int]:
-        """The current set is used up (or none): go on with the one opened last, else with an empty one."""
-        if self._open:
-            self._current, self._current_free = self._open.popitem()
-        else:
-            assert self._empty, f"{self.num_free=} but no set has a free block"
-            self._current = self._empty.pop()
-            self._current_free = self._free[self._current]
-        return self._current_free
-
     def _make_room(self, n: int, headroom: int, urgent: bool) -> bool:
-        """`n` free blocks.  Sets are leased as long as there are any, so that what is cached stays."""
+        """So many are free or idle.  Sets are leased as long as there are any, so that what is cached stays."""
         needed = n + headroom - len(self._idle)  # free blocks, were all idle ones to go
         # a full pool is not asked for each block that takes the place of an idle one
         if self.num_free < needed or self.num_evicted >= self._ask_at:
@@ -350,32 +343,7 @@ class BlockPool:
                 for set_id in reversed(leased):
                     self._give_back(set_id)
                 return False
-        while self.num_free < n:
-            self._evict(next(iter(self._idle)))
-            self.num_evicted += 1
         return True
-
-    def _lease(self, leased: list[int], *, urgent: bool) -> bool:
-        set_id = self.source.lease(urgent=True) if urgent else self.source.lease()
-        if set_id is None:
-            return False
-        if urgent:
-            self._urgent.add(set_id)
-        assert set_id not in self._free, f"set {set_id} was leased twice"
-        first = set_id << SLOT_BITS
-        self._free[set_id] = list(range(first + self.slots - 1, first - 1, -1))
-        self._empty.append(set_id)
-        self.num_free += self.slots
-        leased.append(set_id)
-        return True
-
-    def _give_back(self, set_id: int) -> None:
-        assert len(self._free[set_id]) == self.slots, f"set {set_id} still holds blocks"
-        del self._free[set_id]
-        self._empty.remove(set_id)
-        self._urgent.discard(set_id)
-        self.num_free -= self.slots
-        self.source.give_back(set_id)
 
     # -- invariants
 
@@ -383,13 +351,22 @@ class BlockPool:
         """How often each live block is referred to."""
         return {block: 1 + self._shared.get(block, 0) for block in self._live}
 
+    def cached(self) -> dict[int, Entry]:
+        """Block -> its key, and the step that wrote it."""
+        entries = [*self._live.items(), *self._idle.items()]
+        return {block: entry for block, entry in entries if entry is not None}
+
     def check(self) -> None:
         """Recounts everything.  Raises AssertionError where the structures disagree."""
-        check_blocks(self._free, self.slots, self.num_free, self._live | self._idle.keys())
-        assert self._shared.keys() <= self._live, f"{self._shared.keys() - self._live} are shared but free"
+        check_blocks(self._free, self.slots, self.num_free, self._live.keys() | self._idle.keys())
+        assert self._shared.keys() <= self._live.keys(), (
+            f"{self._shared.keys() - self._live.keys()} are shared but free"
+        )
         check_sets(self._free, self.slots, self._current, self._open, self._empty, self._urgent)
-        check_cache(self._by_key, self._cached, self._live, self._idle, self._idle_in)
-        spare = {s for s, count in self._idle_in.items() if count + len(self._free[s]) == self.slots}
+        check_cache(self._by_key, self.cached(), self._live, self._idle, self._idle_in)
+        spare = {
+            s for s, count in self._idle_in.items() if count and count + len(self._free[s]) == self.slots
+        }
         assert spare == self._spare.keys(), f"{spare=} {self._spare=}"
         assert not spare & self._urgent, f"{spare & self._urgent} are kept, but are of the liveness reserve"
 
