@@ -178,11 +178,10 @@ def pick_shortest(prompts: Sequence[int], most: Sequence[float], order: Iterable
     Job i has `prompts[i]` tokens, and is late with more than `most[i]` up to and with its own.  What is left is the largest
     number that can all be in time on one machine (Moore 1968).
     """
-    kept: list[tuple[int, int]] = []  # heap of (-prompt, index)
-    tokens = 0
+    n, kept, tokens = len(prompts), list[int](), 0  # heap of (-prompt, index), as one number of base n
     for i in order:
-        heappush(kept, (-prompts[i], i))
+        heappush(kept, i - prompts[i] * n)
         tokens += prompts[i]
         if tokens > most[i]:
-            tokens += heappop(kept)[0]
-    return {i for _, i in kept}
+            tokens += heappop(kept) // n
+    return {key % n for key in kept}

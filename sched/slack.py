@@ -31,7 +31,7 @@ MARGIN = (
 PACE_WEIGHT, PACE_MOST = 0.1, 8.0
 STEP_WEIGHT = 0.01
 SHED = ("never", "hopeless")
-Entry = tuple[int, float, int, Seq]
+Entry = tuple[int, float, int, Seq, int]  # priority, deadline, serial number, tokens of the prompt
 
 
 class Slack(Policy):
@@ -63,6 +63,7 @@ class Slack(Policy):
         self.steady = shed == "never"
         self._timely: list[Entry] = []  # sorted
         self._short: list[tuple[int, int, int, Entry]] = []  # the same by length, sorted
+        self._shortest: list[Entry] = []  # of those the first so many, by deadline
         # heap of the same by deadline, whatever their priority
         self._due: list[tuple[float, int, Entry]] = []
         self._idle = True  # nobody in time wants the room of this step
@@ -80,9 +81,13 @@ class Slack(Policy):
     def push(self, seq: Seq) -> None:
         self._num += 1
         r = seq.request
-        entry = (r.priority, self.key(r), seq.serial, seq)
+        entry = (r.priority, self.key(r), seq.serial, seq, r.prompt_tokens)
         insort(self._timely, entry)
-        insort(self._short, (r.priority, r.prompt_tokens, seq.serial, entry))
+        short = (r.priority, r.prompt_tokens, seq.serial, entry)
+        i = bisect_left(self._short, short)
+        self._short.insert(i, short)
+        if i < len(self._shortest):
+            insort(self._shortest, entry)
         if len(self._due) > 2 * self._num + 64:
             self._due = [(e[1], e[2], e) for e in self._timely]
             heapify(self._due)
@@ -102,8 +107,11 @@ class Slack(Policy):
         r = seq.request
         i = bisect_left(self._timely, (r.priority, self.key(r), seq.serial, seq))
         if i < len(self._timely) and self._timely[i][3] is seq:
-            del self._timely[i]
-            del self._short[bisect_left(self._short, (r.priority, r.prompt_tokens, seq.serial))]
+            entry = self._timely.pop(i)
+            i = bisect_left(self._short, (r.priority, r.prompt_tokens, seq.serial))
+            del self._short[i]
+            if i < len(self._shortest):
+                del self._shortest[bisect_left(self._shortest, entry)]
             return True
         return False
 
@@ -165,11 +173,11 @@ class Slack(Policy):
         room, pace = self.limits.max_step_tokens - load.decodes, (3 + self.pace) / 4
         most = self._tokens_by(load, [e[1] for e in found], room, pace)
         for entry, tokens in zip(found, most, strict=True):
-            if entry[3].request.prompt_tokens > tokens:
+            if entry[4] > tokens:
                 self._forget(entry[3])
                 late.append(entry)
         shed = [entry[3] for entry in late] if self.shed == "hopeless" else []
-        for _, _, serial, seq in () if shed else late:
+        for _, _, serial, seq, _ in () if shed else late:
             heappush(self._late, (seq.request.arrival_s, serial, seq))
         self._choose(load)
         return shed
@@ -188,16 +196,25 @@ class Slack(Policy):
         found = self._timely
         if len(found) > LOOK:
             # too many to weigh all: those that are chosen are short, whatever the others are
-            found = sorted([entry for _, _, _, entry in self._short[:LOOK]])
+            found = self._find_shortest()
         if found and self.cost is not None:
             ahead = load.prefill_tokens
             most = self._tokens_by(load, [e[1] for e in found], self._room(load), self.pace * MARGIN)
-            prompts = [e[3].request.prompt_tokens for e in found]
+            prompts = [e[4] for e in found]
             if sum(prompts) + ahead > min(most):
                 kept = pick_shortest(prompts, [tokens - ahead for tokens in most], range(len(found)))
                 found = [found[i] for i in sorted(kept)]
         self._chosen = deque(found)
         self._idle = not found and not load.prefilling
+
+    def _find_shortest(self) -> list[Entry]:
+        """LOOK of them, by deadline.  From step to step few come and go."""
+        found = self._shortest
+        for _, _, _, entry in self._short[LOOK : len(found)]:
+            del found[bisect_left(found, entry)]
+        for _, _, _, entry in self._short[len(found) : LOOK]:
+            insort(found, entry)
+        return found
 
     def _tokens_by(self, load: Load, due_s: Sequence[float], room: float, pace: float) -> list[float]:
         """How many tokens of prompts are computed by each of the deadlines, with `room` for them in a step."""
@@ -304,6 +321,8 @@ class Slack(Policy):
         assert self._timely == sorted(self._timely), "those in time are out of order"
         assert sorted(entry for *_, entry in self._short) == self._timely, "a list has lost one"
         assert self._short == sorted(self._short), "by length they are out of order"
+        short = sorted(entry for *_, entry in self._short[: len(self._shortest)])
+        assert short == self._shortest, "the shortest are others"
         missing = {entry[2] for entry in self._timely} - {serial for _, serial, _ in self._due}
         assert not missing, f"those with serials {missing} are in time and have no deadline"
 
