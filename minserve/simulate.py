@@ -32,6 +32,7 @@ from sched.metrics import Record, Slo, summarize, table
 from sched.policies import make_policy
 from sched.pressure import demand, offer, preempt_for
 from sched.router import ROUTERS, Router, Tiers, named
+from sched.simulated_prompts import Prompts
 from sched.simulated_routes import Routes
 from sched.simulator import TIME_SLICED, Arrival, Replica, Simulation, Turn
 from sched.slowdown import complete
@@ -77,7 +78,9 @@ class SimulatedPool:
         self.pool.table.check()
 
 
-def replicas_of(made: Sequence[SimulatedPool], costs: dict[str, StepCost], now: "Now") -> list[Replica]:
+def replicas_of(
+    made: Sequence[SimulatedPool], costs: dict[str, StepCost], now: "Now", prompts: Prompts
+) -> list[Replica]:
     """Those of each model on its pools, in the order of its placement; with `tp` each takes so many of them."""
     found = []
     # as one pool after the other has them
@@ -91,13 +94,15 @@ def replicas_of(made: Sequence[SimulatedPool], costs: dict[str, StepCost], now: 
                 f"models[{model.entry.name}].placement must name {tp} GPUs for each replica, as tp says, got {len(pools)}"
             )
         found += [
-            make_replica(model, pools[i : i + tp], costs[model.entry.name], now)
+            make_replica(model, pools[i : i + tp], costs[model.entry.name], now, prompts)
             for i in range(0, len(pools), tp)
         ]
     return found
 
 
-def make_replica(model: ResolvedModel, pools: Sequence[SimulatedPool], cost: StepCost, now: "Now") -> Replica:
+def make_replica(
+    model: ResolvedModel, pools: Sequence[SimulatedPool], cost: StepCost, now: "Now", prompts: Prompts
+) -> Replica:
     """With a rank on each of `pools`; it takes part in sharing them as a worker does."""
     entry, leader = model.entry, pools[0].pool
     if len(pools) == 1:
@@ -145,7 +150,10 @@ def make_replica(model: ResolvedModel, pools: Sequence[SimulatedPool], cost: Ste
         share.turn()
 
     names = tuple(pool.name for pool in pools)
-    return Replica(f"{entry.name}@{'+'.join(names)}", entry.name, names, batcher, after)
+    keys = prompts.keys(block_tokens) if entry.enable_prefix_caching else None
+    replica = Replica(f"{entry.name}@{'+'.join(names)}", entry.name, names, batcher, after, keys=keys)
+    replica.move_s = per_block_s
+    return replica
 
 
 class Now:
@@ -169,6 +177,7 @@ def arrivals_of(workload: Workload, slos: dict[str, Slo]) -> list[Arrival]:
             r.output_tokens,
             slos[r.model].first_s(r.prompt_tokens) if r.ttft_slo_s is None else r.ttft_slo_s,
             slos[r.model].tpot_s if r.tpot_slo_s is None else r.tpot_slo_s,
+            r.priority,
         )
         for r in workload.requests
     ]
@@ -181,24 +190,16 @@ def records_of(simulation: Simulation, workload: Workload) -> list[Record]:
         error = done.error or (OPEN if done.end_s is None else None)
         records.append(
             Record(
-                r.rid,
-                r.model,
-                r.arrival_s,
-                done.first_s,
-                done.end_s,
-                r.prompt_tokens,
-                r.output_tokens if done.end_s is not None else 0,
-                r.output_tokens,
-                error,
-                r.ttft_slo_s,
-                r.tpot_slo_s,
+                r.rid, r.model, r.arrival_s, done.first_s, done.end_s, r.prompt_tokens,
+                r.output_tokens if done.end_s is not None else 0, r.output_tokens, error, r.ttft_slo_s, r.tpot_slo_s,
+                cached_tokens=done.cached_tokens or 0,
             )
-        )
+        )  # fmt: skip
     return records
 
 
 def routes_of(
-    config: Config, router: str, slowdown: Mapping[tuple[str, str], float]
+    config: Config, router: str, slowdown: Mapping[tuple[str, str], float], prompts: Prompts
 ) -> tuple[Routes, dict[str, list[str]]]:
     """What routes requests as the front end would, groups by their policy, and the models of each group."""
     settings = {g.name: g for g in config.groups}
@@ -209,7 +210,7 @@ def routes_of(
         return Tiers(g.policy, g.margin, g.hysteresis, named(router))
 
     groups = {name: [m.name for m in config.models if m.group == name] for name in settings}
-    return Routes(make, {m.name: m.tier for m in config.models}, slowdown), groups
+    return Routes(make, {m.name: m.tier for m in config.models}, slowdown, prompts.marks), groups
 
 
 def slos_of(config: Config) -> dict[str, Slo]:
@@ -250,7 +251,8 @@ def simulate(
     trace: list[dict[str, Any]] | None = None,
 ) -> tuple[Simulation, list[Record], dict[str, Any]]:
     """The run, its records, and their summary.  ValueError for a model that the configuration does not serve."""
-    routes, groups = routes_of(config, router, slowdown)
+    prompts = Prompts(workload)
+    routes, groups = routes_of(config, router, slowdown, prompts)
     served = {m.entry.name for p in pools for m in p.models} | groups.keys()
     if unknown := set(workload.models) - served:
         raise ValueError(
@@ -270,7 +272,7 @@ def simulate(
                       "ts": begin_s * 1e6, "dur": (end_s - begin_s) * 1e6, "args": {"tokens": tokens}})  # fmt: skip
 
     simulation = Simulation(
-        replicas_of(made, costs, now),
+        replicas_of(made, costs, now, prompts),
         arrivals_of(workload, slos),
         route=routes,
         groups=groups,

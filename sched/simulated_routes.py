@@ -1,13 +1,13 @@
 """The routers of sched/router.py in a simulation: what a front end would know of a replica, read from its Batcher.
 
-A simulated front end knows the cost model in place of what it saw steps take, and the same queues.  It does not look at
-how long answers will be, and it has no prefix cache: nothing in a simulation does.
+A simulated front end knows the cost model in place of what it saw steps take, and the same queues; of prompts that wait it
+does not take off what is cached.  It does not look at how long answers will be.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 from sched.latency import StepCost
-from sched.router import ReplicaState, Router, RouteRequest, least_ttft
+from sched.router import NOTHING, Marks, Recent, ReplicaState, Router, RouteRequest, least_ttft
 from sched.simulator import DECODE, IDLE, PREFILL, TIME_SLICED, Arrival, Replica
 from sched.step import Chunk
 
@@ -17,15 +17,17 @@ ENDS_WEIGHT = 0.1
 
 class Routes:
     """A `route` of a Simulation.  `make(name)` gives the router of a name that requests have, `tiers` the tier of each model;
-    `slowdown` as the Simulation's.  `chosen` counts requests by their name and the model that got them."""
+    `slowdown` as the Simulation's; `marks` of a prompt, by which caches are guessed.  `chosen` counts requests by their name and the model that got them."""
 
     def __init__(
         self,
         make: Callable[[str], Router] = lambda name: least_ttft,
         tiers: Mapping[str, int] | None = None,
         slowdown: Mapping[tuple[str, str], float] = TIME_SLICED,
+        marks: Callable[[Arrival], Marks] | None = None,
     ) -> None:
-        self._make, self._tiers, self._slowdown = make, tiers or {}, slowdown
+        self._make, self._tiers, self._slowdown, self._marks = make, tiers or {}, slowdown, marks
+        self._recent: dict[str, Recent] = {}  # by replica
         self._routers: dict[str, Router] = {}
         self._ends: dict[
             str, tuple[float, int, float]
@@ -37,10 +39,13 @@ class Routes:
         """Where nobody takes the request the first is asked, and says why not."""
         if arrival.model not in self._routers:
             self._routers[arrival.model] = self._make(arrival.model)
-        ask = RouteRequest(arrival.prompt_tokens, arrival.ttft_s, arrival.tpot_s)
+        marks = self._marks(arrival) if self._marks is not None else ()
+        ask = RouteRequest(arrival.prompt_tokens, arrival.ttft_s, arrival.tpot_s, marks)
         states = [self.state(r, arrival, now) for r in replicas]
         found = self._routers[arrival.model](ask, states)
         chosen = replicas[0] if found is None else replicas[states.index(found)]
+        if marks and chosen.keys is not None:
+            self._recent.setdefault(chosen.name, Recent()).add(marks)
         counts = self.chosen.setdefault(arrival.model, {})
         counts[chosen.model] = counts.get(chosen.model, 0) + 1
         return chosen
@@ -72,6 +77,7 @@ class Routes:
             decode_s=decode * (cost.decode_s(decodes + 1, context) - step_s) / (decodes + 1),
             most_running=limits.max_running,
             end_s=self._end_s(replica, now),
+            recent=self._recent.get(replica.name, NOTHING),
             takes=longest <= limits.max_model_len and batcher._queue.num_new < limits.max_waiting,
         )
 

@@ -45,13 +45,14 @@ class Arrival(NamedTuple):
 @dataclass(slots=True)
 class Record:
     """What became of an arrival: `first_s` and `end_s` when its first and last token came out, None where they did not.
-    `error`: why it was refused."""
+    `error`: why it was refused; `cached_tokens` of the prompt were not computed, None before it began or without a cache."""
 
     arrival: Arrival
     replica: str = ""
     first_s: float | None = None
     end_s: float | None = None
     error: str | None = None
+    cached_tokens: int | None = None
 
 
 class Replica:
@@ -59,10 +60,11 @@ class Replica:
     with.  `after(step_s)` is called when steps have ended, with the mean seconds of one, and with None while there is
     nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts.  `use`: the part of a
     device that a step in a phase keeps busy, less than all on some of its multiprocessors; those that run slow each other
-    down where they want more than all of it together."""
+    down where they want more than all of it together.  `keys` of the blocks of a prompt, where it has a prefix cache.
+    `move_s`: of one block that compaction copies before a step."""
 
-    __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "beside", "cost", "devices", "generation", "k", "model", "name",
-                 "phase", "plan", "stalled", "steps", "use")  # fmt: skip
+    __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "beside", "cost", "devices", "generation", "k", "keys", "model",
+                 "move_s", "name", "phase", "plan", "stalled", "steps", "use")  # fmt: skip
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Replica:
         after: Callable[[float | None], None] | None = None,
         cost: StepCost | None = None,
         use: Mapping[str, float] = WHOLE,
+        keys: Callable[[Arrival], tuple[bytes, ...]] | None = None,
     ) -> None:
         cost = cost or batcher.cost
         if cost is None:
@@ -80,7 +83,7 @@ class Replica:
         if not devices or len(set(devices)) != len(devices):
             raise ValueError(f"replica {name!r} needs different devices, and one at least, got {devices}")
         self.name, self.model, self.devices, self.batcher, self.after = name, model, devices, batcher, after
-        self.cost, self.use = cost, use
+        self.cost, self.use, self.keys, self.move_s = cost, use, keys, 0.0
         self.beside: tuple[tuple[Replica, ...], ...] = ()  # of each device, the others on it
         self.plan: StepPlan | None = None
         self.phase = IDLE
@@ -226,6 +229,7 @@ class Simulation:
             ttft_s=arrival.ttft_s,
             tpot_s=arrival.tpot_s,
             priority=arrival.priority,
+            keys=() if replica.keys is None else replica.keys(arrival),
         )
         try:
             replica.batcher.add(request)
@@ -289,6 +293,8 @@ class Simulation:
             else:
                 replica.plan = plan
                 phase = PREFILL if plan.chunks else DECODE
+                if plan.joins and replica.keys is not None:
+                    self._joined(plan)
         self._enter(replica, phase)
         if replica.plan is None:
             return
@@ -298,9 +304,19 @@ class Simulation:
         replica.a_s = cost.step_s(len(plan.decode), plan.context, plan.chunks) * factor
         replica.b_s = cost.slope_s(len(plan.decode)) * factor
         replica.k = batcher.horizon() if self._stretch else 1
+        if plan.moves:
+            replica.a_s += len(plan.moves) * replica.move_s * factor
+            replica.k = 1  # the steps behind it have none
         self._schedule(replica)
         if self._trace is not None:
             self._trace(replica, self.now, replica.end_of(1), replica.plan.num_tokens)
+
+    def _joined(self, plan: StepPlan) -> None:
+        starts = {chunk.rid: chunk.start for chunk in plan.chunks}
+        for rid in plan.joins:
+            record = self.records[rid]
+            if record.cached_tokens is None:  # else it was preempted, and finds its own
+                record.cached_tokens = starts[rid]
 
     def _enter(self, replica: Replica, phase: str) -> None:
         """Whoever runs beside a replica that changes its phase goes on at another pace from its next step on."""

@@ -86,6 +86,23 @@ def test_memory_that_is_short_moves_between_the_models(config: Path) -> None:
     assert sum(calm["simulated"]["preemptions"].values()) == 0
 
 
+def test_prompts_that_begin_alike_find_their_prefix(config: Path) -> None:
+    asked = [Request(0, "deep", 0.5 * i, 100, 10, prefix=0, prefix_tokens=64, priority=i) for i in range(5)]
+    shared = Workload(ordered(asked), duration_s=3.0)
+    found = []
+    for caching in (True, False):
+        settled = load_config(str(config))
+        models = tuple(dataclasses.replace(m, enable_prefix_caching=caching) for m in settled.models)
+        settled = dataclasses.replace(settled, models=models)
+        pools = plan_memory(settled)
+        costs = {m.entry.name: simulate.cost_of(m, "h100") for p in pools for m in p.models}
+        block = pools[0].models[0].layout.block_tokens
+        simulation, _, summary = simulate.simulate(settled, shared, costs, pools)
+        found.append(summary["cached_tokens"])
+        assert [r.arrival.priority for r in simulation.records.values()] == [0, 1, 2, 3, 4]
+    assert found == [4 * (64 // block * block), 0]
+
+
 def test_a_trace_holds_every_step(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, trace = write(tmp_path / "w.jsonl", workload(30)), tmp_path / "trace.json"
     assert simulate.main([str(config), file, "--trace", str(trace)]) == 0

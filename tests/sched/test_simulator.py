@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.simulator import DECODE, PREFILL, Arrival, Replica, Simulation, Turn
+from sched.step import Move, StepPlan
 from tests.sched.witness import Sets
 
 COST = StepCost(base_s=8e-3, per_decode_s=5e-5, per_prefill_token_s=2.3e-5, per_context_token_s=1.6e-8)
@@ -65,6 +67,27 @@ def test_stretches_end_when_single_steps_do(seed: int, tight: bool) -> None:
         assert record.replica == other.replica
         assert record.first_s == pytest.approx(other.first_s, abs=1e-9)
         assert record.end_s == pytest.approx(other.end_s, abs=1e-9)
+
+
+def test_copies_of_compaction_take_time_and_end_a_stretch() -> None:
+    ends = []
+    for move_s, moves in ((0.0, 3), (0.01, 0), (0.01, 3)):
+        one = replica("a", "a", "gpu0")
+        one.move_s, plan = move_s, one.batcher.plan
+
+        def once(now: float, plan=plan, moves=moves, given=[]) -> StepPlan:  # type: ignore[no-untyped-def]  # noqa: B006
+            given.append(plan(now))
+            # the second step is one of decodes alone
+            return replace(given[-1], moves=(Move(0, 0),) * moves) if len(given) == 2 else given[-1]
+
+        one.batcher.plan = once  # type: ignore[method-assign]
+        simulation = Simulation([one], [Arrival(0.0, 0, "a", 100, 30)])
+        simulation.run()
+        ends.append((simulation.records[0].end_s, one.steps))
+    (free, steps), without, (paid, paid_steps) = ends
+    assert (free, steps) == pytest.approx(without)
+    assert paid == pytest.approx(free + 3 * 0.01)
+    assert paid_steps == steps
 
 
 def test_the_same_arrivals_give_the_same_records() -> None:
