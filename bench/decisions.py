@@ -9,6 +9,7 @@ Times are of the CPU, as other work on the machine would be part of those on the
 """
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -21,6 +22,7 @@ from typing import Any
 from bench.scheduling_tables import decisions_table
 from bench.slabs_paths import quantile
 from minserve.kv_share import KvShare
+from minserve.loop import COLLECT_AFTER
 from minserve.pool import LeasedSets, SlabPool
 from minserve.quota_writer import QuotaWriter
 from sched.batching import Batcher
@@ -135,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
     args = parser.parse_args(argv)
+    gc.set_threshold(COLLECT_AFTER)  # as in a worker
     names = ("slack", "fcfs", "saab", "prism") if args.quick else tuple(POLICIES)
     rows = [time_plans(name, 150 if args.quick else 1000, args.seed) for name in names]
     quota = time_quota(50 if args.quick else 500)
