@@ -181,11 +181,11 @@ def test_any_value_is_read_or_refused(bits: int, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("pattern", ["(?:.|.)*!", ".?" * 40 + "." * 40, ".*" * 8 + "!", "(a+)+$"])
 def test_patterns_that_send_re_back_and_forth_are_matched_at_once(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     ct = read_config(config() | {"ignore": [f"re:{pattern}"]})
     assert ct is not None
     assert ct.match("model.layers.0.self_attn.q_proj") is not None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_no_name_is_matched_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,17 +60,17 @@ SLOW = (
 
 @pytest.mark.parametrize("text", SLOW, ids=lambda t: t[:20])
 def test_no_pattern_takes_long(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert not NamePattern(text, Budget()).matches(NAME)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("text", ["(?:a{1000}){1000}", "((){1000}){1000}", "(?:(?:.?){999}){999}"])
 def test_patterns_that_are_too_large_are_refused_soon(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match="takes too long"):
         NamePattern(text, Budget())
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_work_of_all_patterns_is_bounded() -> None:
