@@ -13,7 +13,6 @@ from bench.quality import Score, Window, windows
 from bench.variants import is_quantized
 from quant.__main__ import main as quantize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
 

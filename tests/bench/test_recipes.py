@@ -18,7 +18,6 @@ from quant.ptq.rotate import hadamard
 from quant.rtn import quantize
 from quant.scheme import ONLINE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 IDS = [5, 300, 17, 42, 900, 8, 77, 301, 64, 3]
 

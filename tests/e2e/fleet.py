@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from minserve import LLM
 from minserve.agent import Agent
@@ -56,16 +55,14 @@ class Heard:
 
 
 def alone(folder: Path, prompts: Iterable[list[int]], **keys: Any) -> list[Any]:
-    """What each prompt is answered by a model that has an engine, a pool and the machine to itself; on one thread."""
-    heard, threads = [Heard() for _ in prompts], torch.get_num_threads()
-    torch.set_num_threads(1)
+    """What each prompt is answered by a model that has an engine, a pool and the machine to itself."""
+    heard = [Heard() for _ in prompts]
     with LLM(folder, device="cpu", pool_bytes=16 << 20, **keys) as llm:
         for rid, prompt in enumerate(prompts):
             llm.engine.add(EngineRequest(rid=rid, prompt=tuple(prompt), params=PARAMS))
         while llm.engine.has_work:
             for event in llm.engine.step():
                 heard[event.rid].token(event)
-    torch.set_num_threads(threads)
     return [h.said for h in heard]
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from minserve import LLM, SamplingParams
 from minserve.engine import EngineRequest
@@ -55,15 +54,13 @@ def prompts(n: int, length: int, seed: int) -> list[list[int]]:
 
 
 def alone(folder: Path, asked: Asked) -> list[list[int]]:
-    heard, threads = [Heard() for _ in asked], torch.get_num_threads()
-    torch.set_num_threads(1)
+    heard = [Heard() for _ in asked]
     with LLM(folder, device="cpu", pool_bytes=32 << 20, **KEYS) as llm:
         for rid, (prompt, params) in enumerate(asked):
             llm.engine.add(EngineRequest(rid=rid, prompt=tuple(prompt), params=params))
         while llm.engine.has_work:
             for event in llm.engine.step():
                 heard[event.rid].token(event)
-    torch.set_num_threads(threads)
     return [h.tokens for h in heard]
 
 

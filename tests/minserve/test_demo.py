@@ -137,10 +137,7 @@ def test_a_content_part_list_reads_as_its_text(tokenizer):
 
 @pytest.fixture(scope="module")
 def model():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small are slower on two
-    yield LlamaForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-    torch.set_num_threads(threads)
+    return LlamaForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
 
 
 def complete(model, tokenizer, text: str, max_new: int) -> str:

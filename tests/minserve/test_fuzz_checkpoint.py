@@ -12,12 +12,10 @@ import random
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from minserve import LLM
 from minserve.checkpoint import Checkpoint
@@ -139,12 +137,12 @@ def fuzz(bases: list[Path], at: Path, count: int, seed: int) -> Counter[str]:
             if file != victim:
                 os.link(file, folder / file.name)
         (folder / victim.name).write_bytes(damaged(victim.read_bytes(), victim.suffix == ".safetensors", r))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             outcome = load(folder, r.choice(LENGTHS))
         except Exception as error:
             raise AssertionError(f"case {seed}/{i}, {base.name}/{victim.name}: {error!r:.300}") from error
-        took = time.perf_counter() - start
+        took = time.process_time() - start
         assert took < SECONDS, f"case {seed}/{i}, {base.name}/{victim.name}: {took:.1f} s"
         outcomes[outcome] += 1
         outcomes[f"{outcome} {victim.suffix}"] += 1
@@ -159,16 +157,6 @@ def test_the_bases_load(bases: list[Path]) -> None:
     assert {base.name: load(base) for base in bases} == dict.fromkeys(NAMES, "loaded")
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors of a few hundred bytes gain nothing from a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_damage_is_a_clear_error_or_no_harm(bases: list[Path], tmp_path: Path) -> None:
     outcomes = fuzz(bases, tmp_path, 1000, seed=1)
     print(outcomes)
@@ -181,7 +169,6 @@ def test_damage_is_a_clear_error_or_no_harm(bases: list[Path], tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_damage_many_times(bases: list[Path], tmp_path: Path) -> None:
     outcomes = fuzz(bases, tmp_path, 10_000, seed=2)
     print(outcomes)

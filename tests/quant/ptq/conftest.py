@@ -1,9 +1,5 @@
-"""One thread: on matrices this small a second one only waits for the first, a hundred times longer on a busy machine.
+"""A tiny model with its calibration text, for the tests of the command."""
 
-And a tiny model with its calibration text, for the tests of the command.
-"""
-
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +28,6 @@ WORDS = [
     "run",
     "home",
 ]
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
