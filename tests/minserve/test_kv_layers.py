@@ -110,10 +110,11 @@ def test_what_cannot_be_is_refused(folder: Path, overrides: Any, says: str) -> N
         resolve_model(Config.single(folder, kv_dtype_overrides=overrides).models[0], "cpu")
 
 
-def test_layers_of_fewer_bytes_share_slabs() -> None:
+@pytest.mark.parametrize("runs", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_layers_of_fewer_bytes_share_slabs(runs: int) -> None:
     """No byte of a set belongs to two layers, none lies outside its slab, and little is left over."""
     rng = random.Random(3)
-    for _ in range(40):
+    for _ in range(runs):
         formats = [rng.choice(("bf16", "int8", "int4", "int4z")) for _ in range(rng.randint(2, 48))]
         sizes = tuple(KvLayout(fmt, 8, 128, 32).block_bytes for fmt in formats)
         shape = ModelShape(
