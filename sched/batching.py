@@ -117,20 +117,8 @@ class Batcher:
             budget = self.policy.budget(load)
             chunks = self._prefill(load, budget if most is None else min(budget, most), grants, joined)
         seconds = self._forecast.seconds(load, chunks)
-        left, joins = tuple(self._left), tuple(self._joins)
-        plan = StepPlan(
-            step,
-            decode,
-            tuple(chunks),
-            tuple(grants),
-            left,
-            joins,
-            seconds,
-            load.context,
-            moves,
-            patches,
-            shed,
-        )
+        named = tuple(chunks), tuple(grants), tuple(self._left), tuple(self._joins)
+        plan = StepPlan(step, decode, *named, seconds, load.context, moves, patches, shed)
         self._left.clear()
         self._joins.clear()
         if not plan.empty:
@@ -158,10 +146,7 @@ class Batcher:
         k = end - step + 1
         free = self.blocks.num_available
         if free < len(self._running) * (1 + k // self.blocks.block_tokens):
-            for j in range(1, k):
-                free -= self._running.num_due(step + j)
-                if free < 0:
-                    return j
+            return self._running.steps_within(free, step, k)
         return k
 
     def advance(self, plan: StepPlan, k: int, now: float, stopped: Iterable[int] = ()) -> tuple[int, ...]:
@@ -345,14 +330,18 @@ class Batcher:
         assert flight.plan.step == first == self._step - 1, f"step {first} is not the only one planned"
         alike = not (flight.plan.chunks or flight.ending or self._paused)
         assert alike, f"step {first} ends or prefills a request: it cannot be repeated"
-        for step in range(first + 1, first + k):
-            assert not flight.ending, (
-                f"a request ended in step {step - 1}, {k} steps from {first} are no repetition"
-            )
-            assert self._running.num_due(step) <= self.blocks.num_available, f"step {step} is short of blocks"
-            self._grow(step)
-            flight.ending = self._running.tick(step)
-        self._step = first + k
+        running, last = self._running, first + k - 1
+        end = running.next_end()
+        assert end is None or end >= last, (
+            f"one ended in step {end}: {k} steps from {first} are no repetition"
+        )
+        due = [seq for step in range(first + 1, last + 1) for seq in running.due(step)]
+        blocks = self.blocks.allocate(len(due)) if due else ()
+        assert blocks is not None, f"steps {first + 1} to {last} are short of blocks: {len(due)=}"
+        for seq, block in zip(due, blocks, strict=True):
+            seq.blocks.append(block)
+        flight.ending = running.tick(last, k - 1)
+        self._step = last + 1
         for seq in flight.ending:
             del self._active[seq.rid]
             seq.last = first  # the flight that stands for all of them

@@ -19,6 +19,7 @@ from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 
 # the key of a cached block, and the step that wrote it
 Entry = tuple[bytes, int]
+UNKNOWN: Entry = (b"", -1)
 
 
 class BlockPool(HeldSets):
@@ -108,7 +109,7 @@ class BlockPool(HeldSets):
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less.  The last one frees the block, and its set may go back to the source; or makes it idle:
         those released first are the first to be evicted."""
-        live, shared, slots = self._live, self._shared, self.slots
+        live, shared, free_of, idle, slots = self._live, self._shared, self._free, self._idle, self.slots
         for block in blocks:
             if shared and block in shared:
                 if shared[block] > 1:
@@ -116,19 +117,19 @@ class BlockPool(HeldSets):
                 else:
                     del shared[block]
                 continue
-            try:
-                entry = live.pop(block)
-            except KeyError:
-                raise _not_allocated(block) from None
-            self.num_released += 1
+            entry = live.pop(block, UNKNOWN)
             if entry is not None:
+                if entry is UNKNOWN:
+                    raise _not_allocated(block)
+                self.num_released += 1
                 self._rest(block, entry)
                 continue
-            free = self._free[block >> SLOT_BITS]
-            free.append(block)
+            self.num_released += 1
             self.num_free += 1
+            free = free_of[block >> SLOT_BITS]
+            free.append(block)
             # most change nothing else, and the call would be a third of what a block costs
-            if not 1 < len(free) < slots or self._idle:
+            if not 1 < len(free) < slots or idle:
                 self._settle(block >> SLOT_BITS, free)
 
     # -- the cache

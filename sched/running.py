@@ -4,6 +4,7 @@ Per block phase a bucket of those that need a block in steps = phase mod P; per 
 there; per TPOT a heap of who is due first.  Steps are numbered by the Batcher and have no gaps.
 """
 
+from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 
 from sched.sequence import Seq, State
@@ -60,12 +61,21 @@ class Running:
         seq.state = state
         self.context -= seq.total
 
-    def due(self, step: int) -> list[Seq]:
-        """Who needs one more block before `step`."""
-        return list(self._ring[step % self.block_tokens].values())
+    def due(self, step: int) -> Collection[Seq]:
+        """Who needs one more block before `step`.  A view: of this moment only."""
+        return self._ring[step % self.block_tokens].values()
 
     def num_due(self, step: int) -> int:
         return len(self._ring[step % self.block_tokens])
+
+    def steps_within(self, blocks: int, step: int, most: int) -> int:
+        """Steps from `step` on, at most so many, for which those that decode need no more than `blocks` after the first."""
+        ring, P = self._ring, self.block_tokens
+        for later in range(1, most):
+            blocks -= len(ring[(step + later) % P])
+            if blocks < 0:
+                return later
+        return most
 
     def growth(self, step: int, ahead: int) -> int:
         """Blocks that those who run after `step` need in the `ahead` steps behind it."""
@@ -77,9 +87,10 @@ class Running:
             (last - end) // self.block_tokens * len(s) for end, s in self._ends.items() if end < last
         )
 
-    def tick(self, step: int) -> list[Seq]:
-        """`step` is planned: everyone is one token longer.  Those whose last token it was stop here."""
-        self.context += len(self._seqs)
+    def tick(self, step: int, steps: int = 1) -> list[Seq]:
+        """So many steps up to `step` are planned: everyone is as many tokens longer.  Those whose last token is that of
+        `step` stop here; nobody's is before it."""
+        self.context += len(self._seqs) * steps
         ended = list(self._ends.pop(step, {}).values())
         while self._end_steps and self._end_steps[0] <= step:
             heappop(self._end_steps)

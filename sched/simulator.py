@@ -301,7 +301,10 @@ class Simulation:
         factor = self._factor(replica)
         replica.begun_s = self.now
         plan, cost = replica.plan, replica.cost
-        replica.a_s = cost.step_s(len(plan.decode), plan.context, plan.chunks) * factor
+        known = cost is batcher.cost  # and has just predicted this step
+        replica.a_s = (
+            plan.seconds if known else cost.step_s(len(plan.decode), plan.context, plan.chunks)
+        ) * factor
         replica.b_s = cost.slope_s(len(plan.decode)) * factor
         replica.k = batcher.horizon() if self._stretch else 1
         if plan.moves:
@@ -330,11 +333,14 @@ class Simulation:
     def _factor(self, replica: Replica) -> float:
         """Of the slowest of its devices."""
         more, phase = self._slowdown, replica.phase
-        others = max(
-            sum(more[phase, o.phase] * o.use[o.phase] for o in beside if o.phase != IDLE)
-            for beside in replica.beside
-        )
-        return max(1.0, replica.use[phase] + others)
+        worst = 0.0
+        for beside in replica.beside:
+            others = 0.0
+            for other in beside:
+                if other.phase != IDLE:
+                    others += more[phase, other.phase] * other.use[other.phase]
+            worst = max(worst, others)
+        return max(1.0, replica.use[phase] + worst)
 
     def _cut(self, replica: Replica) -> None:
         """The step under way is the last of its stretch."""

@@ -140,5 +140,5 @@ def test_a_stretch_past_an_end_is_refused() -> None:
     b.add(requests([0], output=5)[0])
     b.advance(b.plan(0.0), 1, 0.0)
     plan = b.plan(0.0)
-    with pytest.raises(AssertionError, match="ended in step"):
+    with pytest.raises(AssertionError, match="one ended in step"):
         b.advance(plan, 5, 1.0)
