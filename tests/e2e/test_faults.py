@@ -151,7 +151,7 @@ def test_sigterm_drains_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
         for reader in readers:
             reader.begun.wait(20)
         server.signal(signal.SIGTERM)
-        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5)
+        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 20)
         refused = complete(server, "a")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         assert [r.events[-1] for r in readers] == [None] * 4, "lost in the drain"

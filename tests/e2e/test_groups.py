@@ -91,7 +91,7 @@ def test_what_is_served_and_what_rests(server: Server, client: openai.OpenAI) ->
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_asleep")
         assert http.get("/ready?model=any").status_code == 503
         assert http.post("/admin/models/absent/load").status_code == 200
-        wait_for(lambda: http.get("/ready?model=any").status_code == 200, 10)
+        wait_for(lambda: http.get("/ready?model=any").status_code == 200, 60)
         assert by(client, "any") == "absent"
         for name in ("fp16", "w8"):
             assert http.post(f"/admin/models/{name}/wake").status_code == 200

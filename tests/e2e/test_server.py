@@ -16,7 +16,16 @@ from minserve import metrics
 from minserve.request_metrics import OUTCOMES
 from minserve.text import Tokenizer
 from tests.e2e.oracle import BREAK, LATE_COMPILES, SLOW, SPEAK, oracle_tokens
-from tests.e2e.running import VOCAB, Server, events, running, wait_for, write_config, write_model
+from tests.e2e.running import (
+    REQUEST_S,
+    VOCAB,
+    Server,
+    events,
+    running,
+    wait_for,
+    write_config,
+    write_model,
+)
 
 TEXTS = ["🙂 and 日本語 мир", "👨‍👩‍👧 family", "naïve — “quoted”"]
 
@@ -226,11 +235,12 @@ def test_a_failure_in_mid_stream_is_an_event_and_a_cut(server: Server, client: o
 
     def let_it_break() -> None:
         """Another request; before there is anything to read a failure is a status."""
-        whole = httpx.post(f"{server.url}/v1/completions", json={"model": "a", "prompt": [BREAK]})
+        asked = {"model": "a", "prompt": [BREAK]}
+        whole = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=REQUEST_S)
         assert whole.status_code == 500
 
     got: list[bytes] = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as r:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=REQUEST_S) as r:
         parts = r.iter_raw()
         got.append(next(parts))
         let_it_break()
@@ -331,7 +341,7 @@ def test_keys_guard_every_route_that_is_not_public(tmp_path: Path) -> None:
     write_model(tmp_path / "m")
     (tmp_path / "keys").write_text("# two\nkey-one\nkey-two\n")
     config = write_config(tmp_path, [{"name": "a", "path": "m"}], api_keys_file="keys")
-    with running(config) as server, httpx.Client(base_url=server.url) as http:
+    with running(config) as server, httpx.Client(base_url=server.url, timeout=REQUEST_S) as http:
         for method, path in [*(("GET", p) for p in GETS), *(("POST", p) for p in POSTS)]:
             for key in WRONG_KEYS:
                 answer = http.request(method, path, headers={"authorization": key})
