@@ -168,9 +168,10 @@ class Slack(Policy):
         if not self._num:
             return ()
         late = self._overdue(load.begin_s)
-        found = self._timely[:LOOK]
         # whoever is given up on a wrong prediction is lost: as if it had the whole step, and neighbours a quarter of the time
         room, pace = self.limits.max_step_tokens - load.decodes, (3 + self.pace) / 4
+        soon_s = self._surely_s(load, room, pace)
+        found = [entry for entry in self._timely[:LOOK] if entry[1] < soon_s]
         most = self._tokens_by(load, [e[1] for e in found], room, pace)
         for entry, tokens in zip(found, most, strict=True):
             if entry[4] > tokens:
@@ -199,9 +200,11 @@ class Slack(Policy):
             found = self._find_shortest()
         if found and self.cost is not None:
             ahead = load.prefill_tokens
-            most = self._tokens_by(load, [e[1] for e in found], self._room(load), self.pace * MARGIN)
+            room, pace = self._room(load), self.pace * MARGIN
             prompts = [e[4] for e in found]
-            if sum(prompts) + ahead > min(most):
+            [least] = self._tokens_by(load, [min([e[1] for e in found])], room, pace)
+            if sum(prompts) + ahead > least:
+                most = self._tokens_by(load, [e[1] for e in found], room, pace)
                 kept = pick_shortest(prompts, [tokens - ahead for tokens in most], range(len(found)))
                 found = [found[i] for i in sorted(kept)]
         self._chosen = deque(found)
@@ -215,6 +218,12 @@ class Slack(Policy):
         for _, _, _, entry in self._short[len(found) : LOOK]:
             insort(found, entry)
         return found
+
+    def _surely_s(self, load: Load, room: float, pace: float) -> float:
+        """Whose deadline is then or later is in time alone, however long the prompt."""
+        longest = self.limits.max_model_len + 1
+        steps = max(1.0, longest / max(room, 1))
+        return load.begin_s + (load.decode_s * steps + self._token_s * longest) * pace
 
     def _tokens_by(self, load: Load, due_s: Sequence[float], room: float, pace: float) -> list[float]:
         """How many tokens of prompts are computed by each of the deadlines, with `room` for them in a step."""
