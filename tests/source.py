@@ -21,6 +21,12 @@ def tree(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(), filename=str(path))
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All of `tree`; many checks walk over it."""
+    return tuple(ast.walk(tree(path)))
+
+
 def module(path: Path) -> str:
     """`quant.formats.compressed_tensors` for its path; a package has the name of its folder."""
     parts = path.with_suffix("").parts
@@ -29,7 +35,7 @@ def module(path: Path) -> str:
 
 def imported(path: Path, *, at_import: bool = False) -> Iterator[tuple[int, str]]:
     """(line, module) for each import, lazy and typing ones too; `at_import`: only those that importing the file runs."""
-    for node in _at_import(tree(path)) if at_import else ast.walk(tree(path)):
+    for node in _at_import(tree(path)) if at_import else nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

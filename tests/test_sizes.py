@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source import PACKAGES, ROOT, files, tree
+from tests.source import PACKAGES, ROOT, files, nodes, tree
 
 MAX_FILE, MAX_FUNCTION, MAX_JIT, MAX_ARGS = 400, 60, 100, 8
 # homes named after nothing, and names that shadow a standard module when a file is run by its path
@@ -35,7 +35,7 @@ Finding = Iterator[tuple[int, str]]
 
 
 def functions(path: Path) -> Iterator[Function]:
-    return (n for n in ast.walk(tree(path)) if isinstance(n, Function))
+    return (n for n in nodes(path) if isinstance(n, Function))
 
 
 def is_jit(f: Function) -> bool:
@@ -60,7 +60,7 @@ def wide_functions(path: Path) -> Finding:
 
 
 def banned_imports(path: Path) -> Finding:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             yield node.lineno, "relative import"
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -69,7 +69,7 @@ def banned_imports(path: Path) -> Finding:
 
 
 def banned_calls(path: Path) -> Finding:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name in BAD_CALLS and (str(path), name) not in ALLOWED_CALLS:
@@ -92,7 +92,7 @@ def banned_calls(path: Path) -> Finding:
 
 def swallowed_errors(path: Path) -> Finding:
     """A handler of everything must raise again or do something with the error it caught."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if not isinstance(node, ast.ExceptHandler):
             continue
         caught = "BaseException" if node.type is None else ast.unparse(node.type)
@@ -109,7 +109,7 @@ def swallowed_errors(path: Path) -> Finding:
 
 def open_addresses(path: Path) -> Finding:
     """As a default, an argument or a value; to compare with one or to show it is no harm."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         given: list[ast.expr | None] = []
         if isinstance(node, ast.arguments):
             given = [*node.defaults, *node.kw_defaults]
@@ -123,7 +123,7 @@ def open_addresses(path: Path) -> Finding:
 
 
 def global_state(path: Path) -> Finding:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Global):
             yield node.lineno, f"global {', '.join(node.names)}"
 
@@ -146,7 +146,7 @@ def docstring(path: Path) -> Finding:
 
 def open_devices(path: Path) -> Finding:
     """In a test: `auto` is another device where there is a GPU, and other numbers with it."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         called = isinstance(node, ast.Call) and ast.unparse(node.func) == "LLM"
         if called and not any(k.arg == "device" for k in node.keywords):
             yield node.lineno, "an LLM on whatever device is there"
