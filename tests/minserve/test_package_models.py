@@ -98,25 +98,45 @@ def package_config(groups: list[Group], kv: dict[str, Any] | None) -> dict[str, 
     }
 
 
-def written(cases: dict[str, tuple[list[Group], dict[str, Any] | None]], plain: Path, folder: Path) -> Read:
-    """Checkpoints in folders of `folder` named after the cases, and the package's logits."""
-    jobs = {n: {"plain": plain, "out": folder / n, "config": package_config(*c)} for n, c in cases.items()}
-    return read_clean(jobs, IDS, folder)
+def to_write(
+    cases: dict[str, tuple[list[Group], dict[str, Any] | None]], plain: Path, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Jobs for checkpoints in folders of `folder` named after the cases."""
+    return {n: {"plain": plain, "out": folder / n, "config": package_config(*c)} for n, c in cases.items()}
 
 
 Written = tuple[Path, Read]
 
 
 @pytest.fixture(scope="module")
-def package_models(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    folder = tmp_path_factory.mktemp("package")
-    return folder, written(CASES, plain, folder)
+def both(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]:
+    """What the package wrote, and what we wrote, as the package reads them: one process for both."""
+    theirs, ours = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("ours")
+    jobs = {f"theirs {n}": job for n, job in to_write(CASES, plain, theirs).items()}
+    for case in OURS:
+        write_ours(case, plain, ours / case)
+        jobs[f"ours {case}"] = {"path": ours / case, "dequantize": case == PACKED_ZEROS}
+    jobs["ours as it is"] = {"path": ours / PACKED_ZEROS}
+    read = read_clean(jobs, IDS, ours)
+
+    def of(whose: str) -> Read:
+        logits, errors = (
+            {n.removeprefix(whose): x for n, x in found.items() if n.startswith(whose)} for found in read
+        )
+        return Read(logits, errors)
+
+    return (theirs, of("theirs ")), (ours, of("ours "))
+
+
+@pytest.fixture(scope="module")
+def package_models(both: tuple[Written, Written]) -> Written:
+    return both[0]
 
 
 @pytest.fixture(scope="module")
 def more_package_models(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("package")
-    return folder, written(MORE, plain, folder)
+    return folder, read_clean(to_write(MORE, plain, folder), IDS, folder)
 
 
 def read_by_both(case: str, models: Written) -> None:
@@ -222,12 +242,8 @@ PACKED_ZEROS = "w4a8-zeros"
 
 
 @pytest.fixture(scope="module")
-def our_models(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    folder = tmp_path_factory.mktemp("ours")
-    for case in OURS:
-        write_ours(case, plain, folder / case)
-    jobs = {case: {"path": folder / case, "dequantize": case == PACKED_ZEROS} for case in OURS}
-    return folder, read_clean(jobs | {"as it is": {"path": folder / PACKED_ZEROS}}, IDS, folder)
+def our_models(both: tuple[Written, Written]) -> Written:
+    return both[1]
 
 
 @pytest.mark.parametrize("case", OURS)
