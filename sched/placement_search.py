@@ -2,8 +2,9 @@
 
 A step moves a replica, swaps two, adds or removes one, changes its degree of tensor parallelism or its share of the
 multiprocessors, or makes room for a model that has none by moving another; the first that improves is taken.  Where
-nothing does, the plan is kicked (a few steps at random) and climbed again.  The same seed gives the same plan: the
-budget counts plans looked at, not seconds.
+nothing does, the plan is kicked (a few steps at random) or ruined (one or two GPUs emptied and filled anew) and climbed
+again; the walk goes on from optima that are a little worse, too.  The same seed gives the same plan: the budget counts
+plans looked at, not seconds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from sched.placement_estimate import Estimate, Estimator
 BUDGET = 20_000
 BETTER = 1e-9
 KICK_STEPS = 3
+WORSE = 0.03  # than where it is now: so far the walk from optimum to optimum goes down
 ANEW = 5  # of so many kicks one after the other in vain, one begins elsewhere
 PATIENCE, PATIENCE_EACH = (
     30,
@@ -122,9 +124,10 @@ class Search:
         if any(r.tp > 1 for of in self.options for r in of):
             yield self.greedy(by_work, lean=True)
 
-    def greedy(self, order: Sequence[int], *, roomiest: bool = False, lean: bool = False) -> Plan:
-        """`lean`: with the fewest ranks for which there is memory."""
-        plan: Plan = ()
+    def greedy(
+        self, order: Sequence[int], plan: Plan = (), *, roomiest: bool = False, lean: bool = False
+    ) -> Plan:
+        """What these models add to the plan.  `lean`: with the fewest ranks for which there is memory."""
         for i in order:
             wanted = self.problem.models[i].replicas or len(self.problem.models[i].places) or 1
             for _ in range(wanted):
@@ -268,6 +271,16 @@ class Search:
             plan = new if new is not None else plan
         return plan
 
+    def ruined(self, plan: Plan) -> Plan:
+        """One or two GPUs are emptied, and who was there is placed anew, in an order by chance."""
+        used = sorted({g for r in plan for g in r.gpus})
+        if not used:
+            return plan
+        empty = set(self.rng.sample(used, min(len(used), self.rng.randint(1, 2))))
+        rest = tuple(r for r in plan if not empty & set(r.gpus))
+        gone = sorted({r.model for r in plan} - {r.model for r in rest})
+        return self.greedy(self.rng.sample(gone, len(gone)), rest)
+
     def anew(self) -> Plan:
         """A greedy plan, the models in an order by chance."""
         n = len(self.problem.models)
@@ -280,8 +293,13 @@ class Search:
             if found > value:
                 best, value = plan, found
         vain, most = 0, PATIENCE + PATIENCE_EACH * len(self.problem.models)
-        while best and not self.spent and vain < most:
-            plan, found = self.climb(self.kick(best) if (vain + 1) % ANEW else self.anew())
+        at, level = best, value
+        while best and at and not self.spent and vain < most:
+            turn = (vain + 1) % ANEW
+            start = self.anew() if not turn else self.ruined(at) if turn % 2 else self.kick(at)
+            plan, found = self.climb(start)
+            if found > level - WORSE:
+                at, level = plan, found
             vain = 0 if found > value + BETTER else vain + 1
             if found > value - BETTER:
                 best, value = plan, found

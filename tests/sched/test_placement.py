@@ -21,7 +21,7 @@ from sched.placement import (
 from sched.placement_estimate import Estimator
 from sched.placement_exhaustive import exhaustive, plans
 from sched.placement_moves import Migration, changes, replan
-from sched.placement_search import groups_of, options, solve
+from sched.placement_search import Search, groups_of, options, solve
 from sched.placement_simulate import Pool, Scorer, Sets, replicas_of, requests
 from sched.placement_why import shortfalls
 from sched.simulator import Simulation
@@ -60,6 +60,24 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     p = problem(7, gpus=3, seed=1)
     first, again = (solve(p, seed=4, budget=600) for _ in range(2))
     assert first == again
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_was_on_an_emptied_gpu_is_placed_anew_and_nobody_else_moves(seed: int) -> None:
+    p = problem(8, gpus=4, seed=seed)
+    search = Search(p, Estimator(p), seed, 10_000)
+    plan = search.greedy(range(8))
+    changed = 0
+    for _ in range(20):
+        found = search.ruined(plan)
+        check(p, found)
+        assert {r.model for r in found} == {r.model for r in plan}
+        moved = set(plan) - set(found)
+        pairs = ({a, b} for a in range(4) for b in range(4))
+        assert any(all(pair & set(r.gpus) for r in moved) for pair in pairs)
+        changed += found != plan
+    assert changed > 5
+    assert search.ruined(()) == ()
 
 
 def test_steps_that_the_simulator_finds_better_are_taken() -> None:
