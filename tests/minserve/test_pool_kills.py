@@ -38,7 +38,7 @@ def nursery(*args: str, plan: PoolPlan = PLAN) -> tuple[dict[str, float], SlabTa
     return json.loads(done.stdout), table
 
 
-@pytest.mark.parametrize("kills", [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1000, pytest.param(3000, marks=pytest.mark.slow)])
 def test_random_kills_leave_the_table_whole_and_leak_nothing(kills: int):
     report, table = nursery("random", "--kills", str(kills), "--seed", "1")
     assert "fault" not in report, report
