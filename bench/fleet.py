@@ -121,14 +121,15 @@ def run(
     seconds: float,
     *,
     static: bool = False,
+    drain_s: float = DRAIN_S,
 ) -> Outcome:
-    """What an arm makes of the arrivals of `seconds`.  What is unfinished DRAIN_S later has missed."""
+    """What an arm makes of the arrivals of `seconds`.  What is unfinished `drain_s` later has missed."""
     replicas = replicas_of(problem, plan, policy_of(arm), static=static)
     for replica in replicas:
         if arm.believed != 1.0:
             replica.batcher.recost(scaled(replica.cost, arm.believed))
     simulation = Simulation(replicas, arrivals)
-    simulation.run(until_s=seconds + DRAIN_S)
+    simulation.run(until_s=seconds + drain_s)
     warm_s = WARM_UP * seconds
     kept = [r for r in simulation.records.values() if r.arrival.at_s >= warm_s]
     good = [r for r in kept if attained(r)]

@@ -47,6 +47,7 @@ POLICY = {
 }
 # what is to be reached over each: attainment (goodput for fineserve) and tokens
 AIMS = {"prism": (2.2, 1.8), "static": (1.3, 1.5), "fineserve": (1.1, None)}
+LAST_S = 90.0  # after the last arrival: the longest answers of the largest model take over half a minute
 PLACED_S, JUDGED, REFINED = 40.0, 12, 30
 RUNNING, MORE_RUNNING = 256, 1024  # `max_num_seqs` of FineServe's example, and what vLLM has on a large GPU
 
@@ -130,7 +131,9 @@ def plans_of(problem: Problem, case: Case, seed: int, budget: int, refine: int) 
 
     def score(plan: Plan) -> float:
         served = {problem.models[r.model].name for r in plan}
-        outcome = run(problem, plan, [a for a in tuning if a.model in served], POLICY["ours"], PLACED_S)
+        outcome = run(
+            problem, plan, [a for a in tuning if a.model in served], POLICY["ours"], PLACED_S, drain_s=LAST_S
+        )
         return (outcome.attained if joint else outcome.ttft) * len(served) / len(problem.models)
 
     starts = list(peers.values())
@@ -160,7 +163,9 @@ class Bench:
                 plan = self.plans[case.key][name]
                 served = {problem.models[r.model].name for r in plan}
                 possible = [a for a in asked if a.model in served]
-                outcome = run(problem, plan, possible, arm, self.args.seconds, static=name == "static")
+                outcome = run(
+                    problem, plan, possible, arm, self.args.seconds, static=name == "static", drain_s=LAST_S
+                )
                 # a model without a place has missed all its requests
                 part = len(possible) / len(asked)
                 share = outcome.attained if case.joint else outcome.ttft
@@ -176,7 +181,7 @@ class Bench:
             problem = problem_of(case, self.costs)
             plan = plans_of(problem, case, self.args.seed, max(500, self.args.budget // 4), 0)["ours"]
             asked = arrivals(problem, load, self.args.seconds, self.args.seed + 500_009)
-            outcome = run(problem, plan, asked, POLICY["ours"], self.args.seconds)
+            outcome = run(problem, plan, asked, POLICY["ours"], self.args.seconds, drain_s=LAST_S)
             good = (outcome.attained if joint else outcome.ttft) >= 0.9
             low, high = (middle, high) if good else (low, middle)
         return low
