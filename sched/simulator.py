@@ -11,7 +11,7 @@ turn.  No clock and no chance: the same arrivals give the same records.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from typing import NamedTuple
 
 from sched.batching import Batcher
@@ -115,7 +115,7 @@ class Replica:
 
 
 class Turn(NamedTuple):
-    """Something done every `every_s`: a division of quotas, a sample of counters."""
+    """Something done every `every_s`, but once only while there is no request: a division of quotas, a sample of counters."""
 
     every_s: float
     do: Callable[[float], None]
@@ -267,13 +267,20 @@ class Simulation:
     def _turn(self, index: int) -> None:
         turn = self._turns[index]
         turn.do(self.now)
-        heappush(self._heap, (self.now + turn.every_s, TURN, index, 0))
+        heappush(self._heap, (self._next_turn(turn.every_s), TURN, index, 0))
         for replica in self.replicas:
             self._cut(replica)  # what was decided now holds from the next step on
             if replica.plan is None:
                 if replica.after is not None:
                     replica.after(None)
                 self._start(replica)
+
+    def _next_turn(self, every_s: float) -> float:
+        """Nobody is there for the turns until the next request comes: the first of them is taken, and the others are not."""
+        at = self.now + every_s
+        if self._next < len(self._arrivals) and not self._busy and not self.num_open:
+            at += every_s * max(0, ceil((self._arrivals[self._next].at_s - at) / every_s))
+        return at
 
     # -- steps
 

@@ -103,6 +103,18 @@ def test_prompts_that_begin_alike_find_their_prefix(config: Path) -> None:
     assert found == [4 * (64 // block * block), 0]
 
 
+def test_a_day_without_a_request_takes_no_time(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    days = [Request(i, "deep", 86400.0 * i, 20, 10) for i in range(3)]
+    file = write(tmp_path / "w.jsonl", Workload(ordered(days), duration_s=3 * 86400.0))
+    assert simulate.main([str(config), file]) == 0
+    found = last_json(capsys.readouterr().out)
+    assert found["completed"] == 3
+    assert found["simulated"]["seconds"] > 2 * 86400
+    assert found["simulated"]["events"] < 100
+
+
 def test_a_trace_holds_every_step(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, trace = write(tmp_path / "w.jsonl", workload(30)), tmp_path / "trace.json"
     assert simulate.main([str(config), file, "--trace", str(trace)]) == 0

@@ -172,6 +172,26 @@ def test_a_turn_is_taken_in_time_and_ends_with_the_last_request() -> None:
     assert taken == pytest.approx([0.25 * (i + 1) for i in range(int(end / 0.25))])
 
 
+def test_turns_are_left_out_while_there_is_no_request() -> None:
+    """One is taken in each gap, and behind it they are as many seconds apart as before."""
+    taken: list[float] = []
+    days = [Arrival(86400.1 * day, day, "a", 100, 100) for day in range(3)]
+    simulation = Simulation([replica("a", "a", "gpu0")], days, turns=[Turn(0.25, taken.append)])
+    simulation.run()
+    one = Simulation([replica("a", "a", "gpu0")], days[:1])
+    one.run()
+    took = one.records[0].end_s
+    assert took is not None
+    for day, record in simulation.records.items():
+        assert record.end_s == pytest.approx(days[day].at_s + took)
+    busy = int(took / 0.25)
+    for day in range(3):
+        due = [t for t in taken if days[day].at_s <= t <= days[day].at_s + took + 0.25]
+        assert busy <= len(due) <= busy + 1
+        assert all(t / 0.25 == pytest.approx(round(t / 0.25)) for t in due)
+    assert len(taken) <= 3 * (busy + 2)
+
+
 def test_memory_that_a_turn_gives_ends_who_waits_for_it() -> None:
     """Also when the last request has come and nobody makes a step."""
     sets = Sets(400)
