@@ -111,6 +111,7 @@ class Batcher:
         if self._prefilling or self._queue:
             if decode:
                 load.due_s, load.tpot_s = self._running.deadline(step, load.begin_s), self._running.tpot_s
+                load.paces = self._running.paces
             shed = tuple(seq.rid for seq in self.policy.begin(load))
             for rid in shed:
                 self.abort(rid)

@@ -78,12 +78,10 @@ class ItlFeedback(Policy):
         self._cap, self._active, self._target_s = 1.0, 0, INFINITY
         self._hold_s = 0.0
 
-    def push(self, seq: Seq) -> None:
-        super().push(seq)
-        self._target_s = min(self._target_s, seq.request.tpot_s)
-
     def cap(self, load: Load) -> int:
         self._active = load.active
+        # the published rule has one target for all requests
+        self._target_s = min(load.paces, default=self._target_s)
         return int(self._cap)
 
     def observe(self, took: Took) -> None:

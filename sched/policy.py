@@ -7,8 +7,8 @@ preempted (`victim`); it is told what steps took (`observe`).  Seconds are on th
 A rule sees of a request what a server knows: `max_tokens` is a bound, not the length of the answer, and none looks at it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import NamedTuple
@@ -28,7 +28,8 @@ Entry = tuple[int, float, int, Seq]
 class Load:
     """What the step to be planned has already.  `decodes` requests decode in it, `decode_s` seconds by prediction (0
     without a cost model), beginning at `begin_s`; the first of their tokens is due at `due_s`, the strictest of their
-    TPOTs is `tpot_s` (both infinite where none decodes).  `active`: admitted, those in `prefilling` included.
+    TPOTs is `tpot_s` (both infinite where none decodes); `paces`: how many have each TPOT.  `active`: admitted, those in
+    `prefilling` included.
     """
 
     now: float
@@ -40,6 +41,7 @@ class Load:
     prefilling: Collection[Seq]
     due_s: float = INFINITY
     tpot_s: float = INFINITY
+    paces: Mapping[float, int] = field(default_factory=dict)
 
     @property
     def prefill_tokens(self) -> int:

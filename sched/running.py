@@ -4,6 +4,7 @@ Per block phase a bucket of those that need a block in steps = phase mod P; per 
 there; per TPOT a heap of who is due first.  Steps are numbered by the Batcher and have no gaps.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 
@@ -24,6 +25,7 @@ class Running:
         self._ends: dict[int, dict[int, Seq]] = {}
         self._end_steps: list[int] = []  # heap of the keys of _ends, and of some that are no longer there
         self._pace: dict[float, PaceHeap] = {}
+        self.paces: dict[float, int] = {}  # how many of them have that TPOT
 
     def __len__(self) -> int:
         return len(self._seqs)
@@ -41,6 +43,8 @@ class Running:
         seq.phase = (base + 1 + (1 - seq.total)) % self.block_tokens
         self.context += seq.total
         self._seqs[seq.rid] = seq
+        tpot = seq.request.tpot_s
+        self.paces[tpot] = self.paces.get(tpot, 0) + 1
         self._ring[seq.phase][seq.rid] = seq
         bucket = self._ends.get(seq.end)
         if bucket is None:
@@ -52,6 +56,10 @@ class Running:
         """`step` is the newest planned one, and `seq` is not in those after it."""
         assert self._seqs.get(seq.rid) is seq, f"request {seq.rid} does not run"
         del self._seqs[seq.rid]
+        tpot = seq.request.tpot_s
+        self.paces[tpot] -= 1
+        if not self.paces[tpot]:
+            del self.paces[tpot]
         del self._ring[seq.phase][seq.rid]
         bucket = self._ends.get(seq.end)
         if bucket is not None:
@@ -160,4 +168,6 @@ class Running:
             assert len(seq.blocks) == -(-computed // P), (
                 f"{rid=} holds {len(seq.blocks)} blocks for {computed}"
             )
+        counted = Counter(seq.request.tpot_s for seq in self._seqs.values())
+        assert counted == self.paces, f"{counted=} but {self.paces=}"
         assert context == self.context, f"{context=} but {self.context=}"

@@ -11,6 +11,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 from sched.latency import StepCost
 from sched.limits import Limits
@@ -25,6 +27,7 @@ LATE_SHARE = 8
 DEBT_TOKENS = 16
 FEW = 32  # decodes: so many and more fall behind by no more than that
 LOOK = 64  # of those that wait, how many are weighed against each other
+FIRST = 8  # of those that wait, and of different TPOTs, how many are looked at for the one to keep
 MARGIN = (
     1.1  # prompts are expected to take longer than predicted by so much: one that is late by a little is late
 )
@@ -67,8 +70,9 @@ class Slack(Policy):
         # heap of the same by deadline, whatever their priority
         self._due: list[tuple[float, int, Entry]] = []
         self._idle = True  # nobody in time wants the room of this step
-        self._late: list[tuple[float, int, Seq]] = []  # heap
+        self._late: list[tuple[tuple[int, float], int, Seq]] = []  # heap by priority and arrival
         self._chosen: deque[Entry] = deque()
+        self._kept_s = INFINITY  # the TPOT that admission keeps
         self._begun_late: set[int] = set()  # rids
         self._passed = 0  # tokens that went before the late
         self._shown: Seq | None = None
@@ -128,7 +132,9 @@ class Slack(Policy):
         while self._chosen and self._chosen[0][3].state is not State.WAITING:
             self._chosen.popleft()
         if self._chosen:
-            return self._chosen[0][3]
+            # one of a higher priority goes first though it is late
+            behind = self._late and self._late[0][0][0] < self._chosen[0][0]
+            return self._late[0][2] if behind else self._chosen[0][3]
         if not self._idle:
             return None
         # room that nobody who was chosen wants: for those in time that were too long, then for the late
@@ -167,6 +173,7 @@ class Slack(Policy):
         self._shown = None
         if not self._num:
             return ()
+        self._kept_s = self._kept(load)
         late = self._overdue(load.begin_s)
         # whoever is given up on a wrong prediction is lost: as if it had the whole step, and neighbours a quarter of the time
         room, pace = self.limits.max_step_tokens - load.decodes, (3 + self.pace) / 4
@@ -179,7 +186,7 @@ class Slack(Policy):
                 late.append(entry)
         shed = [entry[3] for entry in late] if self.shed == "hopeless" else []
         for _, _, serial, seq, _ in () if shed else late:
-            heappush(self._late, (seq.request.arrival_s, serial, seq))
+            heappush(self._late, ((seq.request.priority, seq.request.arrival_s), serial, seq))
         self._choose(load)
         return shed
 
@@ -199,16 +206,27 @@ class Slack(Policy):
             # too many to weigh all: those that are chosen are short, whatever the others are
             found = self._find_shortest()
         if found and self.cost is not None:
+            chosen: list[Entry] = []
             ahead = load.prefill_tokens
-            room, pace = self._room(load), self.pace * MARGIN
-            prompts = [e[4] for e in found]
-            [least] = self._tokens_by(load, [min([e[1] for e in found])], room, pace)
-            if sum(prompts) + ahead > least:
-                most = self._tokens_by(load, [e[1] for e in found], room, pace)
-                kept = pick_shortest(prompts, [tokens - ahead for tokens in most], range(len(found)))
-                found = [found[i] for i in sorted(kept)]
+            # each priority among what those before it leave
+            for _, group in groupby(found, itemgetter(0)):
+                kept = self._largest(load, list(group), ahead)
+                ahead += sum([e[4] for e in kept])
+                chosen += kept
+            found = chosen
         self._chosen = deque(found)
         self._idle = not found and not load.prefilling
+
+    def _largest(self, load: Load, found: list[Entry], ahead: int) -> list[Entry]:
+        """The most of them, by deadline, that are in time behind so many tokens."""
+        room, pace = self._room(load), self.pace * MARGIN
+        prompts = [e[4] for e in found]
+        [least] = self._tokens_by(load, [found[0][1]], room, pace)
+        if sum(prompts) + ahead <= least:
+            return found
+        most = self._tokens_by(load, [e[1] for e in found], room, pace)
+        kept = pick_shortest(prompts, [tokens - ahead for tokens in most], range(len(found)))
+        return [found[i] for i in sorted(kept)]
 
     def _find_shortest(self) -> list[Entry]:
         """LOOK of them, by deadline.  From step to step few come and go."""
@@ -240,18 +258,22 @@ class Slack(Policy):
         per_token = self._token_s
         if not load.decodes or not per_token:
             return most
-        return min(most, max((load.tpot_s / self.pace - load.decode_s) / per_token, self._floor(load)))
+        return min(most, max((self._kept_s / self.pace - load.decode_s) / per_token, self._floor(load)))
 
     def _floor(self, load: Load) -> int:
         """Tokens that a step has room for however late its decodes are: the fewer they are, the less is lost by it."""
         return max(MIN_PREFILL_TOKENS, self.limits.max_step_tokens // (2 * load.decodes))
 
     def cap(self, load: Load) -> int:
+        return self._cap_at(load, self._kept_s if self._num else load.tpot_s)
+
+    def _cap_at(self, load: Load, tpot_s: float) -> int:
+        """How many may decode so that a step takes no longer than that."""
         most = self.limits.max_running
         cost, n = self.cost, load.decodes
-        if cost is None or not n or load.tpot_s == INFINITY:
+        if cost is None or not n or tpot_s == INFINITY:
             return most
-        most_s, each = load.tpot_s / self.pace, load.context / n
+        most_s, each = tpot_s / self.pace, load.context / n
         if cost.decode_s(most, int(each * most)) <= most_s:
             return most
         low = 1  # somebody decodes in any case
@@ -261,6 +283,26 @@ class Slack(Policy):
                 (middle, most) if cost.decode_s(middle, int(each * middle)) <= most_s else (low, middle)
             )
         return low
+
+    def _kept(self, load: Load) -> float:
+        """The TPOT that decodes are kept at: the strictest that does not turn away more requests than it is kept for.
+
+        Else one request, whose TPOT a batch of two does not keep, has the device to itself for as long as it likes.
+        """
+        waiting = [e[3] for e in self._timely[:FIRST]] + [e[2] for e in self._late[:FIRST]]
+        loosest = max([seq.request.tpot_s for seq in waiting], default=0.0)
+        if load.tpot_s == INFINITY or (load.tpot_s >= loosest and len(load.paces) < 2):
+            return load.tpot_s
+        # stricter ones are lost already
+        steps = sorted({*(tpot_s for tpot_s in load.paces if tpot_s >= load.tpot_s), loosest})
+        kept_for, room = 0, self._cap_at(load, steps[0])
+        for tpot_s, looser in pairwise(steps[:FIRST]):
+            kept_for += load.paces.get(tpot_s, 0)
+            more = self._cap_at(load, looser)
+            if min(more - room, self._num) <= kept_for:
+                return tpot_s
+            room = more
+        return steps[:FIRST][-1]
 
     def budget(self, load: Load) -> int:
         room = self.limits.max_step_tokens - load.decodes
@@ -304,7 +346,10 @@ class Slack(Policy):
             late.intersection_update([seq.rid for seq in prefilling])
         if len(prefilling) < 2:
             return list(prefilling)
-        return sorted(prefilling, key=lambda seq: (seq.rid not in late, self.key(seq.request), seq.serial))
+        return sorted(
+            prefilling,
+            key=lambda seq: (seq.rid not in late, seq.request.priority, self.key(seq.request), seq.serial),
+        )
 
     def victim(self, active: Collection[Seq]) -> Seq:
         """Whose SLO is lost anyway, then whose prompt has the least computed for a block it holds; of equals the youngest."""
