@@ -21,7 +21,7 @@ from minserve.place_problem import Options, plan_of, problem_of
 from minserve.schema import At, number, read_yaml, size
 from minserve.simulate import read_use
 from minserve.step_profile import read_costs, read_profile
-from sched.placement import Plan, Problem, check
+from sched.placement import Plan, Problem, check, lacking
 from sched.placement_arms import BASELINES, baseline
 from sched.placement_moves import Change, Migration, replan
 from sched.placement_search import BUDGET, solve
@@ -78,7 +78,13 @@ def place(args: argparse.Namespace) -> int:
     if args.replan:
         lines += describe_moves(problem, moves)
     lines += describe_short(short)
-    nowhere = sorted({m.name for i, m in enumerate(problem.models) if all(r.model != i for r in found)})
+    fewer = lacking(problem, found)
+    said_of = {i: f" ({has} of {wanted} replicas)" for i, (has, wanted) in fewer.items()}
+    nowhere = sorted(
+        m.name + said_of.get(i, "")
+        for i, m in enumerate(problem.models)
+        if i in fewer or all(r.model != i for r in found)
+    )
     written = None
     if args.out and nowhere:
         lines.append(f"{args.out} is not written: there is no place for {', '.join(nowhere)}")

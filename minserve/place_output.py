@@ -150,7 +150,10 @@ def _gpu_lines(problem: Problem, plan: Plan, predicted: Mapping[Replica, Predict
 def describe_short(found: Sequence[Shortfall]) -> list[str]:
     lines = []
     for s in found:
-        lines.append(f"does not fit: {s.model}, {s.attained:.1%} attained: {s.reason}")
+        who = s.model
+        if s.replicas is not None:
+            who = f"{s.replicas[0]} of {s.replicas[1]} replicas of {s.model} have a place"
+        lines.append(f"does not fit: {who}, {s.attained:.1%} attained: {s.reason}")
         for k, change in enumerate(s.changes or ()):
             lines.append(f"  {'smallest change' if k == 0 else 'or'}: {change.words}")
         if s.changes is None:
@@ -197,7 +200,7 @@ def as_json(
             "simulated": scored.attained[i] if scored else None, "headroom": round(estimate.headroom[i], 4), "replicas": replicas,
         })  # fmt: skip
     short = [
-        {"model": s.model, "reason": s.reason, "changes": [{"what": c.what, "size": round(c.size, 4), "words": c.words} for c in s.changes or ()]}
+        {"model": s.model, "reason": s.reason, "replicas": s.replicas, "changes": [{"what": c.what, "size": round(c.size, 4), "words": c.words} for c in s.changes or ()]}
         for s in found
     ]  # fmt: skip
     return {

@@ -65,6 +65,11 @@ class Model:
         if not any(self.costs.values()):
             raise ValueError(f"model {self.name!r} needs the costs of a step on at least one kind of GPU")
 
+    @property
+    def counted(self) -> int | None:
+        """Replicas that it is to have, None where that is free: one at least."""
+        return self.replicas or len(self.places) or None
+
     def kv_bytes(self, tp: int) -> float:
         """Of a token, on one of `tp` ranks: a rank keeps whole heads, at least one."""
         return self.kv_token_bytes / min(tp, self.kv_heads)
@@ -190,6 +195,15 @@ def residents(problem: Problem, plan: Sequence[Replica]) -> list[list[Replica]]:
     for r in plan:
         for g in r.gpus:
             found[g].append(r)
+    return found
+
+
+def lacking(problem: Problem, plan: Sequence[Replica]) -> dict[int, tuple[int, int]]:
+    """Models that are to have a number of replicas and have fewer: (how many they have, how many they are to have)."""
+    found = {}
+    for i, m in enumerate(problem.models):
+        if m.counted is not None and (has := sum(r.model == i for r in plan)) < m.counted:
+            found[i] = has, m.counted
     return found
 
 

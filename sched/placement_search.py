@@ -28,6 +28,7 @@ PATIENCE, PATIENCE_EACH = (
 )  # kicks in vain, and as many for each model, after which a small problem is done
 KEEP = 6  # local optima that a simulator judges
 TIE = 0.02  # of their scores
+MISCOUNT = 1.0  # off the value for a replica more or less than a model is to have: above all that a plan may gain by it
 GAIN = 0.005  # of the score, that makes a step worth taking when the simulator itself is climbed
 ALL_GROUPS = 3  # up to so many GPUs of a node any of them may be ranks of a replica, else neighbours
 Score = Callable[[Plan], float]
@@ -87,6 +88,7 @@ class Search:
         self.rng = Random(seed)
         self.options = [options(problem, i) for i in range(len(problem.models))]
         self.allowed = [set(of) for of in self.options]
+        self.counted = {i: m.counted for i, m in enumerate(problem.models) if m.counted is not None}
         self.num_looked_at = 0
         self.optima: dict[Plan, float] = {}
 
@@ -94,7 +96,18 @@ class Search:
 
     def value(self, plan: Plan) -> float:
         self.num_looked_at += 1
-        return self.estimator(plan).value
+        return self.worth(plan, self.estimator(plan))
+
+    def worth(self, plan: Plan, estimate: Estimate) -> float:
+        return estimate.value - MISCOUNT * self.miscount(plan)
+
+    def miscount(self, plan: Plan) -> int:
+        """Replicas too few and too many, of models that are to have a number of them."""
+        return sum(abs(n - sum(r.model == i for r in plan)) for i, n in self.counted.items())
+
+    def lacks(self, model: int, plan: Sequence[Replica]) -> int:
+        """Replicas that it is to have and has not: one of a model whose number is free."""
+        return max(0, self.counted.get(model, 1) - sum(r.model == model for r in plan))
 
     @property
     def spent(self) -> bool:
@@ -127,10 +140,9 @@ class Search:
     def greedy(
         self, order: Sequence[int], plan: Plan = (), *, roomiest: bool = False, lean: bool = False
     ) -> Plan:
-        """What these models add to the plan.  `lean`: with the fewest ranks for which there is memory."""
+        """The plan with what these models lack in it.  `lean`: with the fewest ranks for which there is memory."""
         for i in order:
-            wanted = self.problem.models[i].replicas or len(self.problem.models[i].places) or 1
-            for _ in range(wanted):
+            for _ in range(self.lacks(i, plan)):
                 room = [(new, p) for new in self.options[i] if (p := self.add(plan, new)) is not None]
                 least = min((new.tp for new, _ in room), default=1)
                 fitting = [p for new, p in room if not lean or new.tp == least]
@@ -154,9 +166,8 @@ class Search:
 
     def steps(self, plan: Plan, estimate: Estimate) -> Iterator[Plan]:
         """Neighbours, those first that change what is worst off."""
-        placed = {r.model for r in plan}
         for i in range(len(self.problem.models)):
-            if i not in placed:
+            if self.lacks(i, plan):
                 yield from self.entering(plan, i)
         jitter = [self.rng.random() * 0.05 for _ in plan]
         order = sorted(range(len(plan)), key=lambda k: estimate.attained[plan[k].model] + jitter[k])
@@ -194,13 +205,10 @@ class Search:
 
     def numbered(self, plan: Plan, r: Replica) -> Iterator[Plan]:
         """One replica of the model more, or this one less."""
-        m = self.problem.models[r.model]
-        if m.replicas is not None or m.places:
-            return
         count = sum(o.model == r.model for o in plan)
-        if count > 1:
+        if count > self.counted.get(r.model, 1):
             yield tuple(o for o in plan if o is not r)
-        if count < self.problem.max_replicas:
+        if r.model not in self.counted and count < self.problem.max_replicas:
             for new in self.shuffled(self.options[r.model]):
                 if (found := self.add(plan, new)) is not None:
                     yield found
@@ -230,7 +238,7 @@ class Search:
     def climb(self, plan: Plan) -> tuple[Plan, float]:
         """To where no step improves, or the budget ends."""
         estimate = self.estimator(plan)
-        value = estimate.value
+        value = self.worth(plan, estimate)
         while not self.spent:
             for candidate in self.steps(plan, estimate):
                 found = self.value(candidate)
@@ -278,8 +286,9 @@ class Search:
             return plan
         empty = set(self.rng.sample(used, min(len(used), self.rng.randint(1, 2))))
         rest = tuple(r for r in plan if not empty & set(r.gpus))
-        gone = sorted({r.model for r in plan} - {r.model for r in rest})
-        return self.greedy(self.rng.sample(gone, len(gone)), rest)
+        gone = {r.model for r in plan} - {r.model for r in rest}
+        short = sorted(gone | {i for i in self.counted if self.lacks(i, rest)})
+        return self.greedy(self.rng.sample(short, len(short)), rest)
 
     def anew(self) -> Plan:
         """A greedy plan, the models in an order by chance."""
@@ -325,11 +334,13 @@ def solve(
     search.run(given)
     for plan in given:
         if estimator.fits(plan):
-            search.optima.setdefault(plan, estimator(plan).value)
-    ranked = sorted(search.optima.items(), key=lambda pair: (-pair[1], pair[0]))
+            search.optima.setdefault(plan, search.worth(plan, estimator(plan)))
+    ranked = sorted(search.optima.items(), key=lambda pair: (search.miscount(pair[0]), -pair[1], pair[0]))
     judged: tuple[tuple[Plan, float], ...] = ()
     if score is not None:
-        few = [plan for plan, _ in ranked[:keep]]
+        # a simulator knows nothing of how many replicas there are to be
+        least = search.miscount(ranked[0][0])
+        few = [plan for plan, _ in ranked if search.miscount(plan) == least][:keep]
         judged = tuple(sorted(((plan, score(plan)) for plan in few), key=lambda pair: -pair[1]))
         better = search.polish(*judged[0], score, refine)[:-1] if judged else []
         # a run of some minutes tells no more than this apart; the estimate does

@@ -1,17 +1,18 @@
 """What does not fit, why, and the smallest change that would make it fit: each found by solving the changed problem.
 
-A model does not fit where it has no replica, or where less than the target of its requests would attain.  Changes that
+A model does not fit where it has no replica, or fewer than it is to have, or where less than the target of its requests
+would attain.  Changes that
 are tried: fewer requests of it, more memory on every GPU, more GPUs, keys and values of 8 or 4 bits, and a looser SLO.
 A change counts if the model then reaches the target and no other falls below it that had reached it.  The smallest is
 the one that changes its quantity by the smallest part: requests of its rate, bytes of all bytes, GPUs of all GPUs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sched.placement import Gpu, Model, Plan, Problem, Replica
+from sched.placement import Gpu, Model, Plan, Problem, Replica, lacking
 from sched.placement_estimate import Estimator
-from sched.placement_search import options, solve
+from sched.placement_search import Search, options, solve
 
 BUDGET = 1500  # of each solve, which begins at the plan that is there
 STEPS = 6  # of a bisection
@@ -32,32 +33,35 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """`attained` by the plan, `reason` in words, and the `changes` that help, the smallest first; None where none was tried."""
+    """`attained` by the plan, `reason` in words, and the `changes` that help, the smallest first; None where none was tried.
+    `replicas`: how many it has and is to have, where it has fewer."""
 
     model: str
     attained: float
     reason: str
     changes: tuple[Change, ...] | None
+    replicas: tuple[int, int] | None = None
 
 
 def short(problem: Problem, plan: Plan) -> list[int]:
-    """Models below the target, the worst first."""
-    attained = Estimator(problem)(plan).attained
+    """Models below the target or with too few replicas, the worst first."""
+    attained, fewer = Estimator(problem)(plan).attained, lacking(problem, plan)
     found = [
         i
         for i, m in enumerate(problem.models)
-        if attained[i] < problem.target and (m.rate > 0 or not attained[i])
+        if i in fewer or (attained[i] < problem.target and (m.rate > 0 or not attained[i]))
     ]
     return sorted(found, key=lambda i: (attained[i], i))
 
 
 def shortfalls(problem: Problem, plan: Plan, *, seed: int = 0, most: int = 8) -> list[Shortfall]:
     """Of the worst `most` models with changes, of the others with the reason alone."""
-    estimate = Estimator(problem)(plan)
+    estimate, fewer = Estimator(problem)(plan), lacking(problem, plan)
     found = []
     for k, i in enumerate(short(problem, plan)):
         tried = tuple(sorted(_changes(problem, plan, i, seed), key=lambda c: c.size)) if k < most else None
-        found.append(Shortfall(problem.models[i].name, estimate.attained[i], reason(problem, plan, i), tried))
+        why, name = reason(problem, plan, i), problem.models[i].name
+        found.append(Shortfall(name, estimate.attained[i], why, tried, fewer.get(i)))
     return found
 
 
@@ -73,6 +77,9 @@ def alone(problem: Problem, model: int) -> tuple[Replica | None, float]:
 def reason(problem: Problem, plan: Plan, model: int) -> str:
     m = problem.models[model]
     best, attained = alone(problem, model)
+    mine = [r for r in plan if r.model == model]
+    if mine and model in lacking(problem, plan):
+        return _too_few(problem, mine)
     if best is None:
         tps = sorted({r.tp for r in options(problem, model)}) or [1]
         need = min(m.fixed_bytes(tp) + m.max_len * m.kv_bytes(tp) for tp in tps)
@@ -84,7 +91,6 @@ def reason(problem: Problem, plan: Plan, model: int) -> str:
         return (
             f"its SLO is too tight: alone on {_names(problem, best)} {attained:.0%} of its requests attain it"
         )
-    mine = [r for r in plan if r.model == model]
     if not mine:
         return "memory: beside the others no GPU holds its weights and reserve"
     predicted = Estimator(problem).by_replica(plan)
@@ -102,6 +108,16 @@ def reason(problem: Problem, plan: Plan, model: int) -> str:
     return f"TPOT: steps beside its neighbours are slow, {worst.tpot_attained:.0%} of answers keep it"
 
 
+def _too_few(problem: Problem, mine: Sequence[Replica]) -> str:
+    number = mine[0].model
+    m, taken = problem.models[number], [tuple(problem.gpus[g].name for g in r.gpus) for r in mine]
+    most = len(Search(problem, Estimator(problem), 0, 0).greedy((number,), lean=True))
+    if most < (m.counted or 1):
+        return f"even alone it has room for no more than {most}: no two replicas of a model are on one GPU"
+    where = [" + ".join(place) for place in m.places if place not in taken] or ["any other GPU"]
+    return f"memory: beside the others there is no room on {', '.join(where)}"
+
+
 def _names(problem: Problem, r: Replica) -> str:
     return "+".join(problem.gpus[g].name for g in r.gpus)
 
@@ -109,14 +125,19 @@ def _names(problem: Problem, r: Replica) -> str:
 def _changes(problem: Problem, plan: Plan, model: int, seed: int) -> Iterator[Change]:
     before = Estimator(problem)(plan).attained
     good = [i for i, a in enumerate(before) if a >= problem.target]
+    fewer = lacking(problem, plan).keys() - {model}
     m, total = problem.models[model], sum(g.memory_bytes for g in problem.gpus)
 
     def helps(changed: Problem) -> bool:
         estimator = Estimator(changed)
         start = tuple(r for r in plan if r.model < len(changed.models))
         starts = (start,) if estimator.fits(start) else ()
-        attained = solve(changed, seed=seed, budget=BUDGET, starts=starts).estimate.attained
-        return all(attained[i] >= problem.target for i in (*good, model))
+        found = solve(changed, seed=seed, budget=BUDGET, starts=starts)
+        attained = found.estimate.attained
+        return (
+            all(attained[i] >= problem.target for i in (*good, model))
+            and lacking(changed, found.plan).keys() <= fewer
+        )
 
     def with_model(**given: float) -> Problem:
         models = [replace(o, **given) if i == model else o for i, o in enumerate(problem.models)]  # type: ignore[arg-type]

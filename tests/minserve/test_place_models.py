@@ -127,6 +127,23 @@ def test_what_does_not_fit_is_said_and_not_written(
     assert f"smallest change: {short['changes'][0]['words']}" in text
 
 
+@pytest.mark.parametrize("pins", [{"replicas": 3}, {"placement": ["gpu0", "gpu1"]}])
+def test_fewer_replicas_than_asked_are_said_and_not_written(
+    pins: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three on two GPUs, or one where the first GPU is full of a model that is pinned there."""
+    models = [{"name": "a", "rate": 1.0} | pins, {"name": "b", "rate": 1.0, "placement": ["gpu0"]}]
+    has, wanted = (2, 3) if "replicas" in pins else (1, 2)
+    file = config(tmp_path, models, memory_bytes="80 GB" if wanted == 3 else "30 GB")
+    out = tmp_path / "placed.yaml"
+    text, said = placed(capsys, file, "--out", str(out), "--explain", "0", *FAST, status=1)
+    short = [s for s in said["does_not_fit"] if s["replicas"] is not None]
+    assert [(s["model"], s["replicas"]) for s in short if s["model"] == "a"] == [("a", [has, wanted])]
+    assert f"does not fit: {has} of {wanted} replicas of a have a place" in text
+    assert f"a ({has} of {wanted} replicas)" in text
+    assert not out.exists()
+
+
 def test_too_many_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = config(tmp_path, [{"name": "a", "rate": 60.0}], gpus=1)
     text, said = placed(capsys, file, "--simulate", "0", "--budget", "20", "--explain", "0", status=1)
