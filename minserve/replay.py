@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         workload = load_workload(Path(args.workload))
         if args.rate_scale != 1:
-            workload = rescaled(workload, args.rate_scale)
+            workload = rescaled(workload, args.rate_scale, "--rate-scale")
         if args.duration is not None and args.duration < workload.duration_s:
             workload = cut(workload, 0.0, args.duration)
         slos = read_slos(args, workload)

@@ -15,10 +15,10 @@ from typing import Any
 from minserve.config import load_config
 from minserve.workload_saved import load_workload, read_fineserve, save_workload
 from minserve.workload_tables import Count, quarter, read_azure, read_burst, read_jsonl, read_sharegpt
-from sched.arrivals import POPULARITY, Rows
+from sched.arrivals import MOST_TOKENS, POPULARITY, Rows
 from sched.metrics import Slo
 from sched.synthetic import Laws, Lengths, Model, power_law, replayed, synthetic
-from sched.workload import Workload, cut, described, merged, only, rescaled
+from sched.workload import MOST_S, Workload, cut, described, merged, only, rescaled
 
 TABLES = ("azure", "burstgpt", "sharegpt", "jsonl")
 SAVED = ("fineserve", "saved")
@@ -115,7 +115,8 @@ def _drawn(args: argparse.Namespace) -> Workload:
             raise ValueError(f"--arrivals trace needs a source with times, got {args.source}")
         found = replayed(rows, models, _names(args.map, rows, models), seed=args.seed)
         if args.rate is not None:
-            found = rescaled(found, args.rate * found.duration_s / len(found.requests))
+            own = len(found.requests) / found.duration_s
+            found = rescaled(found, args.rate / own, f"--rate over the {own:g} a second of the trace")
     else:
         silent = [m.name for m in models if not m.rate > 0]
         if silent:
@@ -159,7 +160,7 @@ def _names(given: str | None, rows: Rows, models: list[Model]) -> dict[str, str]
 def changed(args: argparse.Namespace, found: Workload) -> Workload:
     """Rescaled, cut, split, merged, in this order."""
     if args.rate_scale != 1:
-        found = rescaled(found, args.rate_scale)
+        found = rescaled(found, args.rate_scale, "--rate-scale")
     if args.cut is not None:
         start, _, end = args.cut.partition(":")
         try:
@@ -172,6 +173,10 @@ def changed(args: argparse.Namespace, found: Workload) -> Workload:
         found = only(found, args.only.split(","))
     if args.merge:
         found = merged([found, *(load_workload(Path(f)) for f in args.merge)])
+    if found.duration_s > MOST_S:
+        raise ValueError(
+            f"a workload must last at most {MOST_S:g} s, got {found.duration_s:g}: --cut makes a part"
+        )
     return found
 
 
@@ -215,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--output-median", type=float)
     size.add_argument(
-        "--max-len", type=int, default=1 << 24, help="prompt plus answer, where the model has no less"
+        "--max-len", type=int, default=MOST_TOKENS, help="prompt plus answer, where the model has no less"
     )
     share = p.add_argument_group("what prompts share")
     share.add_argument(
@@ -242,8 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--seed must be an integer in [0, 2^63), got {args.seed}")
         if args.duration is not None and not 0 < args.duration < 1e9:
             raise ValueError(f"--duration must be seconds > 0, got {args.duration}")
-        if args.max_len < 2:
-            raise ValueError(f"--max-len must be at least 2 tokens, got {args.max_len}")
+        for name in ("prompt_tokens", "output_tokens", "prompt_median", "output_median"):
+            mean = getattr(args, name)
+            if mean is not None and not 0 < mean <= MOST_TOKENS:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be tokens > 0 and at most {MOST_TOKENS}, got {mean:g}")
+        if not 2 <= args.max_len <= MOST_TOKENS:
+            raise ValueError(f"--max-len must be tokens in [2, {MOST_TOKENS}], got {args.max_len}")
         found = make(args)
         if not found.requests:
             raise ValueError("no request came of it: a longer --duration or a higher --rate gives some")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minserve.workload_tables import file_text, seconds, tokens
-from sched.workload import Request, Workload, from_lines, ordered, to_lines
+from sched.workload import MOST_S, SECONDS, Request, Workload, from_lines, ordered, to_lines
 
 
 def save_workload(workload: Workload, path: Path) -> None:
@@ -68,4 +68,6 @@ def _request(at: Any, r: Any) -> Request:
         )
     counts = tokens(data[1], "the prompt's length", 1), tokens(data[2], "the answer's length", 1)
     slo = None if r.get("slo") is None else seconds(r["slo"], "slo")
+    if slo is not None and slo > MOST_S:
+        raise ValueError(f"slo must be {SECONDS}, got {slo!r}")
     return Request(0, model, seconds(at, "its arrival"), *counts, ttft_slo_s=slo)

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sched.arrivals import Rows
+from sched.arrivals import MOST_TOKENS, Rows
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURST = ("Timestamp", "Model", "Request tokens", "Response tokens")
-MOST_TOKENS = 1 << 24
 MOST_BYTES = 4 << 30
 # of ShareGPT, as others filter it: shorter ones are no conversation, longer ones no window of that time holds
 LEAST, MOST_PROMPT, MOST_TOTAL = 4, 2048, 4096

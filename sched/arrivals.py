@@ -10,6 +10,8 @@ import numpy as np
 
 # of Azure's conversations of 2023: the mean over the median, of prompts (1,155 / 1,020 tokens) and answers (211 / 129)
 PROMPT_SKEW, ANSWER_SKEW = 1155 / 1020, 211 / 129
+MOST_TOKENS = 1 << 24  # of a prompt or an answer
+LEAST_ON_S, MOST_BURSTS = 1e-3, 1_000_000
 POPULARITY = "rate_k ~ k^-alpha, k = 1..n over a shuffled order"
 
 
@@ -36,11 +38,12 @@ def pick(rng: np.random.Generator, odds: np.ndarray) -> np.ndarray:
 
 
 def lognormal(rng: np.random.Generator, n: int, median: float, mean: float) -> np.ndarray:
-    """n whole numbers >= 1 of the lognormal law with that median and mean (before they are cut to whole ones)."""
+    """n whole numbers in [1, MOST_TOKENS] of the lognormal law with that median and mean (before they are cut to them)."""
     if not 0 < median <= mean < math.inf:
         raise ValueError(f"a lognormal law needs 0 < median <= mean, got median {median!r} and mean {mean!r}")
     sigma = (2 * np.log(mean / median)) ** 0.5
-    found: np.ndarray = np.maximum(1, rng.lognormal(np.log(median), sigma, n).astype(int))
+    # a float beyond the integers would come out as a negative one
+    found: np.ndarray = np.clip(rng.lognormal(np.log(median), sigma, n), 1, MOST_TOKENS).astype(int)
     return found
 
 
@@ -78,9 +81,10 @@ class GroupBursts:
     ) -> None:
         if not 2 <= groups <= n:
             raise ValueError(f"bursts need 2 groups or more, and at most the {n} models, got {groups}")
-        if not (on_s > 0 and groups * on_s <= seconds):
+        least_s = max(LEAST_ON_S, seconds / MOST_BURSTS)
+        if not (least_s <= on_s and groups * on_s <= seconds):
             raise ValueError(
-                f"bursts must last > 0 s, and {groups} of them at most the {seconds:g} s, got {on_s!r}"
+                f"on_s must be at least {least_s:g} s, and {groups} of it at most the {seconds:g} s, got {on_s!r}"
             )
         if not 0 <= quiet < 1:
             raise ValueError(f"the rate between bursts must be in [0, 1) of that within, got {quiet!r}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from sched.arrivals import (
     ANSWER_SKEW,
+    MOST_TOKENS,
     PROMPT_SKEW,
     GroupBursts,
     Rows,
@@ -21,7 +22,10 @@ from sched.arrivals import (
     renewal,
 )
 from sched.metrics import Slo
-from sched.workload import Request, Workload, ordered
+from sched.workload import MOST_S, Request, Workload, ordered
+
+MOST_REQUESTS = 10_000_000
+MOST_TURNS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Lengths:
     prompt_median: float | None = None
     output_median: float | None = None
     rows: Rows | None = None
-    max_len: int = 1 << 24
+    max_len: int = MOST_TOKENS
 
     def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Prompts and answers, [n] each."""
@@ -93,15 +97,17 @@ class Laws:
     def __post_init__(self) -> None:
         if not 0 <= self.prefix_share <= 1:
             raise ValueError(f"prefix_share must be in [0, 1], got {self.prefix_share!r}")
-        for name, least in (
-            ("prefixes", 1),
-            ("prefix_tokens", 1),
-            ("turns", 1),
-            ("think_s", 0),
-            ("groups", 1),
+        for name, least, most in (
+            ("prefixes", 1, 1 << 31),
+            ("prefix_tokens", 1, MOST_TOKENS),
+            ("turns", 1, MOST_TURNS),
+            ("think_s", 0, MOST_S),
+            ("groups", 1, 1 << 31),
         ):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number >= {least}, got {getattr(self, name)!r}")
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} must be a number in [{least}, {most:.10g}], got {getattr(self, name)!r}"
+                )
 
     def words(self) -> dict[str, str]:
         found = {
@@ -134,7 +140,12 @@ def power_law(names: Sequence[str], total: float, alpha: float, seed: int) -> di
 
 
 def synthetic(models: Sequence[Model], laws: Laws, *, seconds: float, seed: int) -> Workload:
-    """Requests of all models in [0, seconds)."""
+    """Requests of all models in [0, seconds).  ValueError where more than MOST_REQUESTS would come of it."""
+    total = sum(model.rate for model in models)
+    if not total * seconds <= MOST_REQUESTS:
+        raise ValueError(
+            f"rate x duration must make at most {MOST_REQUESTS} requests, got {total:g} a second for {seconds:g} s"
+        )
     bursts = None
     if laws.groups > 1:
         rng = np.random.default_rng((seed, 3))

@@ -19,6 +19,9 @@ from sched.metrics import Slo, aligned
 
 FORMAT, VERSION = "minserve_workload", 1
 TICK_S = 1e-6  # arrivals are whole microseconds
+LEAST_S, MOST_S = 1e-3, 1e9  # of a workload; nothing that a request waits for takes more
+MOST_TOKEN_S = 1e3
+SECONDS = f"seconds >= 0 and at most {MOST_S:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +113,18 @@ def _made(workload: Workload, what: str, **changes: Any) -> Workload:
     return dataclasses.replace(workload, info=info, **changes)
 
 
-def rescaled(workload: Workload, factor: float) -> Workload:
-    """`factor` times as many requests a second: the same ones in 1 / factor of the time."""
-    if not 0 < factor < math.inf:
-        raise ValueError(f"the rate's factor must be > 0, got {factor!r}")
+def rescaled(workload: Workload, factor: float, name: str = "the rate's factor") -> Workload:
+    """`factor` times as many requests a second: the same ones in 1 / factor of the time.
+
+    ValueError, where the result would be too short or too long, calls the factor `name`.
+    """
+    whole_s = workload.duration_s
+    if not (0 < factor < math.inf and LEAST_S * factor <= whole_s <= MOST_S * factor):
+        raise ValueError(
+            f"{name} must be > 0 and turn the {whole_s:g} s into {LEAST_S:g} to {MOST_S:g} s, got {factor!r}"
+        )
     moved = (dataclasses.replace(r, arrival_s=r.arrival_s / factor) for r in workload.requests)
-    what, seconds = f"rate x {factor:g}", workload.duration_s / factor
+    what, seconds = f"rate x {factor:g}", whole_s / factor
     return _made(workload, what, requests=ordered(moved), duration_s=seconds)
 
 
@@ -229,8 +238,8 @@ def from_lines(lines: Iterable[str]) -> Workload:
             )
     seconds: Any = head.get("duration_s")
     seed, info = head.get("seed"), head.get("info", {})
-    if not _number(seconds) or seconds <= 0:
-        raise ValueError(f"line 1: duration_s must be seconds > 0, got {seconds!r}")
+    if not _seconds(seconds) or seconds == 0:
+        raise ValueError(f"line 1: duration_s must be seconds > 0 and at most {MOST_S:g}, got {seconds!r}")
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise ValueError(f"line 1: seed must be an integer in [0, 2^63), got {seed!r}")
     if not isinstance(info, dict):
@@ -248,8 +257,8 @@ def _object(i: int, line: str) -> dict[str, Any]:
     return found
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _seconds(value: Any, most: float = MOST_S) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _slos(given: Any) -> dict[str, Slo]:
@@ -258,14 +267,16 @@ def _slos(given: Any) -> dict[str, Slo]:
     found = {}
     for model, slo in given.items():
         keys = ("ttft_s", "tpot_s", "ttft_per_token_s")
-        if not isinstance(slo, dict) or not set(slo) <= set(keys) or not all(map(_number, slo.values())):
+        if not isinstance(slo, dict) or not set(slo) <= set(keys):
             raise ValueError(f"line 1: slos.{model} must have seconds for {', '.join(keys)}, got {slo!r:.80}")
         if not {"ttft_s", "tpot_s"} <= set(slo):
             raise ValueError(f"line 1: slos.{model} must have ttft_s and tpot_s, got {slo!r:.80}")
-        try:
-            found[model] = Slo(**slo)
-        except ValueError as error:
-            raise ValueError(f"line 1: slos.{model}: {error}") from None
+        for key, value in slo.items():
+            most = MOST_TOKEN_S if key == "ttft_per_token_s" else MOST_S
+            if not _seconds(value, most):
+                says = f"seconds >= 0 and at most {most:g}"
+                raise ValueError(f"line 1: slos.{model}: {key} must be {says}, got {value!r:.60}")
+        found[model] = Slo(**slo)
     return found
 
 
@@ -289,8 +300,8 @@ def _request(i: int, row: dict[str, Any]) -> Request:
         raise ValueError(f"line {i}: the keys are {', '.join(Request.__slots__)}, got {unknown[0]!r:.60}")
     if not isinstance(row.get("model"), str) or not row["model"]:
         raise bad("model", "a name")
-    if not _number(row.get("arrival_s")) or row["arrival_s"] < 0:
-        raise bad("arrival_s", "seconds >= 0")
+    if not _seconds(row.get("arrival_s")):
+        raise bad("arrival_s", SECONDS)
     for name, least in COUNTS.items():
         value = row.get(name, DEFAULTS.get(name))
         if type(value) is not int or not least <= value < 1 << 31:
@@ -300,8 +311,8 @@ def _request(i: int, row: dict[str, Any]) -> Request:
     if row.get("prefix_tokens", 0) > 0 and row.get("prefix", -1) < 0:
         raise bad("prefix", "the number of a prefix >= 0 where there are prefix_tokens")
     for name in ("ttft_slo_s", "tpot_slo_s"):
-        if row.get(name) is not None and (not _number(row[name]) or row[name] < 0):
-            raise bad(name, "seconds >= 0, or null")
+        if row.get(name) is not None and not _seconds(row[name]):
+            raise bad(name, f"{SECONDS}, or null")
     if type(row.get("priority", 0)) is not int:
         raise bad("priority", "an integer")
     return Request(**row | {"arrival_s": float(row["arrival_s"])})

@@ -256,11 +256,24 @@ def test_a_trace_keeps_its_own_arrivals_unless_told(tmp_path: Path) -> None:
         (["synthetic", "--models", "a", "--rate", "1", "--only", "b"], "models must be among a, got b"),
         (["synthetic", "--models", "a", "--rate", "1", "--seed", "-1"], "--seed must be"),
         (["synthetic", "--models", "a", "--rate", "nan"], "must be"),
-        (["synthetic", "--models", "a", "--rate", "1", "--rate-scale", "0"], "must be > 0, got 0"),
+        (["synthetic", "--models", "a", "--rate", "1", "--rate-scale", "0"], "--rate-scale must be > 0"),
+        (["synthetic", "--models", "a", "--rate", "1", "--rate-scale", "1e300"], "must be > 0 and turn the 600 s into 0.001 to 1e+09 s, got 1e+300"),
+        (["synthetic", "--models", "a", "--rate", "1e15"], "rate x duration must make at most 10000000 requests, got 1e+15 a second for 600 s"),
+        (["synthetic", "--models", "a", "--rate", "inf"], "rate x duration must make at most 10000000 requests, got inf"),
+        (["synthetic", "--models", "a", "--rate", "1", "--max-len", "9" * 23], "--max-len must be tokens in [2, 16777216], got 99999"),
+        (["synthetic", "--models", "a", "--rate", "1", "--prompt-tokens", "1e300"], "--prompt-tokens must be tokens > 0 and at most 16777216, got 1e+300"),
+        (["synthetic", "--models", "a", "--rate", "1", "--output-tokens", "0"], "--output-tokens must be tokens > 0"),
+        (["synthetic", "--models", "a", "--rate", "1", "--output-median", "nan"], "--output-median must be tokens > 0"),
+        (["synthetic", "--models", "a,b", "--rate", "1", "--groups", "2", "--on-s", "1e-12"], "on_s must be at least 0.001 s"),
+        (["synthetic", "--models", "a,b", "--rate", "1e-3", "--groups", "2", "--on-s", "1", "--duration", "9e8"], "on_s must be at least 900 s"),
+        (["synthetic", "--models", "a", "--rate", "1", "--turns", "1e300"], "turns must be a number in [1, 10000], got 1e+300"),
+        (["synthetic", "--models", "a", "--rate", "1", "--prefixes", "9" * 23], "prefixes must be a number in [1, 2147483648]"),
         (["synthetic", "--models", "a", "--rate", "1e-9", "--duration", "1"], "no request came of it"),
         (["synthetic", "--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_said(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1

@@ -158,6 +158,9 @@ def test_rescaled_and_cut() -> None:
     assert len(early.requests) + len(late.requests) == len(workload.requests)
     assert late.requests[0].arrival_s < 5.0
     assert early.info["made"] == ["cut 0 to 100 s"]
+    for wrong in (0, 1e300, 1e-8, float("nan")):
+        with pytest.raises(ValueError, match=r"> 0 and turn the 300 s into 0.001 to 1e\+09 s, got"):
+            rescaled(workload, wrong)
     with pytest.raises(ValueError, match="0 <= start < end <= 300 s, got 100 to 301"):
         cut(workload, 100, 301)
 
@@ -192,25 +195,48 @@ HEAD = {"minserve_workload": 1, "requests": 1, "duration_s": 9.0, "seed": 0, "sl
     [
         ({"minserve_workload": 2}, {}, r"line 1: minserve_workload must be 1, .*, got 2"),
         ({"requests": 2}, {}, r"line 1: requests must be 1, as many as follow, got 2"),
-        ({"duration_s": 0}, {}, r"line 1: duration_s must be seconds > 0, got 0"),
+        ({"duration_s": 0}, {}, r"line 1: duration_s must be seconds > 0 and at most 1e\+09, got 0"),
+        (
+            {"duration_s": 1e308},
+            {},
+            r"line 1: duration_s must be seconds > 0 and at most 1e\+09, got 1e\+308",
+        ),
         ({"seed": 1.5}, {}, r"line 1: seed must be an integer"),
         ({"info": 3}, {}, r"line 1: info must be an object"),
         ({"slos": {"m": {"ttft_s": 1}}}, {}, r"line 1: slos.m must have ttft_s and tpot_s"),
         (
             {"slos": {"m": {"ttft_s": 1, "tpot_s": -1}}},
             {},
-            r"line 1: slos.m: tpot_s must be seconds >= 0, got -1",
+            r"line 1: slos.m: tpot_s must be seconds >= 0 and at most 1e\+09, got -1",
+        ),
+        (
+            {"slos": {"m": {"ttft_s": 1e10, "tpot_s": 1}}},
+            {},
+            r"slos.m: ttft_s must be seconds .*, got 10000000000.0",
+        ),
+        (
+            {"slos": {"m": {"ttft_s": 1, "tpot_s": 1, "ttft_per_token_s": 1e4}}},
+            {},
+            r"line 1: slos.m: ttft_per_token_s must be seconds >= 0 and at most 1000, got 10000.0",
         ),
         ({"slos": {"m": {"ttft": 1}}}, {}, r"line 1: slos.m must have seconds for"),
         ({}, {"model": ""}, r"line 2: model must be a name, got ''"),
-        ({}, {"arrival_s": -1}, r"line 2: arrival_s must be seconds >= 0, got -1"),
+        ({}, {"arrival_s": -1}, r"line 2: arrival_s must be seconds >= 0 and at most 1e\+09, got -1"),
+        ({}, {"arrival_s": 1e308}, r"line 2: arrival_s must be seconds >= 0 and at most 1e\+09, got 1e\+308"),
+        ({}, {"arrival_s": 10**400}, r"line 2: arrival_s must be seconds"),
         ({}, {"arrival_s": True}, r"line 2: arrival_s"),
         ({}, {"prompt_tokens": 0}, r"line 2: prompt_tokens must be an integer in \[1, 2\^31\), got 0"),
         ({}, {"output_tokens": 2.0}, r"line 2: output_tokens"),
         ({}, {"prefix_tokens": 4}, r"line 2: prefix_tokens must be at most prompt_tokens=3, got 4"),
         ({}, {"prefix_tokens": 2}, r"line 2: prefix must be the number of a prefix >= 0 .*, got None"),
         ({}, {"rid": 1}, r"line 2: rid must count the requests from 0, here 0, got 1"),
-        ({}, {"ttft_slo_s": "1"}, r"line 2: ttft_slo_s must be seconds >= 0, or null, got '1'"),
+        (
+            {},
+            {"ttft_slo_s": "1"},
+            r"line 2: ttft_slo_s must be seconds >= 0 and at most 1e\+09, or null, got '1'",
+        ),
+        ({}, {"ttft_slo_s": 1e308}, r"line 2: ttft_slo_s must be seconds .*, got 1e\+308"),
+        ({}, {"tpot_slo_s": 1e10}, r"line 2: tpot_slo_s must be seconds .*, got 10000000000.0"),
         ({}, {"priority": None}, r"line 2: priority must be an integer"),
         ({}, {"tokens": 3}, r"line 2: the keys are rid, model, .*, got 'tokens'"),
     ],
@@ -254,9 +280,9 @@ def test_any_damage_is_a_valueerror_or_another_workload() -> None:
     ("make", "says"),
     [
         (lambda: Laws(prefix_share=1.5), r"prefix_share must be in \[0, 1\], got 1.5"),
-        (lambda: Laws(turns=0.5), "turns must be a number >= 1, got 0.5"),
+        (lambda: Laws(turns=0.5), r"turns must be a number in \[1, 10000\], got 0.5"),
         (lambda: drawn(laws=Laws(groups=4)), "at most the 3 models, got 4"),
-        (lambda: drawn(laws=Laws(groups=2, on_s=200)), "2 of them at most the 300 s, got 200"),
+        (lambda: drawn(laws=Laws(groups=2, on_s=200)), "2 of it at most the 300 s, got 200"),
         (lambda: drawn(laws=Laws(cv=0)), r"CV of gaps must be in \[0.01, 100\], got 0"),
         (lambda: power_law(["a"], -1, 1.0, 0), "a total rate must be > 0"),
         (lambda: lognormal(np.random.default_rng(), 1, 5, 4), "0 < median <= mean, got median 5 and mean 4"),
