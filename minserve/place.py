@@ -90,8 +90,9 @@ def place(args: argparse.Namespace) -> int:
         lines.append(f"{args.out} is not written: there is no place for {', '.join(nowhere)}")
     elif args.out:
         raw = read_yaml(Path(args.config))
-        write(args.out, placed(raw, Path(args.config).resolve().parent, config, problem, found))
-        load_config(args.out)
+        write(
+            args.out, placed(raw, Path(args.config).resolve().parent, config, problem, found), problem, found
+        )
         written = args.out
         lines.append(f"{args.out} is written")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from minserve.config import Config
+from minserve.config import Config, load_config
+from minserve.place_problem import plan_of
 from minserve.schema import kinds
 from sched.metrics import aligned
 from sched.placement import WHOLE, Plan, Problem, Replica, pool_bytes, reserved_bytes, residents
@@ -84,9 +85,30 @@ def _nodes(config: Config, problem: Problem, plan: Plan) -> list[dict[str, Any]]
     return nodes
 
 
-def write(path: str | Path, values: Mapping[str, Any]) -> None:
+def write(path: str | Path, values: Mapping[str, Any], problem: Problem, plan: Plan) -> None:
+    """ValueError, and no file, where what would be read back is not the plan."""
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
-    Path(path).write_text(text)
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text)
+        read = plan_of(load_config(new), problem)
+        if read != plan:
+            wrong = sorted({problem.models[r.model].name for r in set(read) ^ set(plan)})
+            raise ValueError(
+                f"{path} is not written: it would say {_said(problem, read, wrong)} of {', '.join(wrong)}, "
+                f"and what was judged is {_said(problem, plan, wrong)}"
+            )
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _said(problem: Problem, plan: Plan, models: Sequence[str]) -> str:
+    mine = [r for r in plan if problem.models[r.model].name in models]
+    return (
+        ", ".join(f"{'+'.join(problem.gpus[g].name for g in r.gpus)} with {r.sm}%" for r in mine) or "nothing"
+    )
 
 
 # ---- for people

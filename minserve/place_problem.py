@@ -56,7 +56,7 @@ def problem_of(config: Config, options: Options) -> Problem:
         models.append(model_of(entry, resolved, costs, options))
     own = options.own.slowdown if options.own is not None else {}
     beside = sum(complete(own).values()) / len(complete(own)) if own else 1.0
-    return Problem(tuple(models), gpus, options.max_replicas, options.target, beside)
+    return Problem(tuple(models), gpus, options.max_replicas, options.target, beside, alike=True)
 
 
 def _on_cpu(config: Config) -> bool:

@@ -5,7 +5,7 @@ the weights and the keys and values of its heads).  A GPU's memory holds the wei
 on it; the rest is one pool of keys and values, of which each keeps a reserve.  Bytes, seconds, requests a second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sched.latency import StepCost
@@ -125,13 +125,15 @@ Plan = tuple[Replica, ...]  # sorted, so that equal plans are equal
 @dataclass(frozen=True, slots=True)
 class Problem:
     """`max_replicas` of a model; `target`: the attainment below which a model is reported as not fitting; `beside`: what a
-    step takes longer beside a busy neighbour, as a part of itself: 1 where two have half of the time each."""
+    step takes longer beside a busy neighbour, as a part of itself: 1 where two have half of the time each; `alike`: replicas
+    of a model must have one degree and one share, as a configuration file has no more."""
 
     models: tuple[Model, ...]
     gpus: tuple[Gpu, ...]
     max_replicas: int = 4
     target: float = 0.9
     beside: float = 1.0
+    alike: bool = False
     classes: tuple[tuple[str, float, str, bool], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -167,6 +169,10 @@ class Problem:
         if unknown := rates.keys() - {m.name for m in self.models}:
             raise ValueError(f"rates name {sorted(unknown)}; the models are {[m.name for m in self.models]}")
         return replace(self, models=tuple(replace(m, rate=rates.get(m.name, m.rate)) for m in self.models))
+
+    def joins(self, new: Replica, rest: Iterable[Replica]) -> bool:
+        """Whether a replica may be beside those of its model."""
+        return not self.alike or all((r.tp, r.sm) == (new.tp, new.sm) for r in rest if r.model == new.model)
 
     def cost(self, r: Replica) -> StepCost:
         """Of a step of the replica; on GPUs of several kinds that of the slowest."""
@@ -243,6 +249,11 @@ def check(problem: Problem, plan: Sequence[Replica]) -> None:
             )
         if m.tp not in (None, r.tp):
             raise ValueError(f"model {m.name!r}: tp must be {m.tp}, got {r.tp}")
+        if not problem.joins(r, plan):
+            raise ValueError(
+                f"model {m.name!r}: its replicas must have one tp and one share, got "
+                f"{sorted({(o.tp, o.sm) for o in plan if o.model == r.model})}"
+            )
     for g, on in enumerate(residents(problem, plan)):
         if len({r.model for r in on}) != len(on):
             names = [problem.models[r.model].name for r in on]

@@ -96,13 +96,13 @@ def replan(
     score: Score | None = None,
 ) -> tuple[Solution, list[Change]]:
     """The plan for the problem's rates that is worth the way from `old`, and the way.  Replicas of `old` that memory no
-    longer holds are dropped first."""
+    longer holds, or that may not be beside others of their model, are dropped first."""
     migration = migration or Migration()
     estimator = Moving(problem, old, migration)
     start: Plan = ()
     for r in old:
         longer = tuple(sorted((*start, r)))
-        if estimator.fits(longer):
+        if estimator.fits(longer) and problem.joins(r, start):
             start = longer
     judge = None if score is None else lambda plan: score(plan) - estimator.cost(plan)
     found = solve(problem, seed=seed, budget=budget, score=judge, starts=(start,), estimator=estimator)

@@ -116,6 +116,8 @@ class Search:
     def add(self, plan: Plan, new: Replica, without: Replica | None = None) -> Plan | None:
         """The plan with a replica more (and one less), or None where memory does not hold it or its model is there."""
         rest = [r for r in plan if r is not without]
+        if not self.problem.joins(new, rest):
+            return None
         for g in new.gpus:
             on = sorted([*(r for r in rest if g in r.gpus), new])
             if sum(r.model == new.model for r in on) > 1 or not self.estimator.fits_on(g, on):
@@ -176,6 +178,8 @@ class Search:
             yield from self.changed(plan, r)
             yield from self.swapped(plan, r, replicas)
             yield from self.numbered(plan, r)
+            if self.problem.alike:
+                yield from self.reshaped(plan, r)
 
     def changed(self, plan: Plan, r: Replica) -> Iterator[Plan]:
         """Elsewhere, with another degree or share."""
@@ -196,6 +200,8 @@ class Search:
         if any(n not in self.allowed[n.model] for n in new):
             return None
         rest = [r for r in plan if r not in old]
+        if not all(self.problem.joins(n, rest) for n in new):
+            return None
         found = tuple(sorted([*rest, *new]))
         for g in {*new[0].gpus, *new[1].gpus}:
             on = [r for r in found if g in r.gpus]
@@ -212,6 +218,21 @@ class Search:
             for new in self.shuffled(self.options[r.model]):
                 if (found := self.add(plan, new)) is not None:
                     yield found
+
+    def reshaped(self, plan: Plan, r: Replica) -> Iterator[Plan]:
+        """All replicas of the model with another degree or share, as many as there were or are to be."""
+        mine = [o for o in plan if o.model == r.model]
+        # of one alone it is a change, and the first of several stands for all
+        if len(mine) < 2 or r != mine[0]:
+            return
+        rest = tuple(o for o in plan if o.model != r.model)
+        for tp, sm in sorted({(o.tp, o.sm) for o in self.options[r.model]} - {(r.tp, r.sm)}):
+            found, wanted = rest, self.counted.get(r.model, len(mine))
+            for new in self.shuffled([o for o in self.options[r.model] if (o.tp, o.sm) == (tp, sm)]):
+                longer = self.add(found, new) if len(found) < len(rest) + wanted else None
+                found = longer if longer is not None else found
+            if len(found) > len(rest):
+                yield found
 
     def entering(self, plan: Plan, model: int) -> Iterator[Plan]:
         """The model where there is room, or where there is once another has moved."""

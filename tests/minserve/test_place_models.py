@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from minserve import simulate
+from minserve import place_output, simulate
 from minserve.config import load_config
 from minserve.place import main
 from minserve.place_output import max_num_seqs
 from minserve.place_problem import MEMORY, Options, plan_of, problem_of
 from minserve.step_profile import Profile
 from sched.latency import StepCost
-from sched.placement import check
+from sched.placement import Replica, check
 from sched.slowdown import PHASES
 from sched.step_time import Fitted
 from tests.minserve.test_place import LLAMA_8B
@@ -142,6 +142,49 @@ def test_fewer_replicas_than_asked_are_said_and_not_written(
     assert f"does not fit: {has} of {wanted} replicas of a have a place" in text
     assert f"a ({has} of {wanted} replicas)" in text
     assert not out.exists()
+
+
+def test_what_is_written_is_what_was_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"a": 90.0, "b": 40.0, "c": 25.0}
+    file = config(tmp_path, [{"name": n, "rate": r} for n, r in rates.items()], gpus=4, memory_bytes="60 GB")
+    for seed in range(3):
+        out = str(tmp_path / f"placed{seed}.yaml")
+        assert main([file, "--out", out, "--simulate", "0", "--explain", "0", "--seed", str(seed)]) in (0, 1)
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        got = load_config(out)
+        problem = problem_of(got, Options(kind="h100", free=True))
+        told = {
+            (m["name"], *r["gpus"], r["tp"], r["sm_share"]) for m in said["models"] for r in m["replicas"]
+        }
+        assert told == {
+            (problem.models[r.model].name, *(problem.gpus[g].name for g in r.gpus), r.tp, r.sm)
+            for r in plan_of(got, problem)
+        }
+        assert max(len(m["replicas"]) for m in said["models"]) > 1
+
+
+def test_a_plan_that_a_file_cannot_say_is_not_written(tmp_path: Path) -> None:
+    file = config(tmp_path, [{"name": "a", "rate": 1.0}], gpus=3)
+    given = load_config(file)
+    problem = problem_of(given, Options(kind="h100"))
+    assert problem.alike
+    out = tmp_path / "placed.yaml"
+    raw = json.loads(Path(file).read_text())
+    for plan, read in (
+        ((Replica(0, (0,)), Replica(0, (1, 2))), False),
+        ((Replica(0, (0,)), Replica(0, (2,))), True),
+    ):
+        values = place_output.placed(raw, tmp_path, given, problem, plan)
+        if read:
+            place_output.write(out, values, problem, plan)
+            continue
+        with pytest.raises(
+            ValueError,
+            match=r"is not written: it would say gpu0 .* what was judged is gpu0 with .* gpu1\+gpu2",
+        ):
+            place_output.write(out, values, problem, plan)
+        assert {f.name for f in tmp_path.iterdir()} == {"llama", "config.yaml"}
+    assert plan_of(load_config(out), problem) == plan
 
 
 def test_too_many_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,3 +105,54 @@ def test_a_place_that_is_not_taken_is_named() -> None:
     (said,) = [s for s in shortfalls(p, found.plan, most=0) if s.model == "both"]
     assert said.replicas == (1, 2)
     assert said.reason == "memory: beside the others there is no room on g0"
+
+
+def shapes(plan: Plan, of: int) -> set[tuple[int, int]]:
+    return {(r.tp, r.sm) for r in plan if r.model == of}
+
+
+def test_replicas_are_alike_where_they_must_be() -> None:
+    """The same problems without that rule have plans that mix degrees, of which a file could say no more than one."""
+    mixed = 0
+    for seed in (1, 4):
+        rng = random.Random(100 + seed)
+        models = [
+            model(f"m{i}", rng.choice(list(SHAPES)), rng.choice(list(BITS)), rng.uniform(5, 60))
+            for i in range(3)
+        ]
+        p = problem(models, 4, 60.0)
+        free = solve(p, seed=seed, budget=1500)
+        mixed += any(len(shapes(free.plan, i)) > 1 for i in range(3))
+        alike = replace(p, alike=True)
+        found = solve(alike, seed=seed, budget=1500)
+        check(alike, found.plan)
+        assert all(len(shapes(found.plan, i)) == 1 for i in range(3))
+        assert found.estimate.value > 0.99 * free.estimate.value
+        if mixed:
+            with pytest.raises(
+                ValueError, match=r"must have one tp and one share, got \[\(1, 100\), \(2, 100"
+            ):
+                check(alike, free.plan)
+    assert mixed == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_replicas_of_a_model_change_their_share_at_once(seed: int) -> None:
+    """One at a time they may not, and with a fixed number none can go before."""
+    models = []
+    for i in range(3):
+        m = model(f"m{i}", rate=4.0 + seed, degrees=(1,))
+        whole = m.costs["h100"][1, 100]
+        costs = {(1, 100): whole, (1, 50): replace(whole, per_prefill_token_s=2 * whole.per_prefill_token_s)}
+        models.append(replace(m, costs={"h100": costs}, replicas=2))
+    p = problem(models, 3, 80.0, alike=True)
+    search = Search(p, Estimator(p), seed, 400)
+    plan = tuple(sorted(Replica(i, (g,), 50) for i in range(3) for g in ((i, (i + 1) % 3))))
+    near = set(search.steps(plan, Estimator(p)(plan)))
+    assert {frozenset(shapes(q, 0)) for q in near} == {frozenset({(1, 50)}), frozenset({(1, 100)})}
+    for q in near:
+        check(p, q)
+        assert search.miscount(q) == 0
+    found, value = search.climb(plan)
+    assert value >= Estimator(p)(plan).value
+    check(p, found)
