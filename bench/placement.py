@@ -22,7 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from bench.placement_cells import ARMS, ONE_EACH, OPTIMUM, OURS, run_instance, run_large, run_misjudged
+from bench.placement_cells import (
+    ARMS,
+    ONE_EACH,
+    OPTIMUM,
+    OURS,
+    SEARCHED,
+    run_instance,
+    run_large,
+    run_misjudged,
+)
 from bench.placement_fineserve import run_fineserve
 from bench.placement_kvpr import run_kvpr
 from bench.plots import draw_placement
@@ -152,10 +161,11 @@ def run_rates(args: argparse.Namespace) -> dict[str, list[float]]:
 
 def judge(rows: Sequence[dict[str, Any]], large: dict[str, Any]) -> dict[str, bool]:
     by_name = {r["arm"]: r for r in rows}
-    ours, one = by_name[OURS], by_name[ONE_EACH]
+    # each against the optimum of its own aim: by the estimate what never saw a simulation, by the simulator what is placed
+    ours, searched = by_name[OURS], by_name[SEARCHED]
     targets = {
-        f"mean >= {MEAN_TARGET} of the optimum": one["of_optimum"][0] >= MEAN_TARGET,
-        f"worst >= {WORST_TARGET}": one["worst"] >= WORST_TARGET,
+        f"mean >= {MEAN_TARGET} of the optimum": searched["of_optimum"][0] >= MEAN_TARGET,
+        f"worst >= {WORST_TARGET}": searched["worst"] >= WORST_TARGET,
         "better than every baseline on average": all(
             ours["of_optimum"][0] > by_name[n]["of_optimum"][0]
             and ours["sim_of_optimum"][0] > by_name[n]["sim_of_optimum"][0]
@@ -164,9 +174,9 @@ def judge(rows: Sequence[dict[str, Any]], large: dict[str, Any]) -> dict[str, bo
     }
     if large["models"] == 48:
         targets[f"48 x 16 within {LARGE_S:.0f} s"] = large["seconds"] < LARGE_S
-    if "sim_of_optimum" in one:
-        targets[f"simulated: mean >= {MEAN_TARGET}"] = one["sim_of_optimum"][0] >= MEAN_TARGET
-        targets[f"simulated: worst >= {WORST_TARGET}"] = one["sim_worst"] >= WORST_TARGET
+    if "sim_of_optimum" in ours:
+        targets[f"simulated: mean >= {MEAN_TARGET}"] = ours["sim_of_optimum"][0] >= MEAN_TARGET
+        targets[f"simulated: worst >= {WORST_TARGET}"] = ours["sim_worst"] >= WORST_TARGET
     return targets
 
 

@@ -119,6 +119,7 @@ def plain(problem: Problem) -> Problem:
 Train = Scorer | Estimator
 Arm = Callable[[Problem, int, Train], Plan]
 OURS, ONE_EACH, OPTIMUM = "ours", "ours, one replica each", "exhaustive, by the estimate"
+SEARCHED = "ours, by the estimate alone"
 
 
 def ours(problem: Problem, seed: int, train: Train, **given: Any) -> Plan:
@@ -145,7 +146,7 @@ ARMS: dict[str, Arm] = {
     OPTIMUM: lambda p, seed, train: exhaustive(p, bounded=True).plan,
     OURS: lambda p, seed, train: ours(wide(p), seed, train, budget=SMALL),
     ONE_EACH: lambda p, seed, train: ours(p, seed, train, budget=SMALL),
-    "ours, by the estimate alone": lambda p, seed, train: solve(p, seed=seed, budget=SMALL).plan,
+    SEARCHED: lambda p, seed, train: solve(p, seed=seed, budget=SMALL).plan,
     "ours, without local search": lambda p, seed, train: ours(p, seed, train, budget=0),
     "ours, without precision": lambda p, seed, train: completed(
         p, solve(plain(p), seed=seed, budget=SMALL).plan

@@ -38,6 +38,8 @@ def placement_table(result: dict[str, Any]) -> str:
         "Planned with rates up to 30 % wrong, part of the best placement that knows them, by the estimate: "
         + "; ".join(f"{name} {v[0]:.3f}" for name, v in sorted(rates.items(), key=lambda pair: -pair[1][0]))
         + ".",
+        "",
+        *(f"{what}: {'met' if met else 'MISSED'}" for what, met in result["targets"].items()),
     ]
     return "\n".join(lines)
 

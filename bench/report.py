@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 
 from bench.gates import LIMITS
 from bench.placement_tables import kvpr_table, placement_table
-from bench.scheduling_tables import decisions_table, headline_table, live_table, scheduling_table
+from bench.scheduling_tables import (
+    decisions_table,
+    fidelity_table,
+    headline_table,
+    live_table,
+    scheduling_table,
+)
 from bench.shapes import MODELS
 from bench.slabs_tables import slab_paths_table, slabs_table
 from kernels.catalog import SPECS
@@ -262,6 +268,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scheduling": scheduling_table,
     "headline": headline_table,
     "live": live_table,
+    "fidelity": fidelity_table,
     "decisions": decisions_table,
 }
 

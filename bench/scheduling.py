@@ -183,7 +183,7 @@ def rows_of(path: str | None) -> Rows | None:
 def ratios(
     rows: Sequence[dict[str, Any]], cell: str, over: Callable[[dict[str, float]], float]
 ) -> list[float]:
-    """Ours over another's goodput, seed by seed."""
+    """Ours over another's goodput, of the seeds for which the other has any."""
     by_seed: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["cell"] == cell:
@@ -238,6 +238,7 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "cell": cell,
             "over_default": interval(default) if default else None,
             "over_best_fixed": interval(best) if best else None,
+            "seeds": len(best),
             "best_other": peer,
             "over_best_other": ours["mean"] / others[peer] if others[peer] else None,
             "worst_model": ours["worst_model"],

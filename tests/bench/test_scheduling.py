@@ -52,9 +52,13 @@ def test_arms_are_compared_seed_by_seed() -> None:
         "rows": [r | {"tag": "simulated"} for r in rows], "cells": [verdict], "seeds": 2, "seed": 0, "seconds": 1.0,
         "pool_gib": 1.0, "alpha": 1.0, "costs": "rooflines", "lengths": ["a", "b"],
     }  # fmt: skip
-    assert "| c | 2.50 (2.00 to 3.00) | 2.00 (1.00 to 3.00) | 0.98 (saab) | 95.0% |" in scheduling_table(
-        result
-    )
+    table = scheduling_table(result)
+    assert "| c | 2 | 2.50 (2.00 to 3.00) | 2.00 (1.00 to 3.00) | 0.98 (saab) | 95.0% |" in table
+    assert "never below 0.97 of the best fixed batch (1 cells): met" in table
+    result["cells"] = [verdict | {"cell": "M2 W2 5x", "over_default": (1.29, 1.0, 2.0), "worst_model": 0.89}]
+    table = scheduling_table(result)
+    assert "at CV 4 at least 1.3 times fixed 64 (1 cells): MISSED" in table
+    assert "worst model at least 90 % at the goodput (0 of 1 cells): MISSED" in table
 
 
 def test_an_interval_holds_its_mean() -> None:
