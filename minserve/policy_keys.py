@@ -7,7 +7,8 @@ from minserve.schema import At, Kind, choice, near, plain_value, refuse
 from sched.limits import Limits
 from sched.policies import POLICIES, make_policy, options_of
 
-Options = tuple[tuple[str, int | str], ...]
+Options = tuple[tuple[str, bool | int | float | str], ...]
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 POLICY = choice(*POLICIES)
 SAYS = "a mapping of the policy's options, or text such as shed=hopeless"
 # of no consequence: to see whether a policy takes its options
@@ -28,8 +29,8 @@ def _read_options(at: At, value: Any) -> Options:
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise refuse(at, SAYS, value)
-        if type(pair[1]) not in (int, str):
-            raise refuse(at.sub(pair[0][:80]), "a whole number or text", pair[1])
+        if type(pair[1]) not in NAMES:
+            raise refuse(at.sub(pair[0][:80]), "a number, text, or true or false", pair[1])
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise refuse(at, "options that are named once", value)
@@ -46,9 +47,9 @@ def check_policy(policy: str, options: Options, at: At) -> None:
         if name not in known:
             says = f"among the options of {policy}: {', '.join(known) or 'there are none'}"
             raise refuse(at, says, name, near(name, list(known)))
-        if type(value) is not type(known[name]):
-            kind = "a whole number" if isinstance(known[name], int) else "text"
-            raise refuse(at.sub(name), f"{kind}, by default {known[name]}", value)
+        kind = type(known[name])
+        if type(value) is not kind and (kind is not float or type(value) is not int):
+            raise refuse(at.sub(name), f"{NAMES[kind]}, by default {known[name]}", value)
     try:
         make_policy(policy, LIMITS, None, dict(options))
     except ValueError as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.policy import Impatient
+from minserve import policy_keys
 from minserve.config import (
     Config,
     GpuConfig,
@@ -21,8 +23,9 @@ from minserve.config import (
 from minserve.groups import GroupConfig
 from minserve.keys import admin_keys, api_keys
 from minserve.model_flags import add_model_flags, model_flags
-from minserve.schema import kinds, read_yaml
+from minserve.schema import At, kinds, read_yaml
 from minserve.serve import read_arguments, read_config
+from sched.policies import POLICIES
 from tests.minserve.malformed_configs import MALFORMED, model, server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,6 +249,28 @@ def test_a_policy_and_its_options(tmp_path: Path, options: str) -> None:
     flags = model_flags(parser.parse_args(["--policy", "fcfs"]))
     (entry,) = config.with_models(**flags).models
     assert (entry.policy, entry.policy_options) == ("fcfs", ())
+
+
+def test_options_of_a_policy_may_be_of_any_plain_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICIES, "impatient", Impatient)
+    for written, found in (("{follow: false}", False), ("follow=false", False), ("{follow: true}", True)):
+        (entry,) = load_config(write(tmp_path, model(f"policy: slack, policy_options: {written}"))).models
+        assert entry.policy_options == (("follow", found),)
+    check = policy_keys.check_policy
+    at = At("models[0]", tmp_path)
+    for value in (0.03, 1):
+        check("impatient", (("most_s", value),), at)
+    for policy, option, says in (
+        ("impatient", ("most_s", True), "a number, by default 0.025, got true"),
+        ("slack", ("late_share", True), "a whole number, by default 8, got true"),
+        ("slack", ("late_share", 8.5), "a whole number, by default 8, got 8.5"),
+        ("slack", ("follow", 0), "true or false, by default True, got 0"),
+        ("impatient", ("most_s", -1.0), "most_s must be above 0 seconds, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check(policy, (option,), at)
 
 
 def test_a_policy_on_the_command_line_is_every_models(tmp_path: Path) -> None:
