@@ -245,13 +245,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0 <= args.seed < 1 << 63:
             raise ValueError(f"--seed must be an integer in [0, 2^63), got {args.seed}")
-        if args.duration is not None and not 0 < args.duration < 1e9:
-            raise ValueError(f"--duration must be seconds > 0, got {args.duration}")
+        if args.duration is not None and not 0 < args.duration <= MOST_S:
+            raise ValueError(f"--duration must be seconds > 0 and at most {MOST_S:g}, got {args.duration}")
         for name in ("prompt_tokens", "output_tokens", "prompt_median", "output_median"):
             mean = getattr(args, name)
-            if mean is not None and not 0 < mean <= MOST_TOKENS:
+            if mean is not None and not 1 <= mean <= MOST_TOKENS:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be tokens > 0 and at most {MOST_TOKENS}, got {mean:g}")
+                raise ValueError(f"{flag} must be tokens in [1, {MOST_TOKENS}], got {mean:g}")
         if not 2 <= args.max_len <= MOST_TOKENS:
             raise ValueError(f"--max-len must be tokens in [2, {MOST_TOKENS}], got {args.max_len}")
         found = make(args)

@@ -335,7 +335,7 @@ def test_the_line_through_times_alone() -> None:
         (["--slo-scale", "5", "--alone", "/nowhere"], "--alone must have"),
         (["--token-ids", "9:9"], "--token-ids must be LOW:HIGH"),
         (["--warmup-s", "5"], "--warmup-s must be in [0, 0.03), got 5"),
-        (["--rate-scale", "0"], "must be > 0, got 0"),
+        (["--rate-scale", "0"], "--rate-scale must be > 0 and turn the"),
     ],
 )
 def test_wrong_flags_are_said(
