@@ -144,12 +144,19 @@ def test_fewer_replicas_than_asked_are_said_and_not_written(
     assert not out.exists()
 
 
-def test_what_is_written_is_what_was_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = {"a": 90.0, "b": 40.0, "c": 25.0}
-    file = config(tmp_path, [{"name": n, "rate": r} for n, r in rates.items()], gpus=4, memory_bytes="60 GB")
+@pytest.mark.parametrize("case", [(3, 60, 45.0, {"replicas": 2}), (4, 40, 20.0, {})])
+def test_what_is_written_is_what_was_judged(
+    case: tuple[int, int, float, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of these the best plans that are known mix degrees, which a file cannot say."""
+    gpus, memory, rate, more = case
+    models = [{"name": "a", "rate": rate} | more, {"name": "b", "rate": 40.0 if more else 10.0}]
+    file = config(tmp_path, models, gpus=gpus, memory_bytes=f"{memory} GB")
     for seed in range(3):
         out = str(tmp_path / f"placed{seed}.yaml")
-        assert main([file, "--out", out, "--simulate", "0", "--explain", "0", "--seed", str(seed)]) in (0, 1)
+        assert main(
+            [file, "--out", out, "--simulate", "0", "--explain", "0", "--budget", "600", "--seed", str(seed)]
+        ) in (0, 1)
         said = json.loads(capsys.readouterr().out.splitlines()[-1])
         got = load_config(out)
         problem = problem_of(got, Options(kind="h100", free=True))
