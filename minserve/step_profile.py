@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sched.latency import StepCost
+from sched.arrivals import MOST_TOKENS
+from sched.latency import COEFFICIENTS, StepCost
 from sched.slowdown import PHASES, Slowdown
-from sched.step_time import Fitted, decode_point, fit, prefill_point
+from sched.step_time import Fitted, Point, decode_point, fit, prefill_point
 
 COLUMNS = (
     "model",
@@ -32,6 +33,7 @@ COLUMNS = (
     "tpot",
     "e2e",
 )
+LEAST_S, MOST_S = 1e-9, 3600.0  # of a step
 NEEDED = (*COLUMNS[:7], "prefill_time", "tpot")
 
 
@@ -61,32 +63,50 @@ def write_costs(path: str | Path, rows: Iterable[Measured]) -> None:
 
 
 def read_costs(path: str) -> dict[str, Fitted]:
-    """Step-time models of the table, by `model/format/tp/per cent`.  ValueError says what is wrong with the file."""
-    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
+    """Step-time models of the table, by `model/format/tp/per cent`.  ValueError names the file, the row, counted from 1
+    behind the head, and what is wrong with it."""
+    points: dict[str, list[Point]] = defaultdict(list)
     try:
         with Path(path).open(newline="") as lines:
             reader = csv.DictReader(lines)
             missing = set(NEEDED) - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(f"--costs {path!r} lacks the columns {', '.join(sorted(missing))}")
-            for row in reader:
-                rows["/".join(row[name] for name in COLUMNS[:4])].append(row)
-    except (OSError, UnicodeDecodeError) as error:
+            for i, row in enumerate(reader, 1):
+                try:
+                    read = _measured(row)
+                except ValueError as error:
+                    raise ValueError(f"--costs {path!r}: row {i}: {error}") from None
+                of = points["/".join(read.key)]
+                of.append(prefill_point(read.batch, read.input_tokens, read.prefill_s))
+                of.append(decode_point(read.batch, read.input_tokens, read.output_tokens, read.tpot_s))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--costs {path!r} cannot be read: {error}") from error
-    found = {}
-    for key, of in rows.items():
-        points = []
-        for row in of:
-            try:
-                batch, prompt, answer = (int(row[name]) for name in COLUMNS[4:7])
-                points.append(prefill_point(batch, prompt, float(row["prefill_time"])))
-                points.append(decode_point(batch, prompt, answer, float(row["tpot"])))
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"--costs {path!r} has a row of {key} that holds no numbers: {row}"
-                ) from None
-        found[key] = fit(points)
-    return found
+    return {key: fit(of) for key, of in points.items()}
+
+
+def _measured(row: Mapping[str, str | None]) -> Measured:
+    def count(name: str, most: int) -> int:
+        value = row[name] or ""
+        if not (value.strip().isdecimal() and len(value) < 20 and 1 <= int(value) <= most):
+            raise ValueError(f"{name} must be an integer in [1, {most}], got {row[name]!r:.60}")
+        return int(value)
+
+    def seconds(name: str) -> float:
+        try:
+            found = float(row[name] or "")
+        except ValueError:
+            found = 0.0
+        if not LEAST_S <= found <= MOST_S:
+            raise ValueError(f"{name} must be seconds in [{LEAST_S:g}, {MOST_S:g}], got {row[name]!r:.60}")
+        return found
+
+    if not row["model"] or row["qformat"] is None:
+        raise ValueError(f"model must be a name and qformat a text, got {row['model']!r:.60}")
+    tp, per_cent = count("tp", 1024), count("mps_percentage", 100)
+    sizes = count("batch_size", 1 << 16), count("input_len", MOST_TOKENS), count("output_len", MOST_TOKENS)
+    key = (row["model"], row["qformat"], str(tp), str(per_cent))
+    return Measured(key, *sizes, seconds("prefill_time"), seconds("tpot"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +146,7 @@ def read_profile(path: str | Path) -> Profile:
             raise ValueError("at least one model, and slow-downs >= 0")
     except OSError as error:
         raise ValueError(f"the profile {str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         says = "a JSON file of python -m bench.profile_steps"
         raise ValueError(f"the profile {str(path)!r} must be {says}: {error}") from None
     return Profile(models, slowdown, found)
@@ -135,4 +155,8 @@ def read_profile(path: str | Path) -> Profile:
 def _fitted(of: Mapping[str, Any]) -> Fitted:
     cost = dict(of["cost"])
     rows = tuple((float(r), float(s)) for r, s in cost.pop("rows", ()))
-    return Fitted(StepCost(**{name: float(s) for name, s in cost.items()}, rows=rows), float(of["error"]))
+    found = StepCost(**{name: float(s) for name, s in cost.items()}, rows=rows)
+    for name, seconds in [(n, getattr(found, n)) for n in COEFFICIENTS] + [("rows", s) for _, s in rows]:
+        if seconds > MOST_S:
+            raise ValueError(f"{name} must be at most {MOST_S:g} s, got {seconds:g}")
+    return Fitted(found, float(of["error"]))

@@ -176,7 +176,8 @@ def test_mistakes_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("a,b\n1,2\n", "lacks the columns"), (HEAD + "\n" + "x," * 12 + "x\n", "no numbers")]
+    ("text", "says"),
+    [("a,b\n1,2\n", "lacks the columns"), (HEAD + "\n" + "x," * 12 + "x\n", "row 1: tp must be an integer")],
 )
 def test_a_profile_that_is_none_is_refused(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -1,10 +1,11 @@
 """Step-time models in files: what is written is read again, and what is no profile is refused in words."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from minserve.step_profile import Measured, Profile, read_costs, read_profile, write_costs
+from minserve.step_profile import COLUMNS, Measured, Profile, read_costs, read_profile, write_costs
 from sched.latency import StepCost
 from sched.step_time import Fitted, decode_point, error_of, prefill_point
 
@@ -35,6 +36,9 @@ def test_a_profile_comes_back_as_it_was(tmp_path: Path) -> None:
         '{"models": {}}',
         '{"models": {"a": {"cost": {"base_s": -1}, "error": 0}}}',
         '{"models": {"a": {"cost": {"seconds": 1}, "error": 0}}}',
+        '{"models": {"a": {"cost": {"base_s": 1e300}, "error": 0}}}',
+        '{"models": {"a": {"cost": {"base_s": 1, "rows": [[1, 1e300]]}, "error": 0}}}',
+        '{"models": ' + 100_000 * "[",
         '{"models": {"a": {"cost": {"base_s": 1}, "error": 0}}, "slowdown": {"decode beside nothing": 1}}',
         '{"models": {"a": {"cost": {"base_s": 1}, "error": 0}}, "slowdown": {"decode beside decode": -1}}',
     ],
@@ -68,3 +72,36 @@ def test_a_table_is_written_in_the_form_that_is_read(tmp_path: Path) -> None:
     found = read_costs(str(tmp_path / "costs.csv"))
     assert list(found) == ["llama/org/1/100"]
     assert error_of(found["llama/org/1/100"].cost, points) < 1e-6
+
+
+GOOD = dict(zip(COLUMNS, ["m", "org", "1", "100", "4", "256", "64", "320", *5 * ["0.5"]], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("batch_size", "0", "row 2: batch_size must be an integer in [1, 65536], got '0'"),
+        ("batch_size", "-5", "row 2: batch_size must be an integer in [1, 65536], got '-5'"),
+        ("input_len", "9" * 30, "row 2: input_len must be an integer in [1, 16777216], got '9999"),
+        ("output_len", "1.5", "row 2: output_len must be an integer"),
+        ("tp", "x", "row 2: tp must be an integer in [1, 1024], got 'x'"),
+        ("mps_percentage", "0", "row 2: mps_percentage must be an integer in [1, 100], got '0'"),
+        ("prefill_time", "nan", "row 2: prefill_time must be seconds in [1e-09, 3600], got 'nan'"),
+        ("tpot", "", "row 2: tpot must be seconds in [1e-09, 3600], got ''"),
+        ("tpot", "-1", "row 2: tpot must be seconds"),
+        ("model", "", "row 2: model must be a name"),
+        ("e2e", "9" * 200_000, "cannot be read: field larger than field limit"),
+    ],
+)
+def test_a_row_that_is_wrong_is_named(name: str, value: str, says: str, tmp_path: Path) -> None:
+    rows = [",".join(row.values()) for row in (GOOD, GOOD | {name: value})]
+    path = tmp_path / "costs.csv"
+    path.write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
+    with pytest.raises(ValueError, match=re.escape(says)) as refused:
+        read_costs(str(path))
+    assert str(refused.value).startswith(f"--costs {str(path)!r}")
+    path.write_text("\n".join([",".join(COLUMNS), rows[0], "m,org"]) + "\n")
+    with pytest.raises(ValueError, match="row 2: tp must be an integer"):
+        read_costs(str(path))
+    path.write_text("\n".join([",".join(COLUMNS), rows[0]]) + "\n")
+    assert list(read_costs(str(path))) == ["m/org/1/100"]
