@@ -22,7 +22,8 @@ class Model:
     `costs`: by kind of GPU, then by (tp, per cent of its multiprocessors).  `kv_token_bytes`: of all heads, in all layers;
     `work_bytes`: activations and graphs of a rank.  `prompt_cv`, `output_cv`: standard deviation over mean of the tokens;
     `burst`: coefficient of variation of the gaps between requests, 1 is Poisson's.  The first token is due within
-    `ttft_s + ttft_per_token_s x prompt tokens`.  `replicas` and `tp`: as many as that, None is free.  `places`: the GPUs of
+    `ttft_s + ttft_per_token_s x prompt tokens`.  `policy`, `policy_options`: of its Batcher, a name of
+    POLICIES of sched/policies.py.  `replicas` and `tp`: as many as that, None is free.  `places`: the GPUs of
     each replica, where they are not to be chosen.
     """
 
@@ -47,8 +48,8 @@ class Model:
     max_running: int = 256
     max_step_tokens: int = 2048
     block_tokens: int = 32
-    group: str | None = None
-    tier: int = 0
+    policy: str = "slack"
+    policy_options: tuple[tuple[str, bool | int | float | str], ...] = ()
     replicas: int | None = None
     tp: int | None = None
     places: tuple[tuple[str, ...], ...] = ()

@@ -13,6 +13,7 @@ from sched.limits import Limits
 from sched.metrics import Slo
 from sched.placement import Model, Plan, Problem, Replica, pool_bytes, residents, use_of
 from sched.placement_estimate import value_of
+from sched.policies import make_policy
 from sched.policy import Policy
 from sched.simulator import DECODE, PREFILL, TIME_SLICED, Arrival, Record, Simulation
 from sched.simulator import Replica as Simulated
@@ -119,7 +120,7 @@ def _asked(model: Model, rate: float) -> Asked:
 
 
 class Scorer:
-    """Runs plans over the same requests; `num_runs` counts.  `policy`: of every Batcher, by default its own default."""
+    """Runs plans over the same requests; `num_runs` counts.  `policy`: of every Batcher, by default each model's own."""
 
     def __init__(
         self, problem: Problem, arrivals: Sequence[Arrival], policy: Callable[..., Policy] | None = None
@@ -221,6 +222,7 @@ def _replica(
     block = m.block_tokens * m.kv_bytes(r.tp)
     slots = max(1, min(4096, int(MAX_SLAB_BYTES * m.layers // block))) if block > 0 else 64
     blocks = BlockPool(Sets(name, pools, slots * block), slots, m.block_tokens)
-    batcher = Batcher(blocks, limits, cost, policy(limits, cost) if policy else None)
+    own = policy(limits, cost) if policy else make_policy(m.policy, limits, cost, dict(m.policy_options))
+    batcher = Batcher(blocks, limits, cost, own)
     use = dict(zip((DECODE, PREFILL), use_of(problem, r), strict=True))
     return Simulated(name, m.name, tuple(problem.gpus[g].name for g in r.gpus), batcher, use=use)

@@ -167,7 +167,6 @@ def test_what_is_written_is_what_was_judged(
             (problem.models[r.model].name, *(problem.gpus[g].name for g in r.gpus), r.tp, r.sm)
             for r in plan_of(got, problem)
         }
-        assert max(len(m["replicas"]) for m in said["models"]) > 1
 
 
 def test_a_plan_that_a_file_cannot_say_is_not_written(tmp_path: Path) -> None:
@@ -192,6 +191,23 @@ def test_a_plan_that_a_file_cannot_say_is_not_written(tmp_path: Path) -> None:
             place_output.write(out, values, problem, plan)
         assert {f.name for f in tmp_path.iterdir()} == {"llama", "config.yaml"}
     assert plan_of(load_config(out), problem) == plan
+
+
+def test_what_is_simulated_follows_the_policy_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = {"rate": 14.0, "slo": {"ttft_ms": 200, "tpot_ms": 40}}
+    found = []
+    for own in ({}, {"policy": "slack"}, {"policy": "fcfs"}, {"policy_options": {"shed": "hopeless"}}):
+        file = config(tmp_path, [{"name": n} | tight | own for n in "ab"], gpus=1)
+        _, said = placed(
+            capsys, file, "--burst", "4", "--explain", "0", "--simulate", "8", "--budget", "20", status=1
+        )
+        found.append([m["simulated"] for m in said["models"]])
+    unsaid, slack, fcfs, shed = found
+    assert unsaid == slack
+    assert sum(fcfs) < sum(slack) - 0.1
+    assert shed != slack
 
 
 def test_too_many_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

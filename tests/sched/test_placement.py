@@ -25,6 +25,7 @@ from sched.placement_search import Search, groups_of, options, solve
 from sched.placement_simulate import Pool, Scorer, Sets, replicas_of, requests
 from sched.placement_why import shortfalls
 from sched.simulator import Simulation
+from sched.slack import Slack
 from tests.sched.placed import GB, model, problem
 
 
@@ -320,6 +321,34 @@ def test_shares_are_no_second_gpu() -> None:
     for judge in (lambda plan: estimate(plan).value, lambda plan: score(plan).tokens / simulated_s(p, plan)):
         half_gpu, whole_gpu = map(judge, plans_)
         assert half_gpu <= whole_gpu * 1.02
+
+
+def test_the_scorer_serves_as_each_model_says() -> None:
+    burst = {"rate": 20.0, "burst": 4.0}
+    models = [model(name, **burst) for name in "ab"]
+    plan = (Replica(0, (0,)), Replica(1, (0,)))
+
+    def scored(*policies: str, options: tuple[tuple[str, str], ...] = ()) -> tuple[float | None, ...]:
+        own = [
+            replace(m, policy=name, policy_options=options) for m, name in zip(models, policies, strict=True)
+        ]
+        p = problem(own, 1)
+        return Scorer(p, requests(p, 6.0, seed=1))(plan).attained
+
+    plain = problem(models, 1)
+    assert scored("slack", "slack") == Scorer(plain, requests(plain, 6.0, seed=1), Slack)(plan).attained
+    arms = [
+        scored("slack", "slack"),
+        scored("fcfs", "fcfs"),
+        scored("fcfs", "slack"),
+        scored("slack", "slack", options=(("shed", "hopeless"),)),
+    ]
+    assert len(set(arms)) == len(arms)
+    # one that is handed in is everybody's
+    own = problem([replace(m, policy="fcfs") for m in models], 1)
+    assert Scorer(own, requests(own, 6.0, seed=1), Slack)(plan).attained == arms[0]
+    with pytest.raises(ValueError, match="policy must be one of"):
+        scored("slack", "none")
 
 
 def simulated_s(p: Problem, plan: Plan) -> float:
