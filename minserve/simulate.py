@@ -23,26 +23,26 @@ from minserve.pool import LeasedSets, SlabPool
 from minserve.quota_writer import TICK_S, QuotaWriter
 from minserve.resolve import ResolvedModel
 from minserve.schema import At, size
+from minserve.simulate_requests import arrivals_of, records_of, routes_of, slos_of
 from minserve.step_profile import Profile, read_costs, read_profile
+from minserve.workload_saved import load_workload
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
-from sched.metrics import Record, Slo, summarize, table
+from sched.metrics import Record, summarize, table
 from sched.policies import make_policy
 from sched.pressure import demand, offer, preempt_for
-from sched.router import ROUTERS, Router, Tiers, named
+from sched.router import ROUTERS
 from sched.simulated_prompts import Prompts
-from sched.simulated_routes import Routes
-from sched.simulator import TIME_SLICED, Arrival, Replica, Simulation, Turn
+from sched.simulator import TIME_SLICED, Replica, Simulation, Turn
 from sched.slowdown import complete
 from sched.step_time import DEVICES, Work, roofline
-from sched.workload import Workload, from_lines
+from sched.workload import Workload
 
 WEIGHT_BITS = {"w8a8-int8": 8, "w8a8-fp8": 8, "w4a8-int8": 4, "w4a8-fp8": 4}
 SUM_S = 15e-6  # of one sum over the ranks of a few rows: NVLink's latency, and two launches
 COPY_S = 0.001  # of a step, for compaction, on a device that copies at half of what it reads
-OPEN = "the workload ended before it did"
 
 
 def cost_of(model: ResolvedModel, gpu: str, tp: int = 1) -> StepCost:
@@ -167,64 +167,6 @@ class Now:
         return 1.0 + (self.simulation.now if self.simulation is not None else 0.0)
 
 
-def arrivals_of(workload: Workload, slos: dict[str, Slo]) -> list[Arrival]:
-    return [
-        Arrival(
-            r.arrival_s,
-            r.rid,
-            r.model,
-            r.prompt_tokens,
-            r.output_tokens,
-            slos[r.model].first_s(r.prompt_tokens) if r.ttft_slo_s is None else r.ttft_slo_s,
-            slos[r.model].tpot_s if r.tpot_slo_s is None else r.tpot_slo_s,
-            r.priority,
-        )
-        for r in workload.requests
-    ]
-
-
-def records_of(simulation: Simulation, workload: Workload) -> list[Record]:
-    records = []
-    for r in workload.requests:
-        done = simulation.records[r.rid]
-        error = done.error or (OPEN if done.end_s is None else None)
-        records.append(
-            Record(
-                r.rid, r.model, r.arrival_s, done.first_s, done.end_s, r.prompt_tokens,
-                r.output_tokens if done.end_s is not None else 0, r.output_tokens, error, r.ttft_slo_s, r.tpot_slo_s,
-                cached_tokens=done.cached_tokens or 0,
-            )
-        )  # fmt: skip
-    return records
-
-
-def routes_of(
-    config: Config, router: str, slowdown: Mapping[tuple[str, str], float], prompts: Prompts
-) -> tuple[Routes, dict[str, list[str]]]:
-    """What routes requests as the front end would, groups by their policy, and the models of each group."""
-    settings = {g.name: g for g in config.groups}
-
-    def make(name: str) -> Router:
-        if (g := settings.get(name)) is None:
-            return named(router)
-        return Tiers(g.policy, g.margin, g.hysteresis, named(router))
-
-    groups = {name: [m.name for m in config.models if m.group == name] for name in settings}
-    return Routes(make, {m.name: m.tier for m in config.models}, slowdown, prompts.marks), groups
-
-
-def slos_of(config: Config) -> dict[str, Slo]:
-    """By model, and of a group that of its best precision."""
-    found = {}
-    # the best is the last to be written
-    for m in sorted(config.models, key=lambda m: -m.tier):
-        slo = Slo(m.slo.ttft_ms / 1000, m.slo.tpot_ms / 1000)
-        found[m.name] = slo
-        if m.group is not None:
-            found[m.group] = slo
-    return found
-
-
 def counts_of(simulation: Simulation) -> dict[str, Any]:
     """What it did, in all and by replica."""
     replicas = simulation.replicas
@@ -315,6 +257,14 @@ def choose_costs(
     served = {m.entry.name: m for pool in pools for m in pool.models}
     named = read_use(args.use, served)
     costs = {}
+    ignored = [
+        name
+        for name, model in served.items()
+        if model.entry.sm_share is not None
+        and named.get(name, "").rpartition("/")[2] != str(model.entry.sm_share)
+    ]
+    if ignored:
+        sys.stdout.write(f"sm_share is not simulated, and has no effect here, of {', '.join(ignored)}\n")
     for name, model in served.items():
         if name in named:
             if named[name] not in profile:
@@ -331,6 +281,17 @@ def choose_costs(
             costs[name] = cost_of(model, args.gpu, model.entry.tp or 1)
             sys.stdout.write(f"{name}: roofline on {args.gpu}\n")
     return costs
+
+
+def check_writable(flag: str, path: str) -> None:
+    """ValueError where a file cannot be written: said before a long run.  One that is there stays as it is."""
+    try:
+        with Path(path).open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be a file that can be written, got {path!r}: {error.strerror}"
+        ) from None
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -365,12 +326,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = args.pool_bytes and size(64 << 10, TiB).read(At("--pool-bytes", Path()), args.pool_bytes)
         config = load_config(args.config)
         pools = plan_memory(config, given=given)
-        with Path(args.workload).open() as lines:
-            workload = from_lines(lines)
+        workload = load_workload(Path(args.workload))
         trace: list[dict[str, Any]] | None = [] if args.trace else None
         own = read_profile(args.profile) if args.profile else None
         costs = choose_costs(args, pools, own)
         slowdown = complete(own.slowdown) if own is not None and own.slowdown else TIME_SLICED
+        if args.trace:
+            check_writable("--trace", args.trace)
         _, _, summary = simulate(
             config,
             workload,

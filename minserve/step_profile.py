@@ -82,6 +82,8 @@ def read_costs(path: str) -> dict[str, Fitted]:
                 of.append(decode_point(read.batch, read.input_tokens, read.output_tokens, read.tpot_s))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--costs {path!r} cannot be read: {error}") from error
+    if not points:
+        raise ValueError(f"--costs {path!r} must have a row behind its head, got none")
     return {key: fit(of) for key, of in points.items()}
 
 

@@ -42,7 +42,7 @@ ORDER = {
         slab_words slab_counts slab_quota slab_rule shared_memory lock_watch slab_table group_sets slab_segments cuda_memory mps pool keeper green probe sm_share
         models sampler inputs graphs moves runner warmup step_watch engine cache_identity loading step_profile step_start kv_moves kv_share prefill_token offload
         text outputs llm
-        wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker served jobs frontend listener responses admin_routes pool_metrics request_metrics metrics server serve place_memory simulate place_problem place_output place top admin workload replay_heard replay_alone replay_http replay_engine replay
+        wire link host pool_segments residency quota_writer agent protocol answers loop device_share worker served jobs frontend listener responses admin_routes pool_metrics request_metrics metrics server serve place_memory simulate_requests simulate place_problem place_output place top admin workload replay_heard replay_alone replay_http replay_engine replay
     """,
 }
 MAY_IMPORT = {

@@ -163,8 +163,9 @@ def test_a_profile_replaces_the_roofline(
         (["--use", "other=llama/org/1/100"], "['deep', 'flat']"),
         (["--use", "deep=llama/org/1/50"], "is not in the profile"),
         (["--costs", "/nowhere.csv"], "cannot be read"),
+        (["--trace", "/nowhere/t.json"], "--trace must be a file that can be written, got '/nowhere/t.json': No such"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_one_line(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:

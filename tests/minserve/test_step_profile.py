@@ -103,5 +103,8 @@ def test_a_row_that_is_wrong_is_named(name: str, value: str, says: str, tmp_path
     path.write_text("\n".join([",".join(COLUMNS), rows[0], "m,org"]) + "\n")
     with pytest.raises(ValueError, match="row 2: tp must be an integer"):
         read_costs(str(path))
+    path.write_text(",".join(COLUMNS) + "\n")
+    with pytest.raises(ValueError, match="must have a row behind its head, got none"):
+        read_costs(str(path))
     path.write_text("\n".join([",".join(COLUMNS), rows[0]]) + "\n")
     assert list(read_costs(str(path))) == ["m/org/1/100"]
