@@ -3,11 +3,11 @@
     python -m bench.headline --costs COSTS.csv --conv CONV.csv       # --quick: under a minute
 
 All arms have the same GPUs, costs of steps, requests and Batcher.  *ours*: our placement and policy (hopeless requests shed).
-*prism*: KVPR placement and deadline rule, the paper's Prism*.  *static*: our placement, FCFS, memory split by rate x bytes, the
-paper's Static*.  *fineserve*: slab-aware placement, saab.  All but static share slabs.  Points fixed in advance: the rate at which
-ours attains 90 %, and rate scale 8, at SLO scale 20: of TTFT alone as there, over that of a prompt of P95 length; joint: TPOT
-too.  Placed for other seeds than those judged.  At most 256 run at once in a model as in FineServe's example, beside it 1,024.
-Prompts over 512 tokens and batches over 32 are extrapolated.
+*prism*: KVPR and deadline rule (Prism*).  *static*: our placement, FCFS, memory split by rate x bytes (Static*).  *fineserve*:
+slab-aware placement, saab.  All but static share slabs.  Fixed in advance are the rate at which ours attains 90 % and rate scale
+8, at SLO scale 20 over a prompt of P95 length: of TTFT alone as there; joint: TPOT too.  Plans, and at these points every arm's
+tokens of a step, are chosen for other seeds than those judged.  At most 256 of a model run as in FineServe's example, beside it
+1,024.  Prompts over 512 tokens and batches over 32 are extrapolated.
 """
 
 import argparse
@@ -50,6 +50,7 @@ POLICY = {
 AIMS = {"prism": (2.2, 1.8), "static": (1.3, 1.5), "fineserve": (1.1, None)}
 LAST_S = 90.0  # after the last arrival: the longest answers of the largest model take over half a minute
 PLACED_S, JUDGED, REFINED = 40.0, 12, 30
+STEPS, TUNING = (512, 2048, 8192), 1_000_003
 RUNNING, MORE_RUNNING = 256, 1024  # `max_num_seqs` of FineServe's example, and what vLLM has on a large GPU
 
 
@@ -123,25 +124,46 @@ def most_attained(problem: Problem) -> float:
     return served / sum(m.rate for m in problem.models)
 
 
+def judged(
+    problem: Problem, case: Case, plan: Plan, name: str, asked: Sequence[Arrival], seconds: float
+) -> Outcome:
+    """What an arm makes of all that was asked; a model without a place has missed all its requests."""
+    served = {problem.models[r.model].name for r in plan}
+    possible = [a for a in asked if a.model in served]
+    outcome = run(problem, plan, possible, POLICY[name], seconds, static=name == "static", drain_s=LAST_S)
+    share = outcome.attained if case.joint else outcome.ttft
+    return outcome._replace(attained=share * len(possible) / len(asked))
+
+
 def plans_of(problem: Problem, case: Case, seed: int, budget: int, refine: int) -> dict[str, Plan]:
     """Ours climbs from its own greedy plans and from those of its peers, judged with requests of another seed than any that
     is judged here."""
-    load, joint = case.load, case.joint
-    tuning = arrivals(problem, load, PLACED_S, seed + 1_000_003)
+    tuning = arrivals(problem, case.load, PLACED_S, seed + TUNING)
     peers = {name: baseline(name, problem) for name in ("prism", "fineserve", "alpaserve", "muxserve")}
+    starts = list(peers.values())
 
     def score(plan: Plan) -> float:
-        served = {problem.models[r.model].name for r in plan}
-        outcome = run(
-            problem, plan, [a for a in tuning if a.model in served], POLICY["ours"], PLACED_S, drain_s=LAST_S
-        )
-        return (outcome.attained if joint else outcome.ttft) * len(served) / len(problem.models)
+        return judged(problem, case, plan, "ours", tuning, PLACED_S).attained
 
-    starts = list(peers.values())
     own = solve(
         problem, seed=seed, budget=budget, score=score, keep=JUDGED, refine=refine, starts=starts
     ).plan
     return {"ours": own, "static": own, "prism": peers["prism"], "fineserve": peers["fineserve"]}
+
+
+def with_steps(problem: Problem, tokens: int) -> Problem:
+    return replace(problem, models=tuple(replace(m, max_step_tokens=tokens) for m in problem.models))
+
+
+def tuned(problem: Problem, case: Case, plans: dict[str, Plan], seed: int) -> dict[str, int]:
+    """The tokens of a step with which each arm does best, on the requests that ours was placed for."""
+    tuning = arrivals(problem, case.load, PLACED_S, seed + TUNING)
+
+    def share(name: str, tokens: int) -> float:
+        return judged(with_steps(problem, tokens), case, plans[name], name, tuning, PLACED_S).attained
+
+    choices = [n for n in STEPS if n >= case.running]
+    return {name: max(choices, key=lambda n: share(name, n)) for name in POLICY}
 
 
 class Bench:
@@ -152,25 +174,22 @@ class Bench:
         conv = CONV if rows is None else Lengths(rows=rows, max_len=MAX_LEN)
         self.loads = [Load("sharegpt", SHAREGPT), Load("azure", conv)]
         self.plans: dict[str, dict[str, Plan]] = {}
+        self.steps: dict[str, dict[str, int]] = {}
 
     def outcomes(self, case: Case, seeds: Sequence[int], refine: int) -> dict[str, list[Outcome]]:
+        """`refine`: of a point fixed in advance, for which the arms are tuned too."""
         problem = problem_of(case, self.costs)
         if case.key not in self.plans:
-            self.plans[case.key] = plans_of(problem, case, self.args.seed, self.args.budget, refine)
+            plans = self.plans[case.key] = plans_of(problem, case, self.args.seed, self.args.budget, refine)
+            self.steps[case.key] = tuned(problem, case, plans, self.args.seed) if refine else {}
+        steps = self.steps[case.key]
         found: dict[str, list[Outcome]] = {name: [] for name in POLICY}
         for seed in seeds:
             asked = arrivals(problem, case.load, self.args.seconds, seed)
-            for name, arm in POLICY.items():
+            for name in POLICY:
+                own = with_steps(problem, steps[name]) if name in steps else problem
                 plan = self.plans[case.key][name]
-                served = {problem.models[r.model].name for r in plan}
-                possible = [a for a in asked if a.model in served]
-                outcome = run(
-                    problem, plan, possible, arm, self.args.seconds, static=name == "static", drain_s=LAST_S
-                )
-                # a model without a place has missed all its requests
-                part = len(possible) / len(asked)
-                share = outcome.attained if case.joint else outcome.ttft
-                found[name].append(outcome._replace(attained=share * part))
+                found[name].append(judged(own, case, plan, name, asked, self.args.seconds))
         return found
 
     def knee(self, load: Load, joint: bool) -> float:
@@ -182,8 +201,7 @@ class Bench:
             problem = problem_of(case, self.costs)
             plan = plans_of(problem, case, self.args.seed, max(500, self.args.budget // 4), 0)["ours"]
             asked = arrivals(problem, load, self.args.seconds, self.args.seed + 500_009)
-            outcome = run(problem, plan, asked, POLICY["ours"], self.args.seconds, drain_s=LAST_S)
-            good = (outcome.attained if joint else outcome.ttft) >= 0.9
+            good = judged(problem, case, plan, "ours", asked, self.args.seconds).attained >= 0.9
             low, high = (middle, high) if good else (low, middle)
         return low
 
@@ -225,7 +243,7 @@ def row_of(bench: Bench, case: Case, point: str, seeds: Sequence[int], *, judge:
     found = bench.outcomes(case, seeds, REFINED if judge else 0)
     row: dict[str, Any] = {
         "tag": "simulated", "load": case.load.name, "joint": case.joint, "point": point, "scale": case.scale,
-        "running": case.running, "most_attained": most_attained(problem_of(case, bench.costs)),
+        "running": case.running, "step_tokens": bench.steps[case.key], "most_attained": most_attained(problem_of(case, bench.costs)),
     }  # fmt: skip
     row["arms"] = {
         name: {
