@@ -264,7 +264,7 @@ def choose_costs(
         and named.get(name, "").rpartition("/")[2] != str(model.entry.sm_share)
     ]
     if ignored:
-        sys.stdout.write(f"sm_share is not simulated, and has no effect here, of {', '.join(ignored)}\n")
+        sys.stdout.write(f"sm_share of {', '.join(ignored)} is not simulated\n")
     for name, model in served.items():
         if name in named:
             if named[name] not in profile:
