@@ -115,10 +115,11 @@ def place(args: argparse.Namespace) -> int:
 
 def show_memory(args: argparse.Namespace) -> int:
     given = args.pool_bytes and size(64 << 10, TiB).read(At("--pool-bytes", Path()), args.pool_bytes)
-    pools = [pool_json(p) for p in plan_memory(load_config(args.config), tp=args.tp, given=given)]
+    tp = 1 if args.tp is None else args.tp
+    pools = [pool_json(p) for p in plan_memory(load_config(args.config), tp=tp, given=given)]
     for pool in pools:
         sys.stdout.write("\n".join(describe(pool)) + "\n")
-    sys.stdout.write(json.dumps({"config": args.config, "tp": args.tp, "pools": pools}) + "\n")
+    sys.stdout.write(json.dumps({"config": args.config, "tp": tp, "pools": pools}) + "\n")
     return 0
 
 
@@ -157,7 +158,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, type=float, default=value, metavar="X", help=f"{says}; default {value:g}")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--memory", action="store_true", help="only plan the KV pool of each GPU")
-    memory.add_argument("--tp", type=int, default=1, metavar="N", help="plan one of N ranks of each model")
+    memory.add_argument("--tp", type=int, metavar="N", help="plan one of N ranks of each model; default 1")
     memory.add_argument("--pool-bytes", metavar="SIZE", help="of pools that name none, such as 40GiB")
     return parser.parse_args(argv)
 
@@ -175,6 +176,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     others = [flag for flag in ("out", "replan", "baseline") if getattr(args, flag)]
     if args.memory and others:
         raise ValueError(f"--memory plans pools alone, without --{others[0]}")
+    for flag, value in (("--tp", args.tp), ("--pool-bytes", args.pool_bytes)):
+        if value is not None and not args.memory:
+            raise ValueError(f"{flag} goes with --memory, and has no effect on a placement, got {value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -165,3 +165,13 @@ def test_mistakes_are_one_line(
 def test_sizes_and_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--pool-bytes must be a size" in refused(capsys, str(DEMO), "--pool-bytes", "much")
     assert "cannot be read" in refused(capsys, str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--tp", "4"), ("--tp", "1"), ("--pool-bytes", "1GiB")])
+def test_a_flag_of_memory_is_said_without_it(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(DEMO), flag, value]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err == f"minserve: {flag} goes with --memory, and has no effect on a placement, got {value}\n"
