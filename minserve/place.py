@@ -15,7 +15,7 @@ from typing import Any
 
 from minserve.config import Config, TiB, load_config
 from minserve.place_memory import describe, plan_memory, pool_json
-from minserve.place_output import as_json, describe_moves, describe_short, placed, write
+from minserve.place_output import as_json, describe_doubted, describe_moves, describe_short, placed, write
 from minserve.place_output import describe as describe_plan
 from minserve.place_problem import Options, plan_of, problem_of
 from minserve.schema import At, number, read_yaml, size
@@ -71,13 +71,16 @@ def place(args: argparse.Namespace) -> int:
     found, moves = plan(args, problem, scorer, old)
     check(problem, found)
     scored = scorer(found) if scorer is not None else None
-    short = shortfalls(problem, found, seed=args.seed, most=args.explain)
+    simulated = scored.attained if scored is not None else None
+    short = shortfalls(problem, found, seed=args.seed, most=args.explain, simulated=simulated)
     lines = describe_plan(problem, found, scored)
     if quiet := [m.name for m in problem.models if not m.rate]:
         lines.append(f"without a rate, so planned for memory alone: {', '.join(quiet)}")
     if args.replan:
         lines += describe_moves(problem, moves)
-    lines += describe_short(short)
+    lines += describe_short(problem, short)
+    if scored is not None:
+        lines += describe_doubted(problem, found, scored)
     fewer = lacking(problem, found)
     said_of = {i: f" ({has} of {wanted} replicas)" for i, (has, wanted) in fewer.items()}
     nowhere = sorted(
@@ -110,7 +113,7 @@ def place(args: argparse.Namespace) -> int:
             for m in moves
         ]  # fmt: skip
     sys.stdout.write(json.dumps(said) + "\n")
-    return 1 if short else 0
+    return 1 if short or nowhere else 0
 
 
 def show_memory(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from sched.placement import WHOLE, Plan, Problem, Replica, pool_bytes, reserved_
 from sched.placement_estimate import Estimator, Predicted
 from sched.placement_moves import Change
 from sched.placement_simulate import Scored
-from sched.placement_why import Shortfall
+from sched.placement_why import Shortfall, doubted
 
 GB = 1e9
 SLAB = 2 << 20  # pools are whole numbers of it
@@ -169,20 +169,35 @@ def _gpu_lines(problem: Problem, plan: Plan, predicted: Mapping[Replica, Predict
     return aligned(rows).splitlines()
 
 
-def describe_short(found: Sequence[Shortfall]) -> list[str]:
+def describe_short(problem: Problem, found: Sequence[Shortfall]) -> list[str]:
     lines = []
     for s in found:
         who = s.model
         if s.replicas is not None:
             who = f"{s.replicas[0]} of {s.replicas[1]} replicas of {s.model} have a place"
-        lines.append(f"does not fit: {who}, {s.attained:.1%} attained: {s.reason}")
+        figures = f"{s.attained:.1%} attained"
+        if s.simulated is not None:
+            figures = f"{s.simulated:.1%} simulated, {s.attained:.1%} by the estimate"
+        lines.append(f"does not fit: {who}, {figures}, {problem.target:.0%} wanted: {s.reason}")
         for k, change in enumerate(s.changes or ()):
             lines.append(f"  {'smallest change' if k == 0 else 'or'}: {change.words}")
-        if s.changes is None:
+        if s.unseen:
+            lines.append(
+                "  changes were not looked for: they are judged by the estimate, for which it fits as it is"
+            )
+        elif s.changes is None:
             lines.append("  changes were not looked for: --explain says for how many models they are")
         elif not s.changes:
             lines.append("  no single change that was tried makes it fit")
     return lines
+
+
+def describe_doubted(problem: Problem, plan: Plan, scored: Scored) -> list[str]:
+    estimate = Estimator(problem)(plan).attained
+    return [
+        f"{problem.models[i].name} fits, {percent(scored.attained[i])} simulated, though the estimate says {estimate[i]:.1%}"
+        for i in doubted(problem, plan, scored.attained)
+    ]
 
 
 def describe_moves(problem: Problem, moves: Sequence[Change]) -> list[str]:
@@ -222,7 +237,8 @@ def as_json(
             "simulated": scored.attained[i] if scored else None, "headroom": round(estimate.headroom[i], 4), "replicas": replicas,
         })  # fmt: skip
     short = [
-        {"model": s.model, "reason": s.reason, "replicas": s.replicas, "changes": [{"what": c.what, "size": round(c.size, 4), "words": c.words} for c in s.changes or ()]}
+        {"model": s.model, "reason": s.reason, "replicas": s.replicas, "estimated": round(s.attained, 5), "simulated": s.simulated,
+         "changes": [{"what": c.what, "size": round(c.size, 4), "words": c.words} for c in s.changes or ()]}
         for s in found
     ]  # fmt: skip
     return {

@@ -1,7 +1,7 @@
 """What does not fit, why, and the smallest change that would make it fit: each found by solving the changed problem.
 
 A model does not fit where it has no replica, or fewer than it is to have, or where less than the target of its requests
-would attain.  Changes that
+would attain: in the simulator where there is one, else by the estimate.  Changes, which the estimate judges, that
 are tried: fewer requests of it, more memory on every GPU, more GPUs, keys and values of 8 or 4 bits, and a looser SLO.
 A change counts if the model then reaches the target and no other falls below it that had reached it.  The smallest is
 the one that changes its quantity by the smallest part: requests of its rate, bytes of all bytes, GPUs of all GPUs.
@@ -20,6 +20,8 @@ MOST_GPUS = 4
 MOST_MEMORY = 4.0  # times what there is
 LOOSER = 8.0
 GB = 1e9
+UNSEEN = "the estimate, which is coarse in bursts and knows no policy, sees no reason"
+Shares = Sequence[float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +36,34 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Shortfall:
     """`attained` by the plan, `reason` in words, and the `changes` that help, the smallest first; None where none was tried.
-    `replicas`: how many it has and is to have, where it has fewer."""
+    `replicas`: how many it has and is to have, where it has fewer.  `attained` is by the estimate, `simulated` what the
+    simulator says, None without one; `unseen`: it alone finds the model short, so there is no change that could be judged."""
 
     model: str
     attained: float
     reason: str
     changes: tuple[Change, ...] | None
     replicas: tuple[int, int] | None = None
+    simulated: float | None = None
+    unseen: bool = False
 
 
-def short(problem: Problem, plan: Plan) -> list[int]:
+def said(problem: Problem, plan: Plan, simulated: Shares | None) -> list[float]:
+    """By model what it attains: simulated, or by the estimate where it was not asked in the simulator."""
+    estimated = Estimator(problem)(plan).attained
+    return [
+        e if s is None else s for e, s in zip(estimated, simulated or [None] * len(estimated), strict=True)
+    ]
+
+
+def doubted(problem: Problem, plan: Plan, simulated: Shares) -> list[int]:
+    """Models that the estimate alone calls short."""
+    return sorted(set(short(problem, plan)) - set(short(problem, plan, simulated)))
+
+
+def short(problem: Problem, plan: Plan, simulated: Shares | None = None) -> list[int]:
     """Models below the target or with too few replicas, the worst first."""
-    attained, fewer = Estimator(problem)(plan).attained, lacking(problem, plan)
+    attained, fewer = said(problem, plan, simulated), lacking(problem, plan)
     found = [
         i
         for i, m in enumerate(problem.models)
@@ -54,14 +72,22 @@ def short(problem: Problem, plan: Plan) -> list[int]:
     return sorted(found, key=lambda i: (attained[i], i))
 
 
-def shortfalls(problem: Problem, plan: Plan, *, seed: int = 0, most: int = 8) -> list[Shortfall]:
+def shortfalls(
+    problem: Problem, plan: Plan, *, seed: int = 0, most: int = 8, simulated: Shares | None = None
+) -> list[Shortfall]:
     """Of the worst `most` models with changes, of the others with the reason alone."""
-    estimate, fewer = Estimator(problem)(plan), lacking(problem, plan)
+    attained, fewer = Estimator(problem)(plan).attained, lacking(problem, plan)
+    by_estimate = short(problem, plan)
     found = []
-    for k, i in enumerate(short(problem, plan)):
-        tried = tuple(sorted(_changes(problem, plan, i, seed), key=lambda c: c.size)) if k < most else None
-        why, name = reason(problem, plan, i), problem.models[i].name
-        found.append(Shortfall(name, estimate.attained[i], why, tried, fewer.get(i)))
+    for i in short(problem, plan, simulated):
+        name, figure = problem.models[i].name, simulated[i] if simulated is not None else None
+        if i not in by_estimate:
+            found.append(Shortfall(name, attained[i], UNSEEN, None, simulated=figure, unseen=True))
+            continue
+        tried = None
+        if most > 0:
+            tried, most = tuple(sorted(_changes(problem, plan, i, seed), key=lambda c: c.size)), most - 1
+        found.append(Shortfall(name, attained[i], reason(problem, plan, i), tried, fewer.get(i), figure))
     return found
 
 

@@ -210,6 +210,31 @@ def test_what_is_simulated_follows_the_policy_of_the_file(
     assert shed != slack
 
 
+def test_the_simulator_has_the_last_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tight = {"rate": 10.0, "slo": {"ttft_ms": 200, "tpot_ms": 40}}
+    args = ("--explain", "1", "--simulate", "8", "--budget", "20")
+    file = config(tmp_path, [{"name": "a", "policy": "fcfs"} | tight, {"name": "b", "rate": 1.0}], gpus=1)
+    text, said = placed(capsys, file, *args, "--burst", "8", "--target", "0.75", status=1)
+    short, a = next(s for s in said["does_not_fit"] if s["model"] == "a"), said["models"][0]
+    assert (short["simulated"], short["estimated"]) == (a["simulated"], a["attained"])
+    assert a["simulated"] < 0.75 < a["attained"]
+    assert (
+        f"does not fit: a, {a['simulated']:.1%} simulated, {a['attained']:.1%} by the estimate, 75% wanted: "
+        in text
+    )
+    assert short["changes"] == []
+    assert "they are judged by the estimate, for which it fits as it is" in text
+    placed(capsys, file, *args, "--burst", "8", "--target", "0.75", "--simulate", "0")
+    # and the other way round
+    file = config(tmp_path, [{"name": "a"} | tight, {"name": "b", "rate": 1.0}], gpus=1)
+    text, said = placed(capsys, file, *args, "--burst", "4")
+    a = said["models"][0]
+    assert a["attained"] < 0.9 < a["simulated"]
+    assert said["does_not_fit"] == []
+    assert f"a fits, {a['simulated']:.1%} simulated, though the estimate says {a['attained']:.1%}" in text
+    placed(capsys, file, *args, "--burst", "4", "--simulate", "0", status=1)
+
+
 def test_too_many_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = config(tmp_path, [{"name": "a", "rate": 60.0}], gpus=1)
     text, said = placed(capsys, file, "--simulate", "0", "--budget", "20", "--explain", "0", status=1)

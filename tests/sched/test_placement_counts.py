@@ -9,7 +9,7 @@ from sched.placement import Plan, Problem, Replica, check, lacking
 from sched.placement_estimate import Estimator
 from sched.placement_moves import replan
 from sched.placement_search import Search, solve
-from sched.placement_why import shortfalls
+from sched.placement_why import doubted, shortfalls
 from tests.sched.placed import BITS, SHAPES, model, problem
 
 
@@ -156,3 +156,27 @@ def test_all_replicas_of_a_model_change_their_share_at_once(seed: int) -> None:
     found, value = search.climb(plan)
     assert value >= Estimator(p)(plan).value
     check(p, found)
+
+
+def test_what_is_short_is_what_the_simulator_says() -> None:
+    p = problem(
+        [model("a", rate=1.0), model("b", rate=90.0), model("c", rate=0.0), model("d", rate=1.0)], 1, 120.0
+    )
+    plan: Plan = tuple(Replica(i, (0,)) for i in range(3))
+    estimated = Estimator(p)(plan).attained
+    assert estimated[1] < p.target < estimated[0]
+    for simulated, expected, doubts in (
+        (None, {"b", "d"}, []),
+        ((0.99, 0.95, None, 0.0), {"d"}, [1]),
+        ((0.85, 0.2, None, 0.0), {"a", "b", "d"}, []),
+        # not asked in the simulator: by the estimate
+        ((None, None, None, None), {"b", "d"}, []),
+    ):
+        found = shortfalls(p, plan, most=0, simulated=simulated)
+        assert {s.model for s in found} == expected
+        if simulated is not None:
+            assert doubted(p, plan, simulated) == doubts
+            assert all(s.simulated == simulated["abcd".index(s.model)] for s in found)
+    worst = shortfalls(p, plan, most=0, simulated=(0.5, 0.4, None, 0.0))
+    assert [s.model for s in worst] == ["d", "b", "a"]
+    assert all(s.changes is None for s in worst)
