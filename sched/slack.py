@@ -206,14 +206,17 @@ class Slack(Policy):
             # too many to weigh all: those that are chosen are short, whatever the others are
             found = self._find_shortest()
         if found and self.cost is not None:
-            chosen: list[Entry] = []
             ahead = load.prefill_tokens
-            # each priority among what those before it leave
-            for _, group in groupby(found, itemgetter(0)):
-                kept = self._largest(load, list(group), ahead)
-                ahead += sum([e[4] for e in kept])
-                chosen += kept
-            found = chosen
+            if found[0][0] == found[-1][0]:
+                found = self._largest(load, found, ahead)
+            else:
+                # each priority among what those before it leave
+                chosen: list[Entry] = []
+                for _, group in groupby(found, itemgetter(0)):
+                    kept = self._largest(load, list(group), ahead)
+                    ahead += sum([e[4] for e in kept])
+                    chosen += kept
+                found = chosen
         self._chosen = deque(found)
         self._idle = not found and not load.prefilling
 
@@ -289,9 +292,11 @@ class Slack(Policy):
 
         Else one request, whose TPOT a batch of two does not keep, has the device to itself for as long as it likes.
         """
+        if load.tpot_s == INFINITY:
+            return load.tpot_s
         waiting = [e[3] for e in self._timely[:FIRST]] + [e[2] for e in self._late[:FIRST]]
         loosest = max([seq.request.tpot_s for seq in waiting], default=0.0)
-        if load.tpot_s == INFINITY or (load.tpot_s >= loosest and len(load.paces) < 2):
+        if load.tpot_s >= loosest and len(load.paces) < 2:
             return load.tpot_s
         # stricter ones are lost already
         steps = sorted({*(tpot_s for tpot_s in load.paces if tpot_s >= load.tpot_s), loosest})
