@@ -2,7 +2,7 @@
 
 Decodes first; then prompts in the order of their deadlines, as many tokens as the most urgent decode has slack for; of
 prompts that cannot all be in time, the largest set that can (Moore and Hodgson).  `pace` is what steps take over what was
-predicted: models beside this one, or a wrong cost model.  Who cannot be in time any more is late: served, eldest first,
+predicted: models beside this one, or a wrong cost model.  Who cannot be in time any more is late: served, by priority and age,
 when nobody in time wants the room, and of the admitted prompts one token in `late_share` in any case, so it waits for at
 most (late_share - 1) x (tokens of the late before it + its own) tokens of others.  Or, with `shed` hopeless, it is given up.
 """
