@@ -28,7 +28,7 @@ from bench.scheduling_tables import headline_table
 from sched.placement import Gpu, Plan, Problem
 from sched.placement_arms import baseline
 from sched.placement_search import solve
-from sched.simulator import Arrival
+from sched.simulated_replica import Arrival
 from sched.synthetic import Laws, Lengths, synthetic
 from sched.synthetic import Model as Asked
 

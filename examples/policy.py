@@ -14,7 +14,8 @@ from sched.limits import Limits
 from sched.placement_simulate import attained as kept_its_slo
 from sched.policies import POLICIES, make_policy
 from sched.policy import Load, Policy
-from sched.simulator import Arrival, Replica, Simulation
+from sched.simulated_replica import Arrival, Replica
+from sched.simulator import Simulation
 from sched.step import Request
 
 

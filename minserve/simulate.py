@@ -35,7 +35,8 @@ from sched.policies import make_policy
 from sched.pressure import demand, offer, preempt_for
 from sched.router import ROUTERS
 from sched.simulated_prompts import Prompts
-from sched.simulator import TIME_SLICED, Replica, Simulation, Turn
+from sched.simulated_replica import Replica
+from sched.simulator import TIME_SLICED, Simulation, Turn
 from sched.slowdown import complete
 from sched.step_time import DEVICES, Work, roofline
 from sched.workload import Workload

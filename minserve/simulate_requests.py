@@ -6,8 +6,9 @@ from minserve.config import Config
 from sched.metrics import Record, Slo
 from sched.router import Router, Tiers, named
 from sched.simulated_prompts import Prompts
+from sched.simulated_replica import Arrival
 from sched.simulated_routes import Routes
-from sched.simulator import Arrival, Simulation
+from sched.simulator import Simulation
 from sched.workload import Workload
 
 OPEN = "the workload ended before it did"

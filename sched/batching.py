@@ -157,7 +157,7 @@ class Batcher:
         """
         if plan.empty:
             return ()
-        if k > 1:
+        if k > 1 or ((oldest := self._flights.oldest) and oldest.done):
             self._repeat(plan.step, k)
         flight = self._flights.pop(plan.step)
         for seq in flight.joined:
@@ -172,8 +172,16 @@ class Batcher:
             if self.abort(rid):
                 ended.append(rid)
         self._flights.land(flight)
-        self._forecast.landed(plan, flight.planned_s, k, now, self._flights.predicted_s)
+        self._forecast.landed(flight, k, now, self._flights.predicted_s)
         return tuple(ended)
+
+    def progress(self, plan: StepPlan, k: int, now: float) -> None:
+        """`k` steps of a stretch have run that goes on, at another pace: `advance` is then for the rest of them."""
+        flight = self._flights.oldest
+        assert flight is not None, f"step {plan.step} is not under way"
+        assert flight.plan is plan, f"step {plan.step} makes progress before step {flight.plan.step}"
+        self._forecast.landed(flight, k, now, 0.0)
+        flight.done += k
 
     def fail(self, plan: StepPlan, now: float) -> tuple[int, ...]:
         """In place of `advance`, for a step that raised: ends whoever was in it or relied on what it was to write, and
@@ -328,6 +336,7 @@ class Batcher:
         """Steps that differ from the one planned in nothing but one more token a request."""
         flight = self._flights.oldest
         assert flight is not None, f"step {first} is advanced, but none is planned"
+        k += flight.done
         assert flight.plan.step == first == self._step - 1, f"step {first} is not the only one planned"
         alike = not (flight.plan.chunks or flight.ending or self._paused)
         assert alike, f"step {first} ends or prefills a request: it cannot be repeated"

@@ -14,11 +14,12 @@ from sched.step import StepPlan
 class Flight:
     """One planned step, and what becomes true when it is advanced."""
 
-    __slots__ = ("ending", "freed", "joined", "plan", "planned_s")
+    __slots__ = ("done", "ending", "freed", "joined", "plan", "planned_s")
 
     def __init__(self, plan: StepPlan, joined: list[Seq], planned_s: float) -> None:
         self.plan = plan
         self.planned_s = planned_s
+        self.done = 0  # times that it has been repeated, of a stretch that goes on
         self.joined = joined  # whose prefill it completes: for most their first token
         self.ending: list[Seq] = []
         self.freed: list[list[int]] = []

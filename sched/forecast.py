@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Iterable
 
+from sched.flights import Flight
 from sched.latency import StepCost
 from sched.policy import Load, Policy, Took
 from sched.running import Running
 from sched.sequence import Seq
-from sched.step import Chunk, StepPlan
+from sched.step import Chunk
 
 
 class Forecast:
@@ -35,11 +36,12 @@ class Forecast:
         """The step is under way, or next to be."""
         self._busy_until = load.begin_s + seconds
 
-    def landed(self, plan: StepPlan, planned_s: float, k: int, now: float, rest_s: float) -> None:
-        """It has run `k` times over; those planned since will take `rest_s`."""
+    def landed(self, flight: Flight, k: int, now: float, rest_s: float) -> None:
+        """It has run `k` times more; those planned since will take `rest_s`."""
+        plan = flight.plan
         slope_s = self.cost.slope_s(len(plan.decode)) if self.cost else 0.0
-        predicted_s = plan.seconds + slope_s * (k - 1) / 2
-        step_s = (now - max(planned_s, self._landed_s)) / k
+        predicted_s = plan.seconds + slope_s * (flight.done + (k - 1) / 2)
+        step_s = (now - max(flight.planned_s, self._landed_s)) / k
         slope_s *= step_s / predicted_s if predicted_s else 0.0
         self.policy.observe(Took(step_s, predicted_s, slope_s, k, now))
         self._landed_s = now

@@ -15,8 +15,9 @@ from sched.placement import Model, Plan, Problem, Replica, pool_bytes, residents
 from sched.placement_estimate import value_of
 from sched.policies import make_policy
 from sched.policy import Policy
-from sched.simulator import DECODE, PREFILL, TIME_SLICED, Arrival, Record, Simulation
-from sched.simulator import Replica as Simulated
+from sched.simulated_replica import DECODE, PREFILL, Arrival, Record
+from sched.simulated_replica import Replica as Simulated
+from sched.simulator import TIME_SLICED, Simulation
 from sched.slabs import MAX_SLAB_BYTES
 from sched.synthetic import Laws, Lengths, synthetic
 from sched.synthetic import Model as Asked

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from sched.prefix import keys_of, root_key
 from sched.router import Marks, marks_of
-from sched.simulator import Arrival
+from sched.simulated_replica import Arrival
 from sched.workload import Workload, token_ids
 
 VOCABULARY = 1 << 15  # token ids are drawn below it

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sched.latency import StepCost
 from sched.router import NOTHING, Marks, Recent, ReplicaState, Router, RouteRequest, least_ttft
-from sched.simulator import DECODE, IDLE, PREFILL, TIME_SLICED, Arrival, Replica
+from sched.simulated_replica import DECODE, IDLE, PREFILL, Arrival, Replica
+from sched.simulator import TIME_SLICED
 from sched.step import Chunk
 
 TYPICAL_CHUNK = 512
@@ -53,9 +54,9 @@ class Routes:
     def state(self, replica: Replica, arrival: Arrival, now: float) -> ReplicaState:
         batcher, cost = replica.batcher, replica.batcher.cost or replica.cost
         limits, decodes, context = batcher.limits, len(batcher._running), batcher._running.context
-        if replica.plan is not None and replica.k > 1:
+        if replica.plan is not None:
             # of a stretch, the steps that are over
-            context += (replica.steps_until(now) - 1) * len(replica.plan.decode)
+            context += (replica.done + replica.steps_until(now) - 1) * len(replica.plan.decode)
         prefill, decode = self._factor(replica, PREFILL), self._factor(replica, DECODE)
         queued = batcher._queue.num_tokens + sum(s.total - s.computed for s in batcher._prefilling.values())
         step_s = cost.decode_s(0, context)

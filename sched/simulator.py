@@ -3,115 +3,26 @@
 A replica is a Batcher on one device.  It plans a step, the step takes what its cost model says, times the slow-down by
 the replicas that run beside it when it starts, and is advanced at its end.  Decodes that need no decision are advanced
 many at a time (`Batcher.horizon`): step i of such a stretch takes A + B * i seconds, so k of them take A * k +
-B * k * (k - 1) / 2.  What happens meanwhile to the replica or beside it cuts the stretch at the end of the step under
-way, so the result is that of single steps, save for what `Replica.after` does: it is called once a stretch and at every
-turn.  No clock and no chance: the same arrivals give the same records.
+B * k * (k - 1) / 2.  What happens meanwhile to the replica cuts the stretch at the end of the step under way; what happens
+beside it changes A and B from there on.  So the result is that of single steps, save for what `Replica.after` does: it is
+called once a stretch and at every turn.  No clock and no chance: the same arrivals give the same records.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import ceil, inf, sqrt
+from math import ceil, inf
 from typing import NamedTuple
 
-from sched.batching import Batcher
-from sched.latency import StepCost
 from sched.limits import QueueFull
 from sched.metrics import SHED
+from sched.simulated_replica import DECODE, IDLE, PREFILL, Arrival, Record, Replica, shortest_queue
 from sched.step import Request, StepPlan
 
 # what happens at a moment: requests come before steps end, and steps end before quotas are divided anew
 ARRIVE, END, TURN = range(3)
 IDLE_TURNS = 1000
-IDLE, DECODE, PREFILL = "idle", "decode", "prefill"
 # how much longer a step takes beside one of the other kind, as (own, other): two that share a device's time get half each
-WHOLE = {DECODE: 1.0, PREFILL: 1.0}
 TIME_SLICED = {(a, b): 1.0 for a in (DECODE, PREFILL) for b in (DECODE, PREFILL)}
-
-
-class Arrival(NamedTuple):
-    """Request `rid` (unique) for `model`.  Token counts; seconds."""
-
-    at_s: float
-    rid: int
-    model: str
-    prompt_tokens: int
-    output_tokens: int
-    ttft_s: float = 10.0
-    tpot_s: float = 1.0
-    priority: int = 0
-
-
-@dataclass(slots=True)
-class Record:
-    """What became of an arrival: `first_s` and `end_s` when its first and last token came out, None where they did not.
-    `error`: why it was refused; `cached_tokens` of the prompt were not computed, None before it began or without a cache."""
-
-    arrival: Arrival
-    replica: str = ""
-    first_s: float | None = None
-    end_s: float | None = None
-    error: str | None = None
-    cached_tokens: int | None = None
-
-
-class Replica:
-    """`name` serves `model` on `devices`, all of them together; `stalled` while it has work and no memory to plan a step
-    with.  `after(step_s)` is called when steps have ended, with the mean seconds of one, and with None while there is
-    nothing to do.  `cost` is what steps take without neighbours, by default what the Batcher predicts.  `use`: the part of a
-    device that a step in a phase keeps busy, less than all on some of its multiprocessors; those that run slow each other
-    down where they want more than all of it together.  `keys` of the blocks of a prompt, where it has a prefix cache.
-    `move_s`: of one block that compaction copies before a step."""
-
-    __slots__ = ("a_s", "after", "b_s", "batcher", "begun_s", "beside", "cost", "devices", "generation", "k", "keys", "model",
-                 "move_s", "name", "phase", "plan", "stalled", "steps", "use")  # fmt: skip
-
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        devices: tuple[str, ...],
-        batcher: Batcher,
-        after: Callable[[float | None], None] | None = None,
-        cost: StepCost | None = None,
-        use: Mapping[str, float] = WHOLE,
-        keys: Callable[[Arrival], tuple[bytes, ...]] | None = None,
-    ) -> None:
-        cost = cost or batcher.cost
-        if cost is None:
-            raise ValueError(f"replica {name!r} needs a cost model: its steps would take no time")
-        if not devices or len(set(devices)) != len(devices):
-            raise ValueError(f"replica {name!r} needs different devices, and one at least, got {devices}")
-        self.name, self.model, self.devices, self.batcher, self.after = name, model, devices, batcher, after
-        self.cost, self.use, self.keys, self.move_s = cost, use, keys, 0.0
-        self.beside: tuple[tuple[Replica, ...], ...] = ()  # of each device, the others on it
-        self.plan: StepPlan | None = None
-        self.phase = IDLE
-        self.k = self.generation = self.steps = 0
-        self.begun_s = self.a_s = self.b_s = 0.0
-        self.stalled = False
-
-    def end_of(self, k: int) -> float:
-        """When `k` steps from the one under way are over."""
-        return self.begun_s + self.a_s * k + self.b_s * (k * (k - 1) / 2)
-
-    def steps_until(self, t: float) -> int:
-        """The fewest whole steps that end at `t` or later, at least 1 and at most `k`."""
-        if self.k == 1:
-            return 1
-        elapsed, a, b = t - self.begun_s, self.a_s, self.b_s
-        if b > 0:
-            # a k + b k (k - 1) / 2 = elapsed
-            p = a - b / 2
-            guess = (sqrt(p * p + 2 * b * max(elapsed, 0.0)) - p) / b
-        else:
-            guess = elapsed / a if a > 0 else 1.0
-        k = max(1, min(self.k, int(guess)))
-        while k < self.k and self.end_of(k) < t:
-            k += 1
-        while k > 1 and self.end_of(k - 1) >= t:
-            k -= 1
-        return k
 
 
 class Turn(NamedTuple):
@@ -172,7 +83,8 @@ class Simulation:
         self._arrivals = sorted(arrivals, key=lambda a: (a.at_s, a.rid))
         self._next = 0
         self._heap: list[tuple[float, int, int, int]] = []  # time, what, which replica or turn, generation
-        self._index = {r.name: i for i, r in enumerate(self.replicas)}
+        for i, replica in enumerate(self.replicas):
+            replica.index = i
         for i, turn in enumerate(turns):
             heappush(self._heap, (turn.every_s, TURN, i, 0))
 
@@ -207,8 +119,8 @@ class Simulation:
                 self.now = first[0]
                 if first[1] == TURN:
                     self._turn(first[2])
-                elif first[3] == self.replicas[first[2]].generation:
-                    self._end(self.replicas[first[2]])
+                elif first[3] == (replica := self.replicas[first[2]]).generation:
+                    (self._change if replica.left else self._end)(replica)
             self.events += 1
 
     @property
@@ -242,7 +154,7 @@ class Simulation:
             self._start(replica)
 
     def _end(self, replica: Replica) -> None:
-        plan, k = replica.plan, replica.k
+        plan, k = replica.plan, replica.done + replica.k
         assert plan is not None, f"{replica.name} ends a step that it does not make"
         replica.plan = None
         replica.steps += k
@@ -253,10 +165,10 @@ class Simulation:
                 if record.first_s is None:
                     record.first_s = self.now
         self.tokens += k * len(plan.decode)
-        for rid in replica.batcher.advance(plan, k, self.now):
+        for rid in replica.batcher.advance(plan, replica.k, self.now):
             self.records[rid].end_s = self.now
         if replica.after is not None:
-            replica.after((self.now - replica.begun_s) / k)
+            replica.after((self.now - replica.start_s) / k)
         self._start(replica)
         # what came back to the pool may be what another waits for
         for others in replica.beside:
@@ -305,19 +217,17 @@ class Simulation:
         self._enter(replica, phase)
         if replica.plan is None:
             return
-        factor = self._factor(replica)
-        replica.begun_s = self.now
         plan, cost = replica.plan, replica.cost
+        decodes = len(plan.decode)
         known = cost is batcher.cost  # and has just predicted this step
-        replica.a_s = (
-            plan.seconds if known else cost.step_s(len(plan.decode), plan.context, plan.chunks)
-        ) * factor
-        replica.b_s = cost.slope_s(len(plan.decode)) * factor
-        replica.k = batcher.horizon() if self._stretch else 1
+        replica.first_s = plan.seconds if known else cost.step_s(decodes, plan.context, plan.chunks)
+        replica.slope_s = cost.slope_s(decodes)
         if plan.moves:
-            replica.a_s += len(plan.moves) * replica.move_s * factor
-            replica.k = 1  # the steps behind it have none
-        self._schedule(replica)
+            replica.first_s += len(plan.moves) * replica.move_s
+        # the steps behind one that moves have no moves
+        replica.k = batcher.horizon() if self._stretch and not plan.moves else 1
+        replica.done, replica.start_s = 0, self.now
+        self._pace(replica)
         if self._trace is not None:
             self._trace(replica, self.now, replica.end_of(1), replica.plan.num_tokens)
 
@@ -335,7 +245,25 @@ class Simulation:
         replica.phase = phase
         for others in replica.beside:
             for other in others:
-                self._cut(other)
+                stretched = other.plan is not None and other.k > 1 and not other.left
+                if stretched and self._factor(other) != other.factor:
+                    self._cut(other, goes_on=True)
+
+    def _change(self, replica: Replica) -> None:
+        """Those beside it have changed their phases: the rest of its stretch is at another pace."""
+        assert replica.plan is not None, f"{replica.name} goes on with a step that it does not make"
+        replica.batcher.progress(replica.plan, replica.k, self.now)
+        replica.done += replica.k
+        replica.k = replica.left
+        self._pace(replica)
+
+    def _pace(self, replica: Replica) -> None:
+        """From now on, the steps that are left take as long as who runs beside them makes them."""
+        factor = replica.factor = self._factor(replica)
+        replica.begun_s, replica.left = self.now, 0
+        replica.a_s = (replica.first_s + replica.slope_s * replica.done) * factor
+        replica.b_s = replica.slope_s * factor
+        self._schedule(replica)
 
     def _factor(self, replica: Replica) -> float:
         """Of the slowest of its devices."""
@@ -349,19 +277,20 @@ class Simulation:
             worst = max(worst, others)
         return max(1.0, replica.use[phase] + worst)
 
-    def _cut(self, replica: Replica) -> None:
-        """The step under way is the last of its stretch."""
-        if replica.plan is None or replica.k == 1:
+    def _cut(self, replica: Replica, *, goes_on: bool = False) -> None:
+        """The step under way is the last of its stretch, or the last at its pace."""
+        if replica.plan is None:
             return
-        k = replica.steps_until(self.now)
-        if k < replica.k:
+        if replica.left and not goes_on:
+            replica.left = 0
+        elif replica.k > 1 and (k := replica.steps_until(self.now)) < replica.k:
+            replica.left = replica.k - k if goes_on else 0
             replica.k = k
             self._schedule(replica)
 
     def _schedule(self, replica: Replica) -> None:
         replica.generation += 1
-        event = (replica.end_of(replica.k), END, self._index[replica.name], replica.generation)
-        heappush(self._heap, event)
+        heappush(self._heap, (replica.end_of(replica.k), END, replica.index, replica.generation))
 
     def check(self) -> None:
         """AssertionError unless every request that came is in one place: ended, refused, or known to its replica."""
@@ -378,8 +307,3 @@ class Simulation:
             assert r.first_s is None or r.arrival.at_s <= r.first_s <= (r.end_s or inf), f"{r}"
         for replica in self.replicas:
             replica.batcher.check()
-
-
-def shortest_queue(arrival: Arrival, replicas: Sequence[Replica], now: float) -> Replica:
-    """The replica with the fewest requests; of equals the first."""
-    return min(replicas, key=lambda r: r.batcher.num_open)

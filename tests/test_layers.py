@@ -32,7 +32,7 @@ ORDER = {
     """,
     "sched": """
         metrics arrivals workload synthetic router observed step slabs other_pools sm_shares quota prefix sequence recount held_sets blocks latency
-        limits flights claims compaction policy waiting running forecast slack policies batching pressure prefill_turn simulator simulated_prompts simulated_routes slowdown step_time
+        limits flights claims compaction policy waiting running forecast slack policies batching pressure prefill_turn simulated_replica simulator simulated_prompts simulated_routes slowdown step_time
         placement placement_estimate placement_search placement_simulate placement_exhaustive placement_kvpr placement_baselines
         placement_muxserve placement_fineserve placement_arms placement_moves placement_why
     """,

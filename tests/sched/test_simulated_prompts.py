@@ -7,8 +7,9 @@ from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.simulated_prompts import Prompts
+from sched.simulated_replica import Arrival, Replica
 from sched.simulated_routes import Routes
-from sched.simulator import Arrival, Replica, Simulation
+from sched.simulator import Simulation
 from sched.workload import Request, Workload, ordered
 from tests.sched.witness import Sets
 

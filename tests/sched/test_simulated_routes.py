@@ -10,8 +10,9 @@ from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.router import ROUTERS, Router, Tiers, named
+from sched.simulated_replica import Arrival, Replica
 from sched.simulated_routes import Routes
-from sched.simulator import Arrival, Replica, Simulation
+from sched.simulator import Simulation
 from tests.sched.witness import Sets
 
 LIMITS = Limits(

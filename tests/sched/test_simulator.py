@@ -10,7 +10,8 @@ from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
-from sched.simulator import DECODE, PREFILL, Arrival, Replica, Simulation, Turn
+from sched.simulated_replica import DECODE, PREFILL, Arrival, Replica
+from sched.simulator import Simulation, Turn
 from sched.step import Move, StepPlan
 from tests.sched.witness import Sets
 
@@ -67,6 +68,38 @@ def test_stretches_end_when_single_steps_do(seed: int, tight: bool) -> None:
         assert record.replica == other.replica
         assert record.first_s == pytest.approx(other.first_s, abs=1e-9)
         assert record.end_s == pytest.approx(other.end_s, abs=1e-9)
+
+
+UNEVEN = {(DECODE, DECODE): 0.3, (DECODE, PREFILL): 1.1, (PREFILL, DECODE): 0.2, (PREFILL, PREFILL): 0.9}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_that_come_and_go_change_the_pace_and_no_plan(seed: int) -> None:
+    asked = arrivals(seed, 60, ["b", "c"], rate=6.0, longest=400)
+    asked.append(Arrival(0.0, 60, "a", 100, 3000))
+    runs, plans = [], []
+    for stretch in (True, False):
+        replicas = [replica(name, name, "gpu0") for name in "abc"]
+        long, made = replicas[0].batcher, []
+        plan = long.plan
+        long.plan = lambda now, plan=plan, made=made: made.append(now) or plan(now)  # type: ignore[assignment]
+        simulation = Simulation(replicas, asked, stretch=stretch, slowdown=UNEVEN)
+        simulation.run()
+        simulation.check()
+        runs.append(simulation)
+        plans.append(len(made))
+    fast, slow = runs
+    # one for the prompt, one for each set of blocks leased, and one that is empty
+    assert plans == [2 + 3100 // 512 + 1, 3001]
+    assert slow.records[60].end_s > 1.1 * sum(COST.decode_s(1, 101 + i) for i in range(2999))
+    for rid, record in fast.records.items():
+        assert record.first_s == pytest.approx(slow.records[rid].first_s, abs=1e-9)
+        assert record.end_s == pytest.approx(slow.records[rid].end_s, abs=1e-9)
+    for a, b in zip(fast.replicas, slow.replicas, strict=True):
+        assert a.steps == b.steps
+        assert a.batcher.policy.pace == pytest.approx(b.batcher.policy.pace, abs=2e-6), (
+            "what steps took is seen alike"
+        )
 
 
 def test_copies_of_compaction_take_time_and_end_a_stretch() -> None:

@@ -10,7 +10,8 @@ from sched.latency import StepCost
 from sched.policies import POLICIES
 from sched.policy import Load, Took, pick_shortest
 from sched.sequence import Seq
-from sched.simulator import Arrival, Replica, Simulation
+from sched.simulated_replica import Arrival, Replica
+from sched.simulator import Simulation
 from sched.slack import LATE_SHARE, LOOK, Slack
 from sched.step import Request
 from tests.sched.chosen import COST, LIMITS, build, small, turn
