@@ -18,7 +18,8 @@ from sched.placement import Gpu, Model, Plan, Problem
 from sched.placement_simulate import attained, replicas_of
 from sched.policies import make_policy
 from sched.policy import Policy
-from sched.simulator import Arrival, Simulation
+from sched.simulated_replica import Arrival
+from sched.simulator import Simulation
 from sched.step_time import DEVICES, Work, roofline
 
 GB, GiB = 1e9, 1 << 30

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.fleet import interval
 from bench.placement_cells import (
     ARMS,
     ONE_EACH,
@@ -45,11 +46,9 @@ MEAN_TARGET, WORST_TARGET, LARGE_S = 0.97, 0.9, 60.0
 PEERS = [n for n in ARMS if n not in (OURS, ONE_EACH, OPTIMUM) and not n.startswith("ours")]
 
 
-def interval(values: Sequence[float], seed: int = 0) -> list[float]:
+def rounded(values: Sequence[float]) -> list[float]:
     """The mean and the ends of its 95 % bootstrap interval."""
-    v = np.array(values)
-    draws = np.random.default_rng(seed).choice(v, (2000, len(v))).mean(1)
-    return [round(float(x), 4) for x in (v.mean(), *np.quantile(draws, (0.025, 0.975)))]
+    return [round(x, 4) for x in interval(values)]
 
 
 def summed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,7 +59,7 @@ def summed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         best = [c["arms"][OPTIMUM]["value"] for c in cells]
         part = [r["value"] / b for r, b in zip(of, best, strict=True)]
         row: dict[str, Any] = {
-            "tag": "simulated", "arm": name, "instances": len(of), "of_optimum": interval(part), "worst": round(min(part), 4),
+            "tag": "simulated", "arm": name, "instances": len(of), "of_optimum": rounded(part), "worst": round(min(part), 4),
             "near": round(float(np.mean([p >= NEAR_BEST for p in part])), 3),
             "worst_model": round(float(np.mean([r["worst"] for r in of])), 4),
             "seconds": round(float(np.mean([r["seconds"] for r in of])), 4),
@@ -71,7 +70,7 @@ def summed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             part = [r["sim_value"] / c["best_simulated"] for r, c in judged]
             joint = [r["sim_joint"] for r, _ in judged]
             row |= {
-                "simulated": len(judged), "sim_of_optimum": interval(part), "sim_worst": round(min(part), 4),
+                "simulated": len(judged), "sim_of_optimum": rounded(part), "sim_worst": round(min(part), 4),
                 "sim_near": round(float(np.mean([p >= NEAR_BEST for p in part])), 3),
                 "sim_joint": round(float(np.mean(joint)), 4),
                 "sim_worst_model": round(float(np.mean([r["sim_worst"] for r, _ in judged])), 4),
@@ -84,7 +83,7 @@ def paired(cells: Sequence[dict[str, Any]], key: str) -> dict[str, list[float]]:
     """Ours less each peer, instance by instance, with intervals."""
     judged = [c for c in cells if key in c["arms"][OURS]]
     return (
-        {n: interval([c["arms"][OURS][key] - c["arms"][n][key] for c in judged]) for n in PEERS}
+        {n: rounded([c["arms"][OURS][key] - c["arms"][n][key] for c in judged]) for n in PEERS}
         if judged
         else {}
     )
@@ -156,7 +155,7 @@ def run_rates(args: argparse.Namespace) -> dict[str, list[float]]:
         for k in range(count):
             for name, part in run_misjudged(args.seed + k, models, gpus).items():
                 found.setdefault(name, []).append(part)
-    return {name: interval(of) for name, of in found.items()}
+    return {name: rounded(of) for name, of in found.items()}
 
 
 def judge(rows: Sequence[dict[str, Any]], large: dict[str, Any]) -> dict[str, bool]:

@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.fleet import interval
 from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.metrics import aligned
 from sched.observed import Observed
+from sched.placement_simulate import attained
 from sched.router import (
     ROUTERS,
     TIER_POLICIES,
@@ -39,8 +41,9 @@ from sched.router import (
     named,
     with_pace,
 )
+from sched.simulated_replica import Arrival, Replica
 from sched.simulated_routes import Routes
-from sched.simulator import Arrival, Replica, Simulation
+from sched.simulator import Simulation
 
 RESULT = Path(__file__).parent / "results" / "routing.json"
 LIMITS = Limits(
@@ -93,21 +96,12 @@ def arrivals(seed: int, n: int, rate: float, model: str, ttft_s: float) -> list[
     return found
 
 
-def attained(simulation: Simulation) -> float:
-    good = 0
-    for record in simulation.records.values():
-        a = record.arrival
-        if record.first_s is not None and record.end_s is not None:
-            tpot_s = (record.end_s - record.first_s) / max(1, a.output_tokens - 1)
-            good += record.first_s - a.at_s <= a.ttft_s and tpot_s <= a.tpot_s
-    return good / len(simulation.records)
-
-
 def run(replicas: list[Replica], asked: list[Arrival], routes: Routes) -> tuple[float, Simulation]:
     simulation = Simulation(replicas, asked, route=routes, groups={"any": list(SPEED)})
     simulation.run()
     simulation.check()
-    return attained(simulation), simulation
+    good = sum(map(attained, simulation.records.values()))
+    return good / len(simulation.records), simulation
 
 
 def replica_cells(seeds: Sequence[int], requests: int) -> list[Cell]:
@@ -175,14 +169,6 @@ def choice_us(tokens: int, n: int = 2000) -> float:
         seen[found.name][1].add(marks)
 
     return 1e6 * min(timeit.repeat(choose, number=n, repeat=5)) / n
-
-
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The mean, with the ends of its 95 % bootstrap interval."""
-    v = np.asarray(values)
-    drawn = v[np.random.default_rng(seed).integers(0, len(v), (2000, len(v)))].mean(1)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(v.mean()), float(low), float(high)
 
 
 def against(cells: list[Cell], ours: str, keys: Sequence[str]) -> list[Cell]:

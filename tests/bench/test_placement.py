@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.placement import interval, main, summed
+from bench.placement import main, rounded, summed
 from bench.placement_cells import ARMS, KNEE, ONE_EACH, OPTIMUM, OURS, instance, misjudged, plain
 from sched.placement_estimate import Estimator
 from sched.placement_search import solve
@@ -37,7 +37,7 @@ def test_arms_are_parts_of_the_optimum() -> None:
     assert found[OPTIMUM]["near"] == 1
     assert found[OURS]["sim_of_optimum"][0] == 1.0
     assert "sim_worst" not in found[ONE_EACH]
-    mean, low, high = interval([0.0, 1.0] * 50)
+    mean, low, high = rounded([0.0, 1.0] * 50)
     assert low < mean == 0.5 < high
 
 

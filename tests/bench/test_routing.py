@@ -31,10 +31,3 @@ def test_every_cell_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert [c["arm"] for c in first["tiers"]] == list(TIER_POLICIES)
     assert all(len(c["attained"]) == 2 for c in first["replicas"] + first["tiers"])
     assert all(sum(c["by"].values()) == pytest.approx(1) for c in first["tiers"])
-
-
-def test_an_interval_holds_its_mean() -> None:
-    mean, low, high = routing.interval([0.1, 0.4, 0.2, 0.9])
-    assert low < mean < high
-    assert mean == pytest.approx(0.4)
-    assert routing.interval([0.5] * 4) == (0.5, 0.5, 0.5)
