@@ -4,15 +4,19 @@
 
 Goodput is the highest rate, of a mix whose shares are fixed, at which 90 % of the requests attain their SLO: first token
 within scale x what the request takes alone, and the mean of the others too, at the model's own precision.  Bisected to 3 %
-for each seed; all arms see the same requests.  Shed, refused and unfinished requests have missed.  Models on one device
+for each seed; all arms see the same requests.  At that rate some model has less than 90 %: by the same search comes the rate at
+which each of them has as much.  Shed, refused and unfinished requests have missed.  Models on one device
 cut its time between them.  Fixed batches are judged against the best of them in hindsight, cell by cell.
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +30,7 @@ from minserve.workload_tables import read_azure
 from sched.arrivals import Rows
 from sched.placement import Plan, Problem, Replica
 from sched.policies import POLICIES
-from sched.simulator import Arrival
+from sched.simulated_replica import Arrival
 from sched.synthetic import Laws, Lengths, Model, power_law, synthetic
 
 TARGET, PRECISION = 0.9, 1.03
@@ -49,6 +53,7 @@ ARMS = [
     Arm(name="slack, shed, -20 %", policy="slack", options=(("shed", "hopeless"),), believed=0.8),
 ]
 OURS, DEFAULT = "slack, shed", "fixed 64"
+QUICK_ARMS = (OURS, "slack", "saab", "prism", "sarathi 512", "fixed 16", "fixed 64", "fixed 256")
 
 
 class Law(NamedTuple):
@@ -138,16 +143,19 @@ class Bench:
         asked = self.arrivals(cell, problem, rate, seed)
         return run(problem, plan, asked, arm, self.seconds(rate))
 
-    def goodput(self, cell: Cell, arm: Arm, seed: int, guess: float) -> tuple[float, Outcome]:
-        """The highest rate with TARGET attained, 0 where not even the lowest has it, and what it gives there."""
+    def goodput(self, cell: Cell, arm: Arm, seed: int, guess: float) -> tuple[float, float, Outcome]:
+        """The highest rates with TARGET attained by all requests together, and by those of each model, 0 where not even the
+        lowest has it; and what the first gives."""
         found: dict[float, Outcome] = {}
 
-        def good(rate: float) -> bool:
-            found[rate] = self.outcome(cell, arm, rate, seed)
-            return found[rate].attained >= TARGET
+        def at(rate: float) -> Outcome:
+            if rate not in found:
+                found[rate] = self.outcome(cell, arm, rate, seed)
+            return found[rate]
 
-        rate = highest(good, guess)
-        return rate, found.get(rate) or self.outcome(cell, arm, LOW, seed)
+        rate = highest(lambda r: at(r).attained >= TARGET, guess)
+        each = highest(lambda r: at(r).worst >= TARGET, rate / 1.1) if rate else 0.0
+        return rate, each, at(rate or LOW)
 
 
 def highest(good: Callable[[float], bool], guess: float) -> float:
@@ -181,74 +189,80 @@ def rows_of(path: str | None) -> Rows | None:
 
 
 def ratios(
-    rows: Sequence[dict[str, Any]], cell: str, over: Callable[[dict[str, float]], float]
+    rows: Sequence[dict[str, Any]], key: str, over: Callable[[dict[str, float]], float]
 ) -> list[float]:
-    """Ours over another's goodput, of the seeds for which the other has any."""
+    """Ours over another's goodput of that key, in a cell, of the seeds for which the other has any."""
     by_seed: dict[int, dict[str, float]] = {}
     for row in rows:
-        if row["cell"] == cell:
-            for seed, rate in enumerate(row["goodput"]):
-                by_seed.setdefault(seed, {})[row["arm"]] = rate
+        for seed, rate in enumerate(row[key]):
+            by_seed.setdefault(seed, {})[row["arm"]] = rate
     return [arms[OURS] / over(arms) for arms in by_seed.values() if over(arms) > 0]
 
 
-def measure(bench: Bench, quick: bool, seed: int, seeds: int) -> list[dict[str, Any]]:
-    arms = [
-        a
-        for a in ARMS
-        if not quick
-        or a.name in (OURS, "slack", "saab", "prism", "sarathi 512", "fixed 16", "fixed 64", "fixed 256")
-    ]
-    rows = []
-    for cell in cells(quick):
-        guess = dict.fromkeys(range(seeds), 4.0)
-        for arm in reversed(arms):
-            found = []
-            for s in range(seeds):
-                rate, outcome = bench.goodput(cell, arm, seed + s, guess[s])
-                guess[s] = max(LOW, rate) if rate else guess[s]
-                found.append((rate, outcome))
-            rates = [rate for rate, _ in found]
-            row = {
-                "tag": "simulated",
-                "cell": cell.name,
-                "arm": arm.name,
-                "goodput": rates,
-                "mean": float(np.mean(rates)),
-            }
-            row["worst_model"] = float(np.mean([o.worst for _, o in found]))
-            row["tokens_s"] = float(np.mean([o.tokens_s for _, o in found]))
-            row["shed"] = float(np.mean([o.shed for _, o in found]))
-            rows.append(row)
-            sys.stderr.write(f"{cell.name}: {arm.name} {row['mean']:.2f}\n")
-    return rows
+def measure(args: argparse.Namespace, cell: Cell) -> tuple[list[dict[str, Any]], int]:
+    """A row an arm, and the number of runs."""
+    bench, rows = Bench(args), []
+    guess = dict.fromkeys(range(args.seeds), 4.0)
+    for arm in reversed([a for a in ARMS if not args.quick or a.name in QUICK_ARMS]):
+        found = []
+        for s in range(args.seeds):
+            found.append(bench.goodput(cell, arm, args.seed + s, guess[s]))
+            guess[s] = max(LOW, found[-1][0] or guess[s])
+        rates, each, outcomes = map(list, zip(*found, strict=True))
+        row = {
+            "tag": "simulated", "cell": cell.name, "arm": arm.name, "goodput": rates, "mean": float(np.mean(rates)),
+            "goodput_each": each, "mean_each": float(np.mean(each)),
+        }  # fmt: skip
+        row["worst_model"] = float(np.mean([o.worst for o in outcomes]))
+        row["tokens_s"] = float(np.mean([o.tokens_s for o in outcomes]))
+        row["shed"] = float(np.mean([o.shed for o in outcomes]))
+        rows.append(row)
+        sys.stderr.write(f"{cell.name}: {arm.name} {row['mean']:.2f} {row['mean_each']:.2f}\n")
+    return rows, bench.runs
+
+
+def measure_all(args: argparse.Namespace) -> list[tuple[list[dict[str, Any]], int]]:
+    """Of each cell: they know nothing of each other."""
+    work, asked = partial(measure, args), cells(args.quick)
+    if args.workers == 1:
+        return list(map(work, asked))
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+        return list(pool.map(work, asked))
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By cell: ours over the default batch and over the best fixed one in hindsight, with intervals over the seeds."""
     found = []
     for cell in dict.fromkeys(r["cell"] for r in rows):
-        fixed = [r["arm"] for r in rows if r["cell"] == cell and r["arm"].startswith("fixed")]
-        best = ratios(rows, cell, lambda arms: max(arms[f] for f in fixed))  # noqa: B023
-        default = ratios(rows, cell, lambda arms: arms[DEFAULT])
-        others = {r["arm"]: r["mean"] for r in rows if r["cell"] == cell and not r["arm"].startswith("slack")}
-        peer = max(others, key=lambda name: others[name])
-        ours = next(r for r in rows if r["cell"] == cell and r["arm"] == OURS)
+        of = [r for r in rows if r["cell"] == cell]
+        ours = next(r for r in of if r["arm"] == OURS)
         found.append({
-            "cell": cell,
-            "over_default": interval(default) if default else None,
-            "over_best_fixed": interval(best) if best else None,
-            "seeds": len(best),
-            "best_other": peer,
-            "over_best_other": ours["mean"] / others[peer] if others[peer] else None,
-            "worst_model": ours["worst_model"],
+            "cell": cell, "worst_model": ours["worst_model"], **compared(of, "goodput", "mean"),
+            "each": compared(of, "goodput_each", "mean_each"),
         })  # fmt: skip
     return found
+
+
+def compared(rows: Sequence[dict[str, Any]], key: str, mean: str) -> dict[str, Any]:
+    """Ours with the others of a cell, by the goodput of that key."""
+    fixed = [r["arm"] for r in rows if r["arm"].startswith("fixed")]
+    best = ratios(rows, key, lambda arms: max(arms[f] for f in fixed))
+    default = ratios(rows, key, lambda arms: arms[DEFAULT])
+    others = {r["arm"]: r[mean] for r in rows if not r["arm"].startswith("slack")}
+    peer = max(others, key=lambda name: others[name])
+    ours = next(r[mean] for r in rows if r["arm"] == OURS)
+    return {
+        "over_default": interval(default) if default else None, "over_best_fixed": interval(best) if best else None,
+        "seeds": len(best), "goodput": ours, "best_other": peer,
+        "over_best_other": ours / others[peer] if others[peer] else None,
+    }  # fmt: skip
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("scheduling", __doc__, "two cells, eight arms, one seed")
     parser.add_argument("--seeds", type=int, help="runs of each cell and arm, 3 by default")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time; the result is the same")
     parser.add_argument("--seconds", type=float, help="of arrivals in a run, at least, 120 by default")
     parser.add_argument("--pool-gib", type=float, default=24.0, help="for keys and values")
     parser.add_argument("--alpha", type=float, default=1.3, help="of the models' popularity, k^-alpha")
@@ -256,21 +270,27 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.seconds = args.seconds or (40.0 if args.quick else 120.0)
-    if args.seed < 0 or args.seeds < 1 or not 10 <= args.seconds < 1e5 or not args.pool_gib > 0:
-        parser.error("--seed must be >= 0, --seeds >= 1, --seconds in [10, 100000), --pool-gib above 0")
+    if (
+        min(args.seed, args.seeds - 1, args.workers - 1) < 0
+        or not 10 <= args.seconds < 1e5
+        or not args.pool_gib > 0
+    ):
+        parser.error(
+            "--seed must be >= 0, --seeds and --workers >= 1, --seconds in [10, 100000), --pool-gib above 0"
+        )
     return args
 
 
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
-    bench = Bench(args)
-    rows = measure(bench, args.quick, args.seed, args.seeds)
+    found = measure_all(args)
+    rows = [row for of, _ in found for row in of]
     return {
         "bench": "scheduling", "seed": args.seed, "seeds": args.seeds, "seconds": args.seconds,
         "least_requests": LEAST_REQUESTS, "pool_gib": args.pool_gib, "alpha": args.alpha,
         "costs": Path(args.costs).name if args.costs else "rooflines",
         "lengths": [Path(p).name if p else "lognormal" for p in (args.conv, args.code)],
-        "runs": bench.runs, "wall_s": time.monotonic() - start, "rows": rows, "cells": judged(rows),
+        "runs": sum(runs for _, runs in found), "wall_s": time.monotonic() - start, "rows": rows, "cells": judged(rows),
     }  # fmt: skip
 
 

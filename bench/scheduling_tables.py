@@ -34,33 +34,56 @@ def scheduling_table(result: dict[str, Any]) -> str:
     ]
     lines.append("|---|---:|---:|---:|---:|---:|")
 
-    def shown(x: tuple[float, float, float] | None) -> str:
-        return "-" if x is None else f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
-
     for v in verdicts:
-        other = "-" if v["over_best_other"] is None else f"{v['over_best_other']:.2f} ({v['best_other']})"
-        lines.append(
-            f"| {v['cell']} | {v['seeds']} | {shown(v['over_default'])} | {shown(v['over_best_fixed'])} | {other} | {v['worst_model']:.1%} |"
-        )
+        lines.append(f"| {v['cell']} | {' | '.join(against(v))} | {v['worst_model']:.1%} |")
     lines += [
         "",
         "Seeds: those for which a fixed batch has any goodput; where there is none nothing is decided.",
         "",
+        "The same where each model has 90 %, not all requests together:",
+        "",
+        "| cell | requests/s | seeds | over fixed 64 | over the best fixed | over the best other |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
+    lines += [
+        f"| {v['cell']} | {v['each']['goodput']:.2f} | {' | '.join(against(v['each']))} |" for v in verdicts
+    ]
+    lines.append("")
     lines += [f"{what}: {'met' if met else 'MISSED'}" for what, met in scheduling_targets(verdicts).items()]
     return "\n".join(lines)
 
 
+def against(v: dict[str, Any]) -> list[str]:
+    """Cells of a table: ours against the others."""
+
+    def shown(x: tuple[float, float, float] | None) -> str:
+        return "-" if x is None else f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
+
+    other = "-" if v["over_best_other"] is None else f"{v['over_best_other']:.2f} ({v['best_other']})"
+    return [str(v["seeds"]), shown(v["over_default"]), shown(v["over_best_fixed"]), other]
+
+
 def scheduling_targets(verdicts: Sequence[dict[str, Any]]) -> dict[str, bool]:
     """What E2 was to show; cells at CV 4 are those of W2."""
+    found = {}
+    for where, of in (
+        ("", verdicts),
+        (", by each model", [v["each"] | {"cell": v["cell"]} for v in verdicts]),
+    ):
+        decided = [v for v in of if v["over_best_fixed"] is not None]
+        bursts = [v["over_default"] for v in decided if " W2 " in v["cell"] and v["over_default"] is not None]
+        found[f"at CV 4 at least 1.3 times fixed 64{where} ({len(bursts)} cells)"] = all(
+            x[0] >= 1.3 for x in bursts
+        )
+        found[f"never below 0.97 of the best fixed batch{where} ({len(decided)} cells)"] = all(
+            v["over_best_fixed"][0] >= 0.97 for v in decided
+        )
     decided = [v for v in verdicts if v["over_best_fixed"] is not None]
-    bursts = [v["over_default"] for v in decided if " W2 " in v["cell"] and v["over_default"] is not None]
     kept = sum(v["worst_model"] >= TARGET for v in decided)
-    return {
-        f"at CV 4 at least 1.3 times fixed 64 ({len(bursts)} cells)": all(x[0] >= 1.3 for x in bursts),
-        f"never below 0.97 of the best fixed batch ({len(decided)} cells)": all(v["over_best_fixed"][0] >= 0.97 for v in decided),
-        f"worst model at least 90 % at the goodput ({kept} of {len(decided)} cells)": kept == len(decided),
-    }  # fmt: skip
+    found[f"worst model at least 90 % at the goodput of all ({kept} of {len(decided)} cells)"] = kept == len(
+        decided
+    )
+    return found
 
 
 def headline_table(result: dict[str, Any]) -> str:
