@@ -7,7 +7,7 @@ keys for every prompt, a cost model that predicts.  A new request comes for each
 blocks of those that run and what is published; beside it stands the time of adding a request and of advancing a step.
 Times are of the CPU, as other work on the machine would be part of those on the wall; it still shares the caches, so `alone`
 is the p99 of the least that each step took in REPEATS runs of the same steps.  FineServe's rule takes 427 ms for 1,000
-waiting in its own code (arXiv 2509.06261, artifact).  The simulator runs 8 models on 4 devices, two loads.
+waiting in its own code (arXiv 2509.06261, artifact).  The simulator runs 8 models on 4 devices, three loads.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from sched.limits import Limits
 from sched.policies import POLICIES, make_policy
 from sched.prefix import KeyChain, root_key
 from sched.pressure import demand, preempt_for
-from sched.simulator import Arrival, Replica, Simulation
+from sched.simulated_replica import Arrival, Replica
+from sched.simulator import Simulation
 from sched.slabs import ModelShape, PoolPlan, solve
 from sched.step import Request
 
@@ -45,6 +46,7 @@ RESULT = Path(__file__).parent / "results" / "decisions.json"
 SIMULATED = {
     "long prompts": (6000, 60.0, (1, 2000), (1, 500)),
     "long answers": (4000, 40.0, (20, 600), (50, 1000)),
+    "reasoning": (1000, 8.0, (20, 600), (500, 5000)),
 }
 COST = StepCost(base_s=8e-3, per_decode_s=3e-5, per_prefill_token_s=1.5e-5, per_context_token_s=2e-8)
 

@@ -20,6 +20,8 @@ from sched.step import MAX_SLOTS, SLOT_BITS, SetSource
 # the key of a cached block, and the step that wrote it
 Entry = tuple[bytes, int]
 UNKNOWN: Entry = (b"", -1)
+# a source that has no sets is asked again when so many idle blocks have been evicted
+ASK_AFTER = 64
 
 
 class BlockPool(HeldSets):
@@ -288,14 +290,14 @@ class BlockPool(HeldSets):
 
     def _take_idle(self, n: int) -> list[int]:
         """Evicts so many for somebody who takes them at once: they are never free, and no list of a set changes."""
-        live, idle, idle_in, by_key = self._live, self._idle, self._idle_in, self._by_key
-        taken: list[int] = []
-        for _ in range(n):
-            block, (key, _) = idle.popitem(last=False)
+        idle, idle_in, by_key = self._idle, self._idle_in, self._by_key
+        evicted = [idle.popitem(last=False) for _ in range(n)]
+        taken = [block for block, _ in evicted]
+        for _, (key, _) in evicted:
             del by_key[key]
-            live[block] = None
-            taken.append(block)
+        for block in taken:
             idle_in[block >> SLOT_BITS] -= 1
+        self._live.update(zip(taken, repeat(None)))
         if self._spare:
             for block in taken:
                 self._spare.pop(block >> SLOT_BITS, None)
@@ -337,7 +339,7 @@ class BlockPool(HeldSets):
             while self.num_free < wanted and self._lease(leased, urgent=False):
                 pass
             if self.num_free < wanted:
-                self._ask_at = self.num_evicted + self.slots
+                self._ask_at = self.num_evicted + ASK_AFTER
             while urgent and self.num_free < needed and self._lease(leased, urgent=True):
                 pass
             if self.num_free < needed:

@@ -9,7 +9,7 @@ A rule sees of a request what a server knows: `max_tokens` is a bound, not the l
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heappushpop
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -182,8 +182,10 @@ def pick_shortest(prompts: Sequence[int], most: Sequence[float], order: Iterable
     """
     n, kept, tokens = len(prompts), list[int](), 0  # heap of (-prompt, index), as one number of base n
     for i in order:
-        heappush(kept, i - prompts[i] * n)
+        key = i - prompts[i] * n
         tokens += prompts[i]
         if tokens > most[i]:
-            tokens += heappop(kept) // n
+            tokens += heappushpop(kept, key) // n
+        else:
+            heappush(kept, key)
     return {key % n for key in kept}
