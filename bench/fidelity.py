@@ -1,12 +1,13 @@
 """The simulator against the engine: the same requests, measured several times and simulated once.
 
-    python -m bench.fidelity                    # this CPU: two workers of 57M parameters, one thread each, some 13 minutes
+    python -m bench.fidelity                    # this CPU: two workers of 57M parameters, one thread each, some 25 minutes
     python -m bench.fidelity --device cuda      # a GPU: 10 % and 3 points in place of 15 % and 4
     python -m bench.fidelity --quick            # under a minute: small models, three cells, no verdict
 
 Workers are those of `serve`, the client that of `minserve.replay --engine`.  First they run cells of their own: from those
-come step times, slow-downs of two models side by side, and what is spent between client and worker.  Then workers with
-that profile run the judged cells, in an order drawn anew for each repeat.  A table, then one JSON object.
+come a profile for workers, and what is spent between client and worker.  Then workers with that profile run the judged cells
+and those of the fit, in an order drawn anew for each repeat, as a machine's speed changes within minutes.  What the latter
+took then, alone and side by side, is what the simulator is told.  A table, then one JSON object.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from bench.fidelity_cells import (
     QUICK,
     SCALES,
     Cell,
+    Scale,
     config_of,
     plain,
     workload_of,
@@ -42,24 +44,37 @@ from minserve.step_profile import Profile
 from sched.latency import StepCost
 from sched.metrics import Record, aligned
 from sched.step_time import Fitted
+from sched.workload import Workload
 
 FIRST_GUESS = StepCost(base_s=0.02, per_prefill_token_s=1e-3)
 
 
-async def measure_profile(live: Live, args: argparse.Namespace) -> tuple[Profile, dict[str, float]]:
-    """Everything that the simulator is told, from cells that are not judged."""
-    await live.ask_alone()
-    rates = await live.rates()
-    costs = dict.fromkeys(BOTH, FIRST_GUESS)  # its SLOs are far away: who is late is not the question here
+def fit_works(scale: Scale, rates: Rates, args: argparse.Namespace, number: int) -> dict[str, Workload]:
+    """By cell, requests that are in no other run.  Their SLOs are far away: who is late is not the question here."""
+    costs, works = dict.fromkeys(BOTH, FIRST_GUESS), {}
     for i, cell in enumerate(FIT):
         patient = Cell(cell.name, cell.loads, slo=1000.0, cv=cell.cv)
-        work = workload_of(patient, live.scale, args.seconds, rates.of(cell), costs, 1000 * args.seed + i)
-        await live.run(cell, work)
-    await live.workers.close()
+        seed = 1000 * args.seed + len(FIT) * number + i
+        works[cell.name] = workload_of(patient, scale, args.seconds, rates.of(cell), costs, seed)
+    return works
+
+
+def profile_of(live: Live, device: str) -> Profile:
+    """Of workers that are closed, from the cells of the fit."""
     models, slowdown, found = live.fitted()
-    overhead_s = live.overheads()
-    about = {"device": args.device, "machine": platform.processor() or platform.machine()}
-    return Profile(models, slowdown, about | {"fit": found}), overhead_s
+    about = {"device": device, "machine": platform.processor() or platform.machine()}
+    return Profile(models, slowdown, about | {"fit": found})
+
+
+async def measure_profile(live: Live, args: argparse.Namespace) -> tuple[Profile, Rates, dict[str, float]]:
+    """Before anything is judged: a profile, what a burst is served with, and seconds between client and worker."""
+    await live.ask_alone()
+    rates = await live.rates()
+    works = fit_works(live.scale, rates, args, 0)
+    for cell in FIT:
+        await live.run(cell, works[cell.name])
+    await live.workers.close()
+    return profile_of(live, args.device), rates, live.overheads()
 
 
 async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -69,7 +84,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     live = Live(scale, config_of(scale, folder / "model", args.device, None), folder, args.drain)
     await live.workers.open()
     try:
-        profile, overhead_s = await measure_profile(live, args)
+        profile, burst, overhead_s = await measure_profile(live, args)
     finally:
         await live.workers.close()
     file = Path(args.profile or folder / "profile.json")
@@ -87,8 +102,14 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     await live.workers.open()
     try:
         for repeat in range(args.repeats):
-            for cell in random.Random(args.seed + repeat).sample(args.cells, len(args.cells)):
-                heards = await live.run(cell, works[cell.name])
+            cells, patient = list(args.cells), fit_works(scale, burst, args, 1 + repeat)
+            if repeat == 0 or not args.quick:
+                cells += FIT
+            for cell in random.Random(args.seed + repeat).sample(cells, len(cells)):
+                if cell in FIT:
+                    await live.run(cell, patient[cell.name])
+                    continue
+                heards = await live.run(cell, works[cell.name], judged=True)
                 extra = {"late_ms": late_ms(heards), "span": len(live.workers.spans) - 1}
                 records = [h.record() for h in heards]
                 write_log(args.log, cell.name, str(repeat), records)
@@ -96,6 +117,9 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         errors = live.step_errors()
     finally:
         await live.workers.close()
+    profile = profile_of(live, args.device)
+    profile.write(file)
+    say(f"beside the judged cells: {describe(profile, rates, overhead_s)}")
     return report(args, profile, rates, overhead_s, works, runs, live, errors) | {"parameters": parameters}
 
 
@@ -219,11 +243,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="small models and three cells: shows that it runs, judges nothing",
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, help="of arrivals in a cell (default 11, quick 2)")
+    parser.add_argument("--seconds", type=float, help="of arrivals in a cell (default 11, quick 1.5)")
     parser.add_argument(
         "--drain", type=float, help="seconds that answers are waited for (default 8, quick 2)"
     )
-    parser.add_argument("--repeats", type=int, help="of each cell (default 3, quick 2)")
+    parser.add_argument("--repeats", type=int, help="of each cell (default 5, quick 2)")
     parser.add_argument(
         "--only", metavar="WORD", action="append", help="cells with this in their names; no verdict then"
     )
@@ -233,9 +257,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="JSON", help="where the result is written, too")
     args = parser.parse_args(argv)
-    args.seconds = args.seconds or (2.0 if args.quick else 11.0)
+    args.seconds = args.seconds or (1.5 if args.quick else 11.0)
     args.drain = args.drain or (2.0 if args.quick else 8.0)
-    args.repeats = args.repeats or (2 if args.quick else 3)
+    args.repeats = args.repeats or (2 if args.quick else 5)
     cells = QUICK if args.quick else JUDGED
     args.cells = [c for c in cells if not args.only or any(word in c.name for word in args.only)]
     if args.device.partition(":")[0] not in GATES:

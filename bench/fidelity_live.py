@@ -25,7 +25,7 @@ from sched.synthetic import Lengths
 from sched.workload import Request, Workload, ordered
 
 BURST, ALONE, LONG_BURST = 24, 12, 300
-SOLO, BESIDE, ONE = "solo", "beside", "one"
+SOLO, BESIDE, ONE, JUDGED = "solo", "beside", "one", "judged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,10 @@ class Live:
         self.scale, self.workers, self._drain_s = scale, Workers(config, folder), drain_s
         self._asked: dict[str, list[tuple[float, float]]] = {name: [] for name in BOTH}
 
-    async def run(self, cell: Cell, work: Workload) -> list[Heard]:
-        heards = await self.workers.run(BESIDE if cell.together else SOLO, work, self._drain_s)
+    async def run(self, cell: Cell, work: Workload, *, judged: bool = False) -> list[Heard]:
+        """Nothing is fitted to a judged one."""
+        what = JUDGED if judged else BESIDE if cell.together else SOLO
+        heards = await self.workers.run(what, work, self._drain_s)
         await asyncio.sleep(0.3)  # who was given up is gone
         return heards
 
