@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minserve.config import Config, TiB, load_config
+from minserve.config import Config, ModelEntry, TiB, load_config
 from minserve.place_memory import describe, plan_memory, pool_json
 from minserve.place_output import as_json, describe_doubted, describe_moves, describe_short, placed, write
 from minserve.place_output import describe as describe_plan
@@ -21,7 +21,7 @@ from minserve.place_problem import Options, plan_of, problem_of
 from minserve.schema import At, number, read_yaml, size
 from minserve.simulate import read_use
 from minserve.step_profile import read_costs, read_profile
-from sched.placement import Plan, Problem, check, lacking
+from sched.placement import Model, Plan, Problem, check, lacking
 from sched.placement_arms import BASELINES, baseline
 from sched.placement_moves import Change, Migration, replan
 from sched.placement_search import BUDGET, solve
@@ -76,6 +76,8 @@ def place(args: argparse.Namespace) -> int:
     lines = describe_plan(problem, found, scored)
     if quiet := [m.name for m in problem.models if not m.rate]:
         lines.append(f"without a rate, so planned for memory alone: {', '.join(quiet)}")
+    if whole := [e.name for e, m in zip(config.models, problem.models, strict=True) if without_share(e, m)]:
+        lines.append(f"sm_share of {', '.join(whole)} is not planned with: --costs and --use name no rows of it")
     if args.replan:
         lines += describe_moves(problem, moves)
     lines += describe_short(problem, short)
@@ -114,6 +116,13 @@ def place(args: argparse.Namespace) -> int:
         ]  # fmt: skip
     sys.stdout.write(json.dumps(said) + "\n")
     return 1 if short or nowhere else 0
+
+
+def without_share(entry: ModelEntry, model: Model) -> bool:
+    """A roofline, and a profile of one's own, know nothing of shares: such a model is planned as if it had all of a GPU."""
+    return entry.sm_share is not None and all(
+        sm != entry.sm_share for costs in model.costs.values() for _, sm in costs
+    )
 
 
 def show_memory(args: argparse.Namespace) -> int:

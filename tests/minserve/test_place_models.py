@@ -290,6 +290,19 @@ def test_costs_of_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "names ['b']" in refused(capsys, file, *costs, "--use", "b=m/q")
 
 
+def test_a_share_that_is_not_planned_with_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"m,q,1,50,{b},{n},256,512,{b * n * 3e-5},0,0,{0.008 + b * 1e-4},0" for b in (1, 8, 32) for n in (256, 512)]  # fmt: skip
+    (tmp_path / "costs.csv").write_text("\n".join([HEAD, *rows]) + "\n")
+    models = [{"name": "a", "rate": 2.0, "sm_share": 50}, {"name": "b", "rate": 2.0}]
+    file = config(tmp_path, models, sharing="mps")
+    common = (file, "--simulate", "0", "--max-tp", "1")
+    text, _ = placed(capsys, *common)
+    assert "sm_share of a is not planned with: --costs and --use name no rows of it" in text
+    text, said = placed(capsys, *common, "--costs", str(tmp_path / "costs.csv"), "--use", "a=m/q")
+    assert "not planned with" not in text
+    assert said["models"][0]["replicas"][0]["sm_share"] == 50
+
+
 def test_what_was_measured_of_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = config(tmp_path, [{"name": n, "rate": 6.0} for n in "ab"], gpus=1)
     fitted = Fitted(StepCost(base_s=0.02, per_prefill_token_s=2e-5), 0.03)
