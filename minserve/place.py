@@ -77,7 +77,9 @@ def place(args: argparse.Namespace) -> int:
     if quiet := [m.name for m in problem.models if not m.rate]:
         lines.append(f"without a rate, so planned for memory alone: {', '.join(quiet)}")
     if whole := [e.name for e, m in zip(config.models, problem.models, strict=True) if without_share(e, m)]:
-        lines.append(f"sm_share of {', '.join(whole)} is not planned with: --costs and --use name no rows of it")
+        lines.append(
+            f"sm_share of {', '.join(whole)} is not planned with: --costs and --use name no rows of it"
+        )
     if args.replan:
         lines += describe_moves(problem, moves)
     lines += describe_short(problem, short)

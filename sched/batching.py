@@ -74,6 +74,11 @@ class Batcher:
         return len(self._live)
 
     @property
+    def _full(self) -> bool:
+        """Nobody can be admitted, so a policy that is steady is not asked: in a stretch it would not be, either."""
+        return self.policy.steady and len(self._active) >= self.limits.max_running
+
+    @property
     def has_work(self) -> bool:
         """A request lives, a step is not advanced, or a table is still to be dropped by a plan."""
         return bool(self._live or self._flights or self._left)
@@ -108,7 +113,7 @@ class Batcher:
         chunks: list[Chunk] = []
         joined: list[Seq] = []
         shed: tuple[int, ...] = ()
-        if self._prefilling or self._queue:
+        if self._prefilling or (self._queue and not self._full):
             if decode:
                 load.due_s, load.tpot_s = self._running.deadline(step, load.begin_s), self._running.tpot_s
                 load.paces = self._running.paces
@@ -137,15 +142,14 @@ class Batcher:
         flight = self._flights.oldest
         if flight is None or len(self._flights) > 1 or flight.plan.chunks or flight.ending:
             return 1
-        full = self.policy.steady and len(self._active) >= self.limits.max_running
-        if self._paused or self._prefilling or (self._queue and not full):
+        if self._paused or self._prefilling or (self._queue and not self._full):
             return 1
         end = self._running.next_end()
         if end is None:
             return 1
         step = flight.plan.step
         k = end - step + 1
-        free = self.blocks.num_available
+        free = self.blocks.num_unasked  # for more, single steps would ask where neighbours ask
         if free < len(self._running) * (1 + k // self.blocks.block_tokens):
             return self._running.steps_within(free, step, k)
         return k
@@ -157,7 +161,7 @@ class Batcher:
         """
         if plan.empty:
             return ()
-        if k > 1 or ((oldest := self._flights.oldest) and oldest.done):
+        if k > 1 or self._flights.peek(plan.step).done:
             self._repeat(plan.step, k)
         flight = self._flights.pop(plan.step)
         for seq in flight.joined:
@@ -177,9 +181,7 @@ class Batcher:
 
     def progress(self, plan: StepPlan, k: int, now: float) -> None:
         """`k` steps of a stretch have run that goes on, at another pace: `advance` is then for the rest of them."""
-        flight = self._flights.oldest
-        assert flight is not None, f"step {plan.step} is not under way"
-        assert flight.plan is plan, f"step {plan.step} makes progress before step {flight.plan.step}"
+        flight = self._flights.peek(plan.step)
         self._forecast.landed(flight, k, now, 0.0)
         flight.done += k
 
@@ -334,10 +336,9 @@ class Batcher:
 
     def _repeat(self, first: int, k: int) -> None:
         """Steps that differ from the one planned in nothing but one more token a request."""
-        flight = self._flights.oldest
-        assert flight is not None, f"step {first} is advanced, but none is planned"
+        flight = self._flights.peek(first)
         k += flight.done
-        assert flight.plan.step == first == self._step - 1, f"step {first} is not the only one planned"
+        assert first == self._step - 1, f"step {first} is not the only one planned"
         alike = not (flight.plan.chunks or flight.ending or self._paused)
         assert alike, f"step {first} ends or prefills a request: it cannot be repeated"
         running, last = self._running, first + k - 1

@@ -67,6 +67,11 @@ class BlockPool(HeldSets):
         """Blocks to be had without a lease: free ones, and idle ones that would be evicted."""
         return self.num_free + len(self._idle)
 
+    @property
+    def num_unasked(self) -> int:
+        """Blocks that are handed out one by one before the source is asked for a set."""
+        return self.num_free + max(0, min(len(self._idle), self._ask_at - self.num_evicted))
+
     def allocate(self, n: int, *, headroom: int = 0, urgent: bool = False) -> list[int] | None:
         """`n` blocks with one reference each, or None and no change.
 

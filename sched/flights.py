@@ -47,12 +47,17 @@ class Flights:
     def push(self, flight: Flight) -> None:
         self._flights.append(flight)
 
-    def pop(self, step: int) -> Flight:
-        """The oldest is advanced: it must be `step`.  Its freed blocks are still to be landed."""
+    def peek(self, step: int) -> Flight:
+        """The oldest, which is to be advanced next: it must be `step`."""
         assert self._flights, f"step {step} is advanced, but none is planned"
-        flight = self._flights.popleft()
+        flight = self._flights[0]
         assert flight.plan.step == step, f"step {step} is advanced before step {flight.plan.step}"
         return flight
+
+    def pop(self, step: int) -> Flight:
+        """The oldest is advanced.  Its freed blocks are still to be landed."""
+        self.peek(step)
+        return self._flights.popleft()
 
     def land(self, flight: Flight) -> None:
         """The blocks that only this step kept."""

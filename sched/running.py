@@ -106,6 +106,13 @@ class Running:
             self.stop(seq, step, State.ENDING)
         return ended
 
+    def ahead(self, step: int, steps: int) -> tuple[int, int]:
+        """Sequences, and the tokens of all, once so many steps after `step`, the newest, were planned.  Nobody ends before the
+        last of them; who ends there has left, as by `tick`."""
+        gone = self._ends.get(step + steps, {}) if steps else {}
+        tokens = sum(seq.request.prompt_tokens + seq.request.max_tokens for seq in gone.values())
+        return len(self._seqs) - len(gone), self.context + steps * len(self._seqs) - tokens
+
     def next_end(self) -> int | None:
         """The step in which the first of them ends."""
         while self._end_steps and not self._ends.get(self._end_steps[0]):

@@ -53,10 +53,9 @@ class Routes:
 
     def state(self, replica: Replica, arrival: Arrival, now: float) -> ReplicaState:
         batcher, cost = replica.batcher, replica.batcher.cost or replica.cost
-        limits, decodes, context = batcher.limits, len(batcher._running), batcher._running.context
-        if replica.plan is not None:
-            # of a stretch, the steps that are over
-            context += (replica.done + replica.steps_until(now) - 1) * len(replica.plan.decode)
+        limits, plan = batcher.limits, replica.plan
+        over = 0 if plan is None else replica.done + replica.steps_until(now) - 1  # steps of a stretch
+        decodes, context = batcher._running.ahead(batcher._step - 1, over)
         prefill, decode = self._factor(replica, PREFILL), self._factor(replica, DECODE)
         queued = batcher._queue.num_tokens + sum(s.total - s.computed for s in batcher._prefilling.values())
         step_s = cost.decode_s(0, context)

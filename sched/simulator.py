@@ -4,8 +4,10 @@ A replica is a Batcher on one device.  It plans a step, the step takes what its 
 the replicas that run beside it when it starts, and is advanced at its end.  Decodes that need no decision are advanced
 many at a time (`Batcher.horizon`): step i of such a stretch takes A + B * i seconds, so k of them take A * k +
 B * k * (k - 1) / 2.  What happens meanwhile to the replica cuts the stretch at the end of the step under way; what happens
-beside it changes A and B from there on.  So the result is that of single steps, save for what `Replica.after` does: it is
-called once a stretch and at every turn.  No clock and no chance: the same arrivals give the same records.
+beside it changes A and B from there on.  So the result is that of single steps, but for who looks at things once a stretch:
+`Replica.after` (and at every turn), policies that see the mean of its steps (itl-feedback, adbs), a replica that waits for
+memory and looks again when a neighbour's stretch ends; and but for events at exactly the same time.  No clock and no chance:
+the same arrivals give the same records.
 """
 
 from collections.abc import Callable, Mapping, Sequence

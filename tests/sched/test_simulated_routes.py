@@ -10,15 +10,16 @@ from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
 from sched.router import ROUTERS, Router, Tiers, named
-from sched.simulated_replica import Arrival, Replica
+from sched.simulated_replica import DECODE, PREFILL, Arrival, Replica
 from sched.simulated_routes import Routes
-from sched.simulator import Simulation
+from sched.simulator import TIME_SLICED, Simulation
 from tests.sched.witness import Sets
 
 LIMITS = Limits(
     max_running=32, max_step_tokens=2048, max_chunk_tokens=2048, max_model_len=4096, max_waiting=10**6
 )
 COST = StepCost(base_s=8e-3, per_decode_s=5e-5, per_prefill_token_s=4e-5, per_context_token_s=1.6e-8)
+UNEVEN = {(DECODE, DECODE): 0.3, (DECODE, PREFILL): 1.1, (PREFILL, DECODE): 0.2, (PREFILL, PREFILL): 0.9}
 TIERS = {"fp16": 0, "w8": 1, "w4": 2}
 SPEED = {"fp16": 1.0, "w8": 1.7, "w4": 2.4}
 
@@ -52,37 +53,67 @@ def attained(simulation: Simulation) -> float:
     return good / len(simulation.records)
 
 
-def run(replicas: list[Replica], arrivals: list[Arrival], routes: Routes, stretch: bool = True) -> Simulation:
-    simulation = Simulation(replicas, arrivals, route=routes, groups={"any": list(TIERS)}, stretch=stretch)
+def run(
+    replicas: list[Replica],
+    arrivals: list[Arrival],
+    routes: Routes,
+    stretch: bool = True,
+    slowdown: dict[tuple[str, str], float] = TIME_SLICED,
+) -> Simulation:
+    groups = {"any": list(TIERS)}
+    simulation = Simulation(
+        replicas, arrivals, route=routes, groups=groups, stretch=stretch, slowdown=slowdown
+    )
     simulation.run()
     simulation.check()
     assert simulation.num_open == 0
     return simulation
 
 
-def twins() -> list[Replica]:
-    return [replica(f"m{i}", "m", f"gpu{i}") for i in range(4)]
+def twins(gpus: int = 4) -> list[Replica]:
+    return [replica(f"m{i}", "m", f"gpu{i % gpus}") for i in range(4)]
 
 
-def three() -> list[Replica]:
-    return [replica(name, name, f"gpu{i}", SPEED[name]) for i, name in enumerate(TIERS)]
+def three(gpus: int = 3) -> list[Replica]:
+    return [replica(name, name, f"gpu{i % gpus}", SPEED[name]) for i, name in enumerate(TIERS)]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "gpus"), [(0, 4), (1, 2), (2, 1)])
 @pytest.mark.parametrize("name", ["slo", *ROUTERS])
-def test_routes_are_the_same_with_stretches_and_without(name: str, seed: int) -> None:
+def test_routes_are_the_same_with_stretches_and_without(name: str, seed: int, gpus: int) -> None:
+    """Alone on their devices or not: what a router sees of a stretch is what it sees of single steps."""
     tiers = name == "slo"
-    arrivals = asked(seed, 150, 40.0, "any" if tiers else "m", 0.5)
+    arrivals = asked(seed, 150, 10.0 * gpus, "any" if tiers else "m", 0.5)
     runs = []
     for stretch in (True, False):
-        routes = Routes(lambda _: Tiers() if tiers else named(name, seed), TIERS)
-        runs.append(run(three() if tiers else twins(), arrivals, routes, stretch))
+        routes = Routes(lambda _: Tiers() if tiers else named(name, seed), TIERS, UNEVEN)
+        fleet = three(gpus) if tiers else twins(gpus)
+        runs.append(run(fleet, arrivals, routes, stretch, UNEVEN))
     fast, slow = runs
     assert fast.events < slow.events
     for rid, record in fast.records.items():
         other = slow.records[rid]
         assert record.replica == other.replica
         assert record.end_s == pytest.approx(other.end_s, abs=1e-9)
+
+
+def test_who_ends_in_the_step_under_way_is_gone_for_a_router() -> None:
+    asked_for = [Arrival(0.0, 0, "m", 50, 30, 1.0, 1.0), Arrival(0.0, 1, "m", 80, 60, 1.0, 1.0)]
+    seen = []
+    for stretch in (True, False):
+        routes, one = Routes(), replica("m", "m", "gpu0")
+        simulation = Simulation([one], asked_for, stretch=stretch)
+        states = []
+        for step in range(60):
+            # in the middle of it: the prompts take 22 ms, a decode 8.1
+            now = 0.022 + 0.0081 * (step + 0.5)
+            simulation.run(until_s=now)
+            state = routes.state(one, Arrival(now, 9, "m", 10, 10), now)
+            states.append((state.first_s, state.decode_s, state.open))
+        seen.append(states)
+    fast, slow = seen
+    assert fast == [pytest.approx(state) for state in slow]
+    assert {state[2] for state in slow} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("speeds", [(2.0, 1.0, 1.0, 0.25), (1.0, 1.0, 1.0, 1.0)])

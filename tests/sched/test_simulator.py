@@ -102,6 +102,50 @@ def test_neighbours_that_come_and_go_change_the_pace_and_no_plan(seed: int) -> N
         )
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_cached_is_not_evicted_for_a_stretch(seed: int) -> None:
+    """Single steps ask the source for a set before they evict, and a neighbour may be before them."""
+    asked, runs = arrivals(seed, 150, ["a", "b"], rate=20.0, longest=800), []
+    for stretch in (True, False):
+        sets = Sets(12)
+        replicas = [replica(n, n, "gpu0", sets, replace(LIMITS, max_running=8)) for n in "ab"]
+        for r in replicas:
+            r.keys = prefixes
+        simulation = Simulation(replicas, asked, stretch=stretch, slowdown=UNEVEN)
+        simulation.run()
+        simulation.check()
+        runs.append(simulation)
+    fast, slow = runs
+    assert sum(r.batcher.blocks.num_evicted for r in fast.replicas) > 0
+    assert sum(r.batcher.blocks.num_revived for r in fast.replicas) > 0
+    for rid, record in fast.records.items():
+        assert record.cached_tokens == slow.records[rid].cached_tokens
+        assert record.end_s == pytest.approx(slow.records[rid].end_s, abs=1e-9)
+
+
+def prefixes(arrival: Arrival) -> tuple[bytes, ...]:
+    """Keys of its blocks: a third of the requests begin alike."""
+    return tuple(
+        f"{arrival.rid % 3 if i < 5 else arrival.rid} {i}".encode()
+        for i in range((arrival.prompt_tokens - 1) // 32)
+    )
+
+
+def test_a_steady_policy_is_not_asked_while_the_batch_is_full() -> None:
+    """One that would be asked in single steps alone could make something of the time."""
+    asked, times = [Arrival(0.0, i, "a", 50, 300, 0.1, 0.001) for i in range(6)], []
+    for stretch in (True, False):
+        times.append([])
+        one = replica("a", "a", "gpu0", limits=replace(LIMITS, max_running=2))
+        begin = one.batcher.policy.begin
+        one.batcher.policy.begin = lambda load, begin=begin, to=times[-1]: (to.append(load.now), begin(load))[
+            1
+        ]  # type: ignore[method-assign]
+        Simulation([one], asked, stretch=stretch).run()
+    assert times[0] == pytest.approx(times[1], abs=1e-9)
+    assert 3 <= len(times[0]) < 20
+
+
 def test_copies_of_compaction_take_time_and_end_a_stretch() -> None:
     ends = []
     for move_s, moves in ((0.0, 3), (0.01, 0), (0.01, 3)):
