@@ -1,6 +1,6 @@
 """The simulator against the engine: the same requests, measured several times and simulated once.
 
-    python -m bench.fidelity                    # this CPU: two workers of 57M parameters, one thread each, some 25 minutes
+    python -m bench.fidelity                    # this CPU: two workers of 57M parameters, one thread each, some 17 minutes
     python -m bench.fidelity --device cuda      # a GPU: 10 % and 3 points in place of 15 % and 4
     python -m bench.fidelity --quick            # under a minute: small models, three cells, no verdict
 
@@ -109,7 +109,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 if cell in FIT:
                     await live.run(cell, patient[cell.name])
                     continue
-                heards = await live.run(cell, works[cell.name], judged=True)
+                heards = await live.run(cell, works[cell.name])
                 extra = {"late_ms": late_ms(heards), "span": len(live.workers.spans) - 1}
                 records = [h.record() for h in heards]
                 write_log(args.log, cell.name, str(repeat), records)
@@ -117,10 +117,12 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         errors = live.step_errors()
     finally:
         await live.workers.close()
-    profile = profile_of(live, args.device)
+    before, profile = profile, profile_of(live, args.device)
     profile.write(file)
     say(f"beside the judged cells: {describe(profile, rates, overhead_s)}")
-    return report(args, profile, rates, overhead_s, works, runs, live, errors) | {"parameters": parameters}
+    return report(args, profile, rates, overhead_s, works, runs, live, errors) | {
+        "parameters": parameters, "costs_before": {name: plain(fit_json(fit)) for name, fit in before.models.items()},
+    }  # fmt: skip
 
 
 def report(
@@ -247,7 +249,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--drain", type=float, help="seconds that answers are waited for (default 8, quick 2)"
     )
-    parser.add_argument("--repeats", type=int, help="of each cell (default 5, quick 2)")
+    parser.add_argument("--repeats", type=int, help="of each cell (default 3, quick 2)")
     parser.add_argument(
         "--only", metavar="WORD", action="append", help="cells with this in their names; no verdict then"
     )
@@ -259,7 +261,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.seconds = args.seconds or (1.5 if args.quick else 11.0)
     args.drain = args.drain or (2.0 if args.quick else 8.0)
-    args.repeats = args.repeats or (2 if args.quick else 5)
+    args.repeats = args.repeats or (2 if args.quick else 3)
     cells = QUICK if args.quick else JUDGED
     args.cells = [c for c in cells if not args.only or any(word in c.name for word in args.only)]
     if args.device.partition(":")[0] not in GATES:

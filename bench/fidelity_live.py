@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.fidelity_cells import BOTH, Cell, Scale
+from bench.fidelity_cells import BOTH, FIT, Cell, Scale
 from bench.step_workers import PATIENT, Workers, points_of, ran
 from minserve.config import Config
 from minserve.place import plan_memory
@@ -47,9 +47,9 @@ class Live:
         self.scale, self.workers, self._drain_s = scale, Workers(config, folder), drain_s
         self._asked: dict[str, list[tuple[float, float]]] = {name: [] for name in BOTH}
 
-    async def run(self, cell: Cell, work: Workload, *, judged: bool = False) -> list[Heard]:
-        """Nothing is fitted to a judged one."""
-        what = JUDGED if judged else BESIDE if cell.together else SOLO
+    async def run(self, cell: Cell, work: Workload) -> list[Heard]:
+        """What is no cell of the fit is judged, and nothing is fitted to it."""
+        what = JUDGED if cell not in FIT else BESIDE if cell.together else SOLO
         heards = await self.workers.run(what, work, self._drain_s)
         await asyncio.sleep(0.3)  # who was given up is gone
         return heards

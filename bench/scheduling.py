@@ -4,9 +4,8 @@
 
 Goodput is the highest rate, of a mix whose shares are fixed, at which 90 % of the requests attain their SLO: first token
 within scale x what the request takes alone, and the mean of the others too, at the model's own precision.  Bisected to 3 %
-for each seed; all arms see the same requests.  At that rate some model has less than 90 %: by the same search comes the rate at
-which each of them has as much.  Shed, refused and unfinished requests have missed.  Models on one device
-cut its time between them.  Fixed batches are judged against the best of them in hindsight, cell by cell.
+for each seed; all arms see the same requests.  A second one is the rate at which each model has 90 %.  Shed, refused and unfinished
+requests have missed.  Models on one device cut its time between them.  Fixed batches are judged against the best in hindsight.
 """
 
 import argparse

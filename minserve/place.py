@@ -121,10 +121,9 @@ def place(args: argparse.Namespace) -> int:
 
 
 def without_share(entry: ModelEntry, model: Model) -> bool:
-    """A roofline, and a profile of one's own, know nothing of shares: such a model is planned as if it had all of a GPU."""
-    return entry.sm_share is not None and all(
-        sm != entry.sm_share for costs in model.costs.values() for _, sm in costs
-    )
+    """A roofline, and a profile of one's own, know nothing of shares: on such a kind of GPU it is planned as if it had all."""
+    known = [{sm for _, sm in costs} for costs in model.costs.values()]
+    return entry.sm_share is not None and any(entry.sm_share not in shares for shares in known)
 
 
 def show_memory(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The fidelity gate fails when it should, its cells are not those that were fitted, and logs are read as they were written."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import fidelity, profile_steps
+from bench import fidelity, fidelity_live, profile_steps
 from bench.fidelity_cells import BOTH, FIT, JUDGED, SCALES, alone, config_of, workload_of
 from bench.fidelity_gate import FIGURES, GATES, Gate, judge, verdict
-from bench.fidelity_live import capacity
+from bench.fidelity_live import BESIDE, ONE, SOLO, Live, capacity
 from bench.step_workers import points_of, ran
 from minserve.step_profile import Profile, read_costs, read_profile
 from sched.latency import StepCost
@@ -89,6 +90,33 @@ def test_no_judged_cell_was_fitted() -> None:
     assert first.tpot_slo_s == pytest.approx(5 * tpot, abs=1e-6)
     # a prompt of two steps
     assert alone(COST, 300, 1, 256)[0] == pytest.approx(2 * 0.02 + 300 * 8e-4)
+
+
+class Recorder:
+    """In place of workers: what was run as what."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, str]] = []
+
+    async def run(self, what: str, work: Any, drain_s: float) -> list[Any]:
+        self.spans.append((what, work))
+        return []
+
+
+def test_nothing_of_a_judged_cell_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr(fidelity_live.asyncio, "sleep", at_once)
+    live = Live.__new__(Live)
+    live.workers, live._drain_s = Recorder(), 1.0  # type: ignore[assignment]
+    for cell in (*FIT, *JUDGED):
+        asyncio.run(live.run(cell, cell.name))  # type: ignore[arg-type]
+    kinds = {name: what for what, name in live.workers.spans}  # type: ignore[misc]
+    assert {kinds[c.name] for c in JUDGED} == {fidelity_live.JUDGED}
+    assert {kinds[c.name] for c in FIT if c.together} == {BESIDE}
+    assert {kinds[c.name] for c in FIT if not c.together} == {SOLO}
+    assert fidelity_live.JUDGED not in (BESIDE, SOLO, ONE), "of which the fit is made"
 
 
 def test_logs_become_points_and_steps() -> None:
