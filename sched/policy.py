@@ -73,7 +73,8 @@ class Took(NamedTuple):
 class Policy:
     """First come, first served, as many tokens as a step may have.  Lower priority numbers go first, in every policy.
 
-    `steady`: while nobody comes, joins or ends, the passing of steps changes no decision.
+    `steady`: while nobody comes, joins or ends, the passing of steps changes no decision; so it is not asked while
+    `max_running` run and no prompt is under way.
     """
 
     steady = True
@@ -134,7 +135,8 @@ class Policy:
     # -- a step
 
     def begin(self, load: Load) -> Sequence[Seq]:
-        """Called before each step while someone waits or has a prompt under way; returns whom to shed, waiting ones all."""
+        """Called before each step while someone waits or has a prompt under way (but see `steady`); returns whom to shed,
+        waiting ones all."""
         return ()
 
     def cap(self, load: Load) -> int:

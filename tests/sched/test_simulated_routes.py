@@ -9,17 +9,17 @@ from sched.batching import Batcher
 from sched.blocks import BlockPool
 from sched.latency import StepCost
 from sched.limits import Limits
+from sched.placement_simulate import attained as in_time
 from sched.router import ROUTERS, Router, Tiers, named
-from sched.simulated_replica import DECODE, PREFILL, Arrival, Replica
+from sched.simulated_replica import Arrival, Replica
 from sched.simulated_routes import Routes
 from sched.simulator import TIME_SLICED, Simulation
-from tests.sched.witness import Sets
+from tests.sched.witness import UNEVEN, Sets
 
 LIMITS = Limits(
     max_running=32, max_step_tokens=2048, max_chunk_tokens=2048, max_model_len=4096, max_waiting=10**6
 )
 COST = StepCost(base_s=8e-3, per_decode_s=5e-5, per_prefill_token_s=4e-5, per_context_token_s=1.6e-8)
-UNEVEN = {(DECODE, DECODE): 0.3, (DECODE, PREFILL): 1.1, (PREFILL, DECODE): 0.2, (PREFILL, PREFILL): 0.9}
 TIERS = {"fp16": 0, "w8": 1, "w4": 2}
 SPEED = {"fp16": 1.0, "w8": 1.7, "w4": 2.4}
 
@@ -43,14 +43,7 @@ def asked(seed: int, n: int, rate: float, model: str, ttft_s: float, tpot_s: flo
 
 
 def attained(simulation: Simulation) -> float:
-    good = 0
-    for record in simulation.records.values():
-        a = record.arrival
-        assert record.first_s is not None
-        assert record.end_s is not None
-        gap = (record.end_s - record.first_s) / max(1, a.output_tokens - 1)
-        good += record.first_s - a.at_s <= a.ttft_s and gap <= a.tpot_s
-    return good / len(simulation.records)
+    return sum(map(in_time, simulation.records.values())) / len(simulation.records)
 
 
 def run(

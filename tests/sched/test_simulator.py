@@ -13,7 +13,7 @@ from sched.limits import Limits
 from sched.simulated_replica import DECODE, PREFILL, Arrival, Replica
 from sched.simulator import Simulation, Turn
 from sched.step import Move, StepPlan
-from tests.sched.witness import Sets
+from tests.sched.witness import UNEVEN, Sets
 
 COST = StepCost(base_s=8e-3, per_decode_s=5e-5, per_prefill_token_s=2.3e-5, per_context_token_s=1.6e-8)
 LIMITS = Limits(
@@ -68,9 +68,6 @@ def test_stretches_end_when_single_steps_do(seed: int, tight: bool) -> None:
         assert record.replica == other.replica
         assert record.first_s == pytest.approx(other.first_s, abs=1e-9)
         assert record.end_s == pytest.approx(other.end_s, abs=1e-9)
-
-
-UNEVEN = {(DECODE, DECODE): 0.3, (DECODE, PREFILL): 1.1, (PREFILL, DECODE): 0.2, (PREFILL, PREFILL): 0.9}
 
 
 @pytest.mark.parametrize("seed", range(4))

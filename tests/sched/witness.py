@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 
 from sched.batching import Batcher
 from sched.limits import Limits
+from sched.simulated_replica import DECODE, PREFILL
 from sched.step import Request, StepPlan
+
+# a slow-down by neighbours that tells all four pairs of phases apart
+UNEVEN = {(DECODE, DECODE): 0.3, (DECODE, PREFILL): 1.1, (PREFILL, DECODE): 0.2, (PREFILL, PREFILL): 0.9}
 
 
 class Sets:
