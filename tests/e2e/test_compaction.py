@@ -71,6 +71,15 @@ def ask(fleet: Fleet, name: str, asked: Asked) -> list[Heard]:
     return heard
 
 
+async def story(fleet: Fleet, sparse: Asked, short: Asked) -> tuple[list[Heard], list[Heard]]:
+    first = ask(fleet, "sparse", sparse)
+    brief = sum(params is BRIEF for _, params in sparse)
+    await until(lambda: sum(h.end is not None for h in first) >= brief)
+    second = ask(fleet, "short", short)
+    await until(lambda: all(h.end for h in first + second))
+    return first, second
+
+
 def test_free_blocks_in_one_models_sets_become_another_models_memory(
     fleet: Fleet, folders: dict[str, Path]
 ) -> None:
@@ -80,21 +89,20 @@ def test_free_blocks_in_one_models_sets_become_another_models_memory(
     # a long one in four: of the blocks that the brief ones leave, hardly a set is empty
     many = (table.plan.num_slabs // shape.layers * shape.slots) // (96 // shape.block_tokens + 2)
     many = min(many, 60)
-    sparse: Asked = [(p, LONG if i % 4 == 0 else BRIEF) for i, p in enumerate(prompts(many, 96, 1))]
-    short: Asked = [(p, BRIEF) for p in prompts(24, 240, 2)]
-
-    async def story() -> tuple[list[Heard], list[Heard]]:
-        first = ask(fleet, "sparse", sparse)
-        await until(lambda: sum(h.end is not None for h in first) >= many * 3 // 4)
-        second = ask(fleet, "short", short)
-        await until(lambda: all(h.end for h in first + second))
-        return first, second
-
-    first, second = fleet.call(story())
-    assert {h.end for h in first + second} == {"length"}
-    said = table.status(table.owner_of("sparse"))
-    print(f"{said['vacated']} sets emptied, {said['moved_bytes']} bytes moved; {table.counts()}")
+    said: dict[str, int] = {}
+    # where the machine stops for a moment, the long ones end before anybody is short of memory, and nothing is to be moved
+    for attempt in range(3):
+        sparse: Asked = [
+            (p, LONG if i % 4 == 0 else BRIEF) for i, p in enumerate(prompts(many, 96, 1 + 2 * attempt))
+        ]
+        short: Asked = [(p, BRIEF) for p in prompts(24, 240, 2 + 2 * attempt)]
+        first, second = fleet.call(story(fleet, sparse, short))
+        assert {h.end for h in first + second} == {"length"}
+        assert [h.tokens for h in first] == alone(folders["sparse"], sparse)
+        assert [h.tokens for h in second] == alone(folders["short"], short)
+        said = table.status(table.owner_of("sparse"))
+        print(f"{said['vacated']} sets emptied, {said['moved_bytes']} bytes moved; {table.counts()}")
+        if said["vacated"]:
+            break
     assert said["vacated"] > 0, "nothing was moved"
     assert said["moved_bytes"] > 0
-    assert [h.tokens for h in first] == alone(folders["sparse"], sparse)
-    assert [h.tokens for h in second] == alone(folders["short"], short)
